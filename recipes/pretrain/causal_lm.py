@@ -1,0 +1,211 @@
+"""Pretrain a causal language model on a stream of raw text, from scratch or from a checkpoint.
+
+One CPU process, two, one GPU, eight GPUs with ZeRO-2, several nodes with ZeRO-3:
+
+    python recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_smoke.yaml
+    accelerate launch --config_file accelerate_configs/multi_cpu.yaml \\
+        recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_smoke.yaml
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml \\
+        recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_125m.yaml
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 \\
+        recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_7b_slimpajama.yaml
+    sbatch accelerate_configs/slurm_multi_node.sh \\
+        recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_7b_slimpajama.yaml
+
+The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+"""
+
+import hashlib
+import inspect
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from utils.config import InputError, command, parse
+from utils.engine import initialize_weights
+from utils.evaluation import evaluate_by_domain, held_out_documents
+from utils.export import export
+from utils.loss import summed_cross_entropy, token_cross_entropy
+from utils.memory import flops_per_token, plan
+from utils.packing import IGNORE_INDEX, DocumentEncoder, packed_rows
+from utils.run_folder import RunFolder
+from utils.sources import Source
+from utils.stream import Corpus, StepStream, StreamArguments
+from utils.training import Training
+from utils.training_arguments import TrainingArguments
+
+
+@dataclass
+class Arguments(TrainingArguments, StreamArguments):
+    """Pretrain a causal language model on a stream of raw text."""
+
+    tokenizer: str | None = None  # a folder or Hub name; null: that of model_name_or_path
+    model_name_or_path: str | None = None  # continue from these weights; null: from scratch
+    # From scratch: the architecture, as transformers' config classes name its settings. The
+    # vocabulary and the special tokens come from the tokenizer unless they are given.
+    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
+    attn_implementation: str | None = None  # sdpa, eager, flex_attention or flash_attention_2
+    train_sources: list[Source] = field(default_factory=list)
+    validation_sources: list[Source] = field(default_factory=list)  # each read once
+    test_sources: list[Source] = field(default_factory=list)  # evaluated at the end only
+    eval_documents: int | None = None  # of each validation source; null: all
+    sample_prompts: list[str] = field(default_factory=list)  # continued at each evaluation
+    dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
+
+    def check(self) -> None:
+        super().check()
+        self.check_lanes(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+        if self.tokenizer is None and self.model_name_or_path is None:
+            raise InputError("tokenizer: give a folder or Hub name")
+
+
+class NextTokenLoss(torch.nn.Module):
+    """Σ -log p(token | the tokens before it in its document), without holding the logits."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids, shift_labels, position_ids, per_token=False) -> Any:
+        """All of shape (rows, sequence_length). Position ids that restart keep documents apart.
+
+        Returns:
+            {"loss": the sum over the targets}, or the loss of each position if `per_token`.
+        """
+        # without an attention mask transformers builds the block-diagonal one from position_ids
+        hidden = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        head = self.model.get_output_embeddings()
+        cross_entropy = token_cross_entropy if per_token else summed_cross_entropy
+        loss = cross_entropy(hidden, head.weight, shift_labels, head.bias)
+        return loss if per_token else {"loss": loss}
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}
+
+
+def load_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer: cannot load {name}: {str(error).splitlines()[0]}") from None
+
+
+def model_config(args: Arguments, tokenizer: Any) -> Any:
+    """The configuration of the model to be trained, checked against the tokenizer."""
+    if args.model_name_or_path:
+        try:
+            config = AutoConfig.from_pretrained(args.model_name_or_path)
+        except (OSError, ValueError) as error:
+            message = str(error).splitlines()[0]
+            raise InputError(f"model_name_or_path: cannot load it: {message}") from None
+    else:
+        ours = {
+            "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64 suits the hardware
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        try:
+            config = AutoConfig.for_model(**{**ours, **args.model})
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(f"model: {error}") from None
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"model.vocab_size: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{config.vocab_size}"
+        )
+    positions = getattr(config, "max_position_embeddings", args.sequence_length)
+    if args.sequence_length > positions:
+        raise InputError(
+            f"sequence_length: {args.sequence_length} is more than the model's "
+            f"max_position_embeddings of {positions}"
+        )
+    return config
+
+
+def build_model(args: Arguments, config: Any) -> torch.nn.Module:
+    options = {"dtype": torch.float32, "attn_implementation": args.attn_implementation}
+    if args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+    else:
+        model = AutoModelForCausalLM.from_config(config, **options)
+        initialize_weights(model, args.seed)
+        config.architectures = [type(model).__name__]
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise InputError(f"model: {config.model_type} takes no position_ids: it cannot pack")
+    return model
+
+
+def evaluate(training, objective, sources, encode, args) -> dict[str, Any] | None:
+    """Loss and bits per byte on held-out documents, by domain."""
+
+    def token_losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        device = training.accelerator.device
+        with torch.no_grad(), training.accelerator.autocast():
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            return training.engine.module(**batch, per_token=True)
+
+    objective.eval()
+    return evaluate_by_domain(
+        training,
+        held_out_documents(sources, args.eval_documents, args.on_bad_record),
+        encode,
+        token_losses,
+        args.sequence_length,
+        args.per_device_batch_size,
+    )
+
+
+def main() -> None:
+    args = parse(Arguments)
+    tokenizer = load_tokenizer(args.tokenizer or args.model_name_or_path)
+    config = model_config(args, tokenizer)
+    if args.dry_run:
+        print(plan(config, args))
+        return
+    encode = DocumentEncoder(tokenizer)
+    corpus = Corpus(args.train_sources, encode, args, args.seed)
+    folder = RunFolder(args.output_dir, args.resume)
+
+    training = Training(args, folder)
+    model = build_model(args, config)
+    objective = NextTokenLoss(model)
+    training.prepare(
+        objective,
+        model,
+        stream=partial(
+            StepStream,
+            corpus,
+            partial(packed_rows, corpus, args.sequence_length),
+            args.global_batch_size // args.lanes,
+            training.rank,
+            training.world_size,
+        ),
+        fixed={
+            "seed": args.seed,
+            "the training data": corpus.fingerprint(),
+            "the tokenizer": hashlib.sha256(encode.backend.to_str().encode()).hexdigest()[:16],
+            "model": config.to_diff_dict(),
+            "sequence_length": args.sequence_length,
+            "global_batch_size": args.global_batch_size,
+        },
+        write_model_files=lambda path: [x.save_pretrained(path) for x in (config, tokenizer)],
+        flops_per_token=flops_per_token(config, args.sequence_length),
+    )
+    for _ in training.steps():
+        if args.validation_sources and training.evaluates():
+            results = evaluate(training, objective, args.validation_sources, encode, args)
+            training.record_evaluation(results)
+    if not training.stopped and training.is_main:
+        export(folder.newest_checkpoint(), folder.path / "model")
+
+
+if __name__ == "__main__":
+    command(main)

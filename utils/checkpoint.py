@@ -1,0 +1,321 @@
+"""Checkpoints that any number of processes and any ZeRO stage can read, written without gathering.
+
+A rank stores what it owns: a 1-D fragment of each parameter and of the optimizer's tensors of it
+(for Adam `exp_avg` and `exp_avg_sq`), in full precision, with the place in the parameter where the
+fragment begins. A rank that resumes reads the slices that make up its own fragments, however they
+were cut when they were written. There is no conversion and no rank holds a whole model.
+
+    checkpoints/step-00000020/
+        rank-00000-of-00002.safetensors   "exp_avg/model.norm.weight": the fragment
+        state.json                        counters, stream state, loss scale, sizes of the files
+        config.json, tokenizer.json …     the model's configuration and its tokenizer
+
+A folder is written under another name, synced and renamed: with its name it is complete.
+"""
+
+import inspect
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from utils.config import InputError
+
+STATE = "state.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+class Fragment(NamedTuple):
+    """What this process owns of one parameter: a range of its elements, flattened."""
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]  # "parameter" and the optimizer's: 1-D views of live storage
+
+
+def newest(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    folders = [f for f in Path(output_dir, "checkpoints").glob("step-*") if _step(f) is not None]
+    return max(folders, key=_step, default=None)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after checking that every file of it is whole.
+
+    Raises:
+        InputError: a file is missing or has another size than when it was written.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+        for name, size in state["files"].items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes, not {size}")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} is damaged: {error}. Remove it to resume from the checkpoint before it"
+        ) from None
+    return state
+
+
+def save(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: Any,
+    state: dict[str, Any],
+    write_more: Any = None,
+) -> None:
+    """Write a checkpoint; every rank calls this, the state of rank 0 counts.
+
+    Args:
+        write_more: called by rank 0 with the folder, for files of its own.
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write (no space left, say).
+    """
+    rank, world_size = _rank(), _world_size()
+    partial = folder.with_name(f".{folder.name}.partial")
+    error = ""
+    if rank == 0:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as problem:
+            error = str(problem)
+    _raise_together(error)
+    file = partial / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+    try:
+        tensors, starts = {}, {}
+        for fragment in fragments(model, optimizer):
+            starts[fragment.name] = fragment.start
+            for kind, tensor in fragment.tensors.items():
+                tensors[f"{kind}/{fragment.name}"] = tensor.detach().cpu()
+        save_file(tensors, file, metadata={"starts": json.dumps(starts)})
+        _sync(file)
+    except (OSError, SafetensorError) as problem:
+        error = str(problem)
+    try:
+        _raise_together(error)
+        if rank == 0:
+            try:
+                if write_more is not None:
+                    write_more(partial)
+                state = {**state, "files": {f.name: f.stat().st_size for f in partial.iterdir()}}
+                (partial / STATE).write_text(json.dumps(state))
+                _sync(*partial.iterdir(), partial)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+                _sync(folder.parent)
+            except OSError as problem:
+                error = str(problem)
+        _raise_together(error)
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def prune(output_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove all but the newest checkpoints and those whose step `keep_every` divides."""
+    folders = sorted(Path(output_dir, "checkpoints").glob("step-*"), key=_step)
+    for folder in folders[:-keep_last]:
+        if not keep_every or _step(folder) % keep_every:
+            # renamed first: a kill while it is being removed leaves no half checkpoint
+            doomed = folder.with_name(f".{folder.name}.partial")
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: int) -> None:
+    """Fill the fragments of this rank from a checkpoint of any world size and ZeRO stage.
+
+    Raises:
+        InputError: a parameter of the model is missing there, or has another size.
+    """
+    _make_optimizer_state(optimizer, optimizer_step)
+    with _opened(folder) as pieces:
+        for fragment in fragments(model, optimizer, every_rank=True):
+            for kind, tensor in fragment.tensors.items():
+                found = _fill(tensor, fragment.start, pieces.get(f"{kind}/{fragment.name}", []))
+                if found != tensor.numel():
+                    raise InputError(
+                        f"{folder} does not hold {kind} of {fragment.name} in this size"
+                    )
+    _refresh_model(optimizer)
+
+
+def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Any]]:
+    """Whole fp32 parameters of a checkpoint, one by one, on the CPU."""
+    with _opened(folder) as pieces:
+        for name, shape in shapes.items():
+            tensor = torch.empty(shape.numel())
+            if _fill(tensor, 0, pieces.get(f"parameter/{name}", [])) != tensor.numel():
+                raise InputError(f"{folder} does not hold {name} in the shape {tuple(shape)}")
+            yield name, tensor.view(shape)
+
+
+def optimizer_step_count(optimizer: Any) -> int:
+    """Updates that the optimizer has made: skipped steps are not among them."""
+    states = _torch_optimizer(optimizer).state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def fragments(
+    model: torch.nn.Module, optimizer: Any, every_rank: bool = False
+) -> Iterator[Fragment]:
+    """The fragments of the trainable parameters that this process owns, in the model's order.
+
+    Where every rank owns everything (no ZeRO), the parameters are dealt out, unless `every_rank`.
+    """
+    zero = _zero(optimizer)
+    for index, (name, parameter) in enumerate(_trainable(model)):
+        if zero is None:
+            if every_rank or index % _world_size() == _rank():
+                state = _torch_optimizer(optimizer).state.get(parameter, {})
+                yield Fragment(name, 0, _views(parameter, state, 0, parameter.numel()))
+        elif hasattr(parameter, "ds_id"):
+            group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            start = length * zero._get_param_partition_rank(parameter)
+            # the last partitions are padded
+            length = max(0, min(length, parameter.ds_numel - start))
+            if length:
+                yield Fragment(
+                    name, start, _views(flat, zero.optimizer.state[flat], offset, length)
+                )
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            place = mapping.hp_fragment_address
+            views = _views(flat, zero.optimizer.state[flat], place.start, place.numel)
+            yield Fragment(name, mapping.lp_fragment_address.start, views)
+
+
+def _views(flat: torch.Tensor, state: dict, start: int, length: int) -> dict[str, torch.Tensor]:
+    tensors = {"parameter": flat}
+    tensors |= {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
+    return {k: v.detach().view(-1).narrow(0, start, length) for k, v in tensors.items()}
+
+
+def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _zero(optimizer: Any) -> Any:
+    """DeepSpeed's ZeRO optimizer inside what Accelerate handed back, if there is one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    is_zero = hasattr(inner, "single_partition_of_fp32_groups")
+    return inner if is_zero or hasattr(inner, "fp32_partitioned_groups_flat") else None
+
+
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _make_optimizer_state(optimizer: Any, step: int) -> None:
+    """Give a new optimizer the state that it has after `step` updates, as zeros to be filled."""
+    zero, inner = _zero(optimizer), _torch_optimizer(optimizer)
+    if zero is None:
+        flats = [p for group in inner.param_groups for p in group["params"]]
+    elif hasattr(zero, "fp32_partitioned_groups_flat"):
+        flats = zero.fp32_partitioned_groups_flat
+    else:
+        flats = zero.single_partition_of_fp32_groups
+    accepted = inspect.signature(type(inner).__init__).parameters
+    for flat in flats:
+        # one update of a single number shows what the optimizer keeps of a parameter
+        probe = torch.nn.Parameter(torch.zeros(1, device=flat.device, dtype=flat.dtype))
+        probe.grad = torch.zeros_like(probe)
+        settings = {k: v for k, v in inner.defaults.items() if k in accepted}
+        probing = type(inner)([probe], **settings)
+        probing.step()
+        for key, value in probing.state[probe].items():
+            if key == "step":
+                value = torch.full_like(value, step) if torch.is_tensor(value) else step
+            elif torch.is_tensor(value) and value.shape == probe.shape:
+                value = torch.zeros_like(flat, dtype=value.dtype)
+            inner.state[flat][key] = value
+
+
+def _refresh_model(optimizer: Any) -> None:
+    """Let the weights that the model computes with follow the full-precision ones just set."""
+    zero = _zero(optimizer)
+    if zero is None:
+        return
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    else:
+        zero.update_lp_params()
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, list[tuple[int, Any]]]]:
+    """Key → [(start, slice of the fragment)], over the files of a checkpoint."""
+    pieces: dict[str, list[tuple[int, Any]]] = {}
+    files = [safe_open(f, framework="pt") for f in sorted(folder.glob("rank-*.safetensors"))]
+    for file in files:
+        starts = json.loads(file.metadata()["starts"])
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            start = starts[key.partition("/")[2]]
+            pieces.setdefault(key, []).append((start, file.get_slice(key)))
+    yield pieces
+
+
+def _fill(target: torch.Tensor, start: int, pieces: list[tuple[int, Any]]) -> int:
+    """Copy what the pieces hold of [start, start + length) into the target; how many elements."""
+    copied = 0
+    for piece_start, piece in pieces:
+        first = max(start, piece_start)
+        last = min(start + target.numel(), piece_start + piece.get_shape()[0])
+        if first < last:
+            values = piece[first - piece_start : last - piece_start]
+            target[first - start : last - start].copy_(values)
+            copied += last - first
+    return copied
+
+
+def _raise_together(error: str) -> None:
+    errors = [error]
+    if _world_size() > 1:
+        errors = [""] * _world_size()
+        dist.all_gather_object(errors, error)
+    if any(errors):
+        raise CheckpointError(next(e for e in errors if e))
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _step(folder: Path) -> int | None:
+    match = re.fullmatch(r"step-(\d{8,})", folder.name)
+    return int(match[1]) if match else None
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,355 @@
+"""Strict settings: a dataclass's defaults < a YAML file < the command line.
+
+A recipe declares its settings as a dataclass, one field a line, the help text in the comment that
+ends the line or stands above it:
+
+    @dataclass
+    class Arguments:
+        \"\"\"Pretrain a causal language model.\"\"\"
+
+        output_dir: str  # where everything this run writes goes
+        learning_rate: float = 3e-4  # the peak, after warmup
+
+and reads them with `parse(Arguments)`:
+
+    recipe.py CONFIG.yaml --learning_rate 1e-4 --model.hidden_size 64 --train_sources.0.weight 2
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Settings = typing.TypeVar("Settings")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain words: 1e-5 is a number; no, 0123 and 2024-01-31 are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, words) for tag, words in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for a number."""
+
+
+_BOOL = re.compile(r"(true|false)$", re.IGNORECASE)
+_FLOAT = re.compile(r"[-+]?(\d*\.\d+|\d+\.|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$")
+_INT = re.compile(r"[-+]?(0|[1-9]\d*|[1-9]\d{0,2}(_\d{3})+)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, "tTfF")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, "-+0123456789")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789")
+
+
+class InputError(Exception):
+    """What the person at the terminal can mend: says what is wrong, where, and what to do."""
+
+
+def command(main: Callable[[], None]) -> typing.NoReturn:
+    """Run `main` as a program: an `InputError` is printed once, by the first rank; status 2.
+
+    Ctrl-C where `main` does not handle it ends the program without a traceback; status 130.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(130)
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # other ranks may wait in a collective; their exit hooks would wait for ever
+    sys.exit(0)
+
+
+def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
+    """Read `[CONFIG.yaml] [--key value …]` into an instance of the dataclass `settings`.
+
+    Values on the command line are YAML (`--sources '[{path: a.jsonl}]'`), but text as it stands
+    for a field whose type is `str` or a union that begins with it (`--prompt "def "`); a dotted
+    key reaches inside (`--model.hidden_size 64`, `--sources.0.path b.jsonl`). A `check(self)`
+    method of the dataclass, if it has one, raises `InputError` for what only several fields
+    together get wrong.
+
+    Raises:
+        InputError: unknown key, one twice in the file, wrong type, missing value, unreadable file.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(usage(settings))
+        sys.exit(0)
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    if argv and not argv[0].startswith("-"):
+        values, places = read_yaml(argv[0])
+        argv = argv[1:]
+    defaults = {field.name: _default(field) for field in dataclasses.fields(settings)}
+    for key, text in _options(argv):
+        top, dot, _ = key.partition(".")
+        if dot and top not in values and defaults.get(top, MISSING) is not MISSING:
+            values[top] = _plain(defaults[top])  # a dotted key changes a part of the default
+        _assign(values, key, _read_word(text, _hint(settings, key)))
+        # what was set below this key is replaced along with it
+        places = {k: v for k, v in places.items() if k != key and not k.startswith(key + ".")}
+        places[key] = f"--{key}"
+    result = _build(settings, values, "", places)
+    if hasattr(result, "check"):
+        result.check()
+    return result
+
+
+def write_yaml(settings: Any, path: Path) -> None:
+    """Write a settings dataclass so that `parse` reads it back equal."""
+    values = dataclasses.asdict(settings)
+    path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100))
+
+
+def usage(settings: type) -> str:
+    """The `--help` text: the dataclass's docstring and each field with type, default and help."""
+    lines = [inspect.cleandoc(settings.__doc__ or ""), "", "usage: [CONFIG.yaml] [--key value …]"]
+    return "\n".join([*lines, *_field_lines(settings, "--")])
+
+
+def _field_lines(settings: type, prefix: str) -> list[str]:
+    lines = []
+    help_texts = _help_texts(settings)
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        hint, key = hints[field.name], f"{prefix}{field.name}"
+        default = _default(field)
+        shown = "required" if default is MISSING else json.dumps(_plain(default))
+        lines.append(f"  {key}  {_spell(hint)}, {shown}")
+        if help_texts.get(field.name):
+            lines.append(f"      {help_texts[field.name]}")
+        for choice in _choices(hint):
+            index = "0." if typing.get_origin(choice) is list else ""
+            inner = typing.get_args(choice)[0] if index else choice
+            if dataclasses.is_dataclass(inner):
+                lines += _field_lines(inner, f"{key}.{index}")
+    return lines
+
+
+def _options(argv: list[str]) -> list[tuple[str, str]]:
+    pairs = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            raise InputError(f"unexpected {word!r}: options are written --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise InputError(f"--{key} has no value: options are written --key value")
+        pairs.append((key, value))
+    return pairs
+
+
+def _read_word(text: str, hint: Any) -> Any:
+    """A value of the command line: as it stands where text is wanted first, else YAML."""
+    choices = _choices(hint)
+    if choices[0] is str and not (text == "null" and type(None) in choices):
+        return text  # YAML would strip the blank of "def " and read "class A:" as a mapping
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def _hint(hint: Any, key: str) -> Any:
+    """The type of the setting that a dotted key names; None if there is none."""
+    for name in key.split("."):
+        for choice in _choices(hint):
+            if dataclasses.is_dataclass(choice):
+                hint = typing.get_type_hints(choice).get(name)
+                break
+            if typing.get_origin(choice) in (list, dict):
+                hint = typing.get_args(choice)[-1]
+                break
+        else:
+            return None
+    return hint
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key inside nested dicts and lists."""
+    inside: Any = values
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        here, outer = ".".join(names[: depth + 1]), ".".join(names[:depth])
+        if isinstance(inside, list):
+            if not name.isdecimal() or int(name) >= len(inside):
+                raise InputError(f"--{key}: {here} does not exist ({len(inside)} entries, from 0)")
+            name = int(name)
+        elif not isinstance(inside, dict):
+            raise InputError(f"--{key}: {outer} is not a setting that holds others")
+        if here == key:
+            inside[name] = value
+        elif isinstance(inside, dict) and inside.get(name) is None:
+            inside[name] = {}
+        inside = inside[name]
+
+
+def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A YAML mapping and, per dotted key, the place ("file, line n") where it stands."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not YAML: it is not even text in UTF-8") from None
+    places: dict[str, str] = {}
+
+    def collect(node: yaml.Node, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = f"{prefix}{key.value}"
+                where = f"{path}, line {key.start_mark.line + 1}"
+                if name in places:
+                    raise InputError(f"{where}: {name!r} is set twice (also: {places[name]})")
+                places[name] = where
+                collect(value, f"{name}.")
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                places[f"{prefix}{index}"] = f"{path}, line {value.start_mark.line + 1}"
+                collect(value, f"{prefix}{index}.")
+
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            collect(node, "")
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise InputError(f"{path} holds no settings: expected lines of 'key: value'")
+    return values or {}, places
+
+
+def _build(settings: type, values: Any, prefix: str, places: dict[str, str]) -> Any:
+    where = _where(prefix[:-1], places)
+    if not isinstance(values, dict):
+        raise InputError(f"{where}{prefix[:-1]} must be settings, not {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    hints = typing.get_type_hints(settings)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)
+            raise InputError(
+                f"{_where(f'{prefix}{key}', places)}unknown key {f'{prefix}{key}'!r}: "
+                f"the nearest valid one is {prefix + close[0]!r}"
+            )
+    result = {}
+    for name, field in fields.items():
+        if name in values:
+            result[name] = _convert(values[name], hints[name], f"{prefix}{name}", places)
+        elif _default(field) is MISSING:
+            raise InputError(f"{where}{prefix}{name} is missing: it has no default")
+    return settings(**result)
+
+
+def _convert(value: Any, hint: Any, key: str, places: dict[str, str]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        choices = [choice for choice in arguments if choice is not type(None)]
+        if len(choices) == 1:
+            return _convert(value, choices[0], key, places)
+        for choice in sorted(choices, key=lambda choice: type(value) is not choice):
+            try:
+                return _convert(value, choice, key, places)
+            except InputError:
+                continue
+    elif dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.", places)
+    elif origin is typing.Literal and value in arguments:
+        return value
+    elif origin is list and isinstance(value, list):
+        return [_convert(v, arguments[0], f"{key}.{i}", places) for i, v in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {k: _convert(v, arguments[1], f"{key}.{k}", places) for k, v in value.items()}
+    elif hint is typing.Any:
+        return value
+    elif hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    elif hint is str and type(value) is int:
+        return str(value)
+    raise InputError(f"{_where(key, places)}{key} must be {_spell(hint)}, not {value!r}")
+
+
+def _where(key: str, places: dict[str, str]) -> str:
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return f"{places[key]}: " if key else ""
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _plain(value: Any) -> Any:
+    """The same in dicts and lists, as YAML would give it."""
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
+
+
+def _spell(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is type(None):
+        return "null"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_spell(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(json.dumps(argument) for argument in arguments)
+    if origin is list:
+        return f"a list of {_spell(arguments[0])}"
+    if origin is dict:
+        return "a mapping"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _help_texts(settings: type) -> dict[str, str]:
+    """Field name → the comment that ends its line, or that stands on the lines above it."""
+    texts: dict[str, str] = {}
+    for base in reversed(settings.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        above: list[str] = []
+        for line in inspect.getsource(base).splitlines():
+            code, _, comment = line.strip().partition("#")
+            name = code.partition(":")[0].strip()
+            if not code and comment:
+                above.append(comment.strip())
+                continue
+            if name in base.__annotations__:
+                texts[name] = " ".join([*above, comment.strip()]).strip()
+            above = []
+    return texts

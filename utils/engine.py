@@ -1,0 +1,187 @@
+"""One way to update weights: DeepSpeed ZeRO 1 to 3, DistributedDataParallel or one process."""
+
+import hashlib
+import logging
+import math
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from transformers import PreTrainedModel
+
+from utils import checkpoint
+from utils.config import InputError
+
+
+def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator:
+    """Join the process group that the launcher prepared, on the CPU where there is nothing else."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    on_cpu = not torch.accelerator.is_available()
+    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
+    backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
+    return accelerate.Accelerator(
+        cpu=on_cpu and not use_deepspeed,
+        mixed_precision=arguments.mixed_precision,
+        log_with=arguments.report_to,
+        project_dir=project_dir,
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
+    )
+
+
+def random_key(*parts: Any) -> int:
+    """A seed for torch from whatever it shall depend on."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def initialize_weights(model: PreTrainedModel, seed: int) -> None:
+    """Initialise each module from (seed, its name): the same weights under every ZeRO stage."""
+    for name, module in model.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        if not parameters:
+            continue
+        with gathered(parameters, modify=True):
+            torch.manual_seed(random_key(seed, name))
+            for tensor in (module, *parameters):
+                tensor._is_hf_initialized = False
+            model._init_weights(module)
+
+
+def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
+    """A context in which ZeRO-3 parameters are whole; nothing to do for others."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return torch.no_grad()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
+class Engine:
+    """The prepared objective and its optimizer.
+
+    Args:
+        objective: the module that is called; holds the model.
+        arguments: a `TrainingArguments`.
+    """
+
+    def __init__(
+        self,
+        accelerator: accelerate.Accelerator,
+        objective: torch.nn.Module,
+        model: torch.nn.Module,
+        arguments: Any,
+    ):
+        self.accelerator, self.arguments, self.model = accelerator, arguments, model
+        self.deepspeed = accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
+        if self.deepspeed:
+            self._fill_deepspeed_config()
+        if arguments.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if arguments.torch_compile:
+            model.compile()
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, arguments.weight_decay),
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            fused=True,
+        )
+        self.module, self.optimizer = accelerator.prepare(objective, optimizer)
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a micro-batch; its mean over the ranks is what the step uses."""
+        if self.deepspeed:
+            self.module.backward(loss, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss)
+
+    def accumulate(self) -> Any:
+        """A context for all micro-batches of a step but the last."""
+        return self.accelerator.no_sync(self.module)
+
+    def step(self, is_last: bool) -> None:
+        """After the backward of each micro-batch: counts it; the last one updates the weights.
+
+        Non-finite gradients update nothing, on any rank. Sets `gradient_norm` (before clipping)
+        and `applied`.
+        """
+        if self.deepspeed:
+            self.module.step()
+            if is_last:
+                self.gradient_norm = float(self.module.get_global_grad_norm())
+                self.applied = self.module.was_step_applied()
+        elif is_last:
+            limit = self.arguments.max_grad_norm or math.inf
+            parameters = self.module.parameters()
+            self.gradient_norm = float(self.accelerator.clip_grad_norm_(parameters, limit))
+            self.applied = math.isfinite(self.gradient_norm)
+            if self.accelerator.scaler is not None:
+                self.optimizer.step()  # skips by itself, and the scale follows
+                self.applied = not self.accelerator.optimizer_step_was_skipped
+            elif self.applied:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def loss_scaler_state(self) -> dict[str, Any]:
+        """The state of fp16's dynamic loss scale, as JSON."""
+        if self.deepspeed:
+            scaler = vars(self.module.optimizer.loss_scaler)
+            return {name: v for name, v in scaler.items() if isinstance(v, bool | int | float)}
+        return self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Weights, optimizer and loss scale from a checkpoint; returns its state."""
+        state = checkpoint.read_state(folder)
+        checkpoint.load(folder, self.model, self.optimizer, state["optimizer_step"])
+        scale = state["loss_scaler"]
+        if self.deepspeed and "cur_scale" in scale:
+            vars(self.module.optimizer.loss_scaler).update(scale)
+        elif self.accelerator.scaler is not None and "scale" in scale:
+            self.accelerator.scaler.load_state_dict(scale)
+        return state
+
+    def save(self, folder: Path, state: dict[str, Any], write_more: Any) -> None:
+        state = {
+            **state,
+            "optimizer_step": checkpoint.optimizer_step_count(self.optimizer),
+            "loss_scaler": self.loss_scaler_state(),
+        }
+        checkpoint.save(folder, self.model, self.optimizer, state, write_more)
+
+    def _fill_deepspeed_config(self) -> None:
+        """What the JSON leaves to the recipe ("auto"); its loader is its own."""
+        a = self.arguments
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        if config["zero_optimization"]["stage"] == 0:
+            raise InputError("DeepSpeed without ZeRO: launch with multi_gpu.yaml or multi_cpu.yaml")
+        processes = self.accelerator.num_processes
+        config["train_micro_batch_size_per_gpu"] = a.per_device_batch_size
+        config["gradient_accumulation_steps"] = a.global_batch_size // (
+            processes * a.per_device_batch_size
+        )
+        config["gradient_clipping"] = a.max_grad_norm
+        config["steps_per_print"] = 2**62
+        if a.mixed_precision == "bf16":
+            # without it ZeRO 1 and 2 put non-finite gradients into the weights
+            config.setdefault("bf16", {})["check_grad_overflow"] = True
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings decay; norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # ZeRO-3 leaves an empty tensor in the place of a parameter and its shape beside it
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,105 @@
+"""Loss and bits per byte on held-out documents, by domain, over all ranks."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.config import InputError
+from utils.packing import IGNORE_INDEX, collate, pack
+from utils.sources import BadRecord, Document, Shard, Source, find_files, read
+from utils.training import Training
+
+
+def held_out_documents(
+    sources: list[Source], limit: int | None, on_bad_record: str = "fail"
+) -> Iterator[Document]:
+    """The documents of the sources in the order of their files: of each source at most `limit`."""
+    for source in sources:
+        shards = (Shard(file, 0, 1) for file in find_files(source))
+        items = itertools.chain.from_iterable(read(shard, source) for shard in shards)
+        count = 0
+        for item in items:
+            if isinstance(item, BadRecord):
+                if on_bad_record == "fail":
+                    raise InputError(item.message)
+            elif item.text.strip():
+                yield item
+                count += 1
+                if count == limit:
+                    break
+
+
+def evaluate_by_domain(
+    training: Training,
+    documents: Iterator[Document],
+    encode: Callable[[list[str]], list[np.ndarray]],
+    token_losses: Callable[..., torch.Tensor],
+    sequence_length: int,
+    batch_size: int,
+) -> dict[str, Any] | None:
+    """Mean loss over the target tokens, and bits per byte of the text, in all and by domain.
+
+    A document is scored from its begin to its end token, in pieces of at most sequence_length that
+    do not see each other; the bits per byte are those of a code for whole documents. Every rank
+    takes every world_size-th document; sums are in float64.
+
+    Args:
+        token_losses: batch → losses of shape (rows, sequence_length); every rank calls it as often.
+
+    Returns:
+        None when a stop signal came in between.
+    """
+    sums: dict[str, list[float]] = {}  # domain → [loss, target tokens, bytes]
+    mine = itertools.islice(documents, training.rank, None, training.world_size)
+
+    def encoded() -> Iterator[tuple[np.ndarray, str]]:
+        for document in mine:
+            (tokens,) = encode([document.text])
+            domain = sums.setdefault(document.domain, [0.0, 0, 0])
+            domain[2] += len(document.text.encode())
+            yield tokens, document.domain
+
+    rows = pack(encoded(), sequence_length)
+    while True:
+        batch = list(itertools.islice(rows, batch_size))
+        more = training.any_rank(any(pieces for _, pieces in batch))
+        if training.stopped:
+            return None
+        if not more:
+            break
+        features = [row for row, _ in batch]
+        tensors = {
+            k: torch.from_numpy(np.stack([f[k] for f in features])).long() for k in features[0]
+        }
+        losses = token_losses(tensors).double().cpu().numpy()
+        counted = tensors["shift_labels"].numpy() != IGNORE_INDEX
+        for row, (_, pieces) in enumerate(batch):
+            start = 0
+            for piece in pieces:
+                domain, stop = sums[piece.tag], start + piece.tokens
+                domain[0] += float(losses[row, start:stop].sum())
+                domain[1] += int(counted[row, start:stop].sum())
+                start = stop
+    return _summary(training.gather(list(sums.items())))
+
+
+def _summary(parts: list[tuple[str, list[float]]]) -> dict[str, Any]:
+    domains: dict[str, np.ndarray] = {}
+    for name, values in parts:
+        domains[name] = domains.get(name, 0) + np.array(values, dtype=np.float64)
+    if not domains:
+        raise InputError("nothing to evaluate on: the validation sources hold no document")
+    loss, tokens, size = sum(domains.values())
+    return {
+        "eval_loss": loss / tokens,
+        "eval_bits_per_byte": loss / math.log(2) / size,
+        "eval_tokens": int(tokens),
+        "eval_loss_by_domain": {d: v[0] / v[1] for d, v in sorted(domains.items())},
+        "eval_bits_per_byte_by_domain": {
+            d: v[0] / math.log(2) / v[2] for d, v in sorted(domains.items())
+        },
+    }

@@ -1,0 +1,99 @@
+"""Cross-entropy of a vocabulary projection without ever holding the logits.
+
+Only a chunk of rows of the logits exists at a time, and its gradient is taken while it does: the
+memory is that of one chunk, the arithmetic that of the plain loss (Hsu et al. 2024, Liger Kernel,
+describe the same scheme; Wijmans et al. 2024 the memory it saves).
+"""
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from utils.packing import IGNORE_INDEX
+
+CHUNK_ELEMENTS = 2**24  # of logits: 64 MB in fp32
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Σ cross_entropy(hidden @ weight.T + bias, labels), in fp32; labels of -100 add nothing.
+
+    Args:
+        hidden: (…, hidden size).
+        weight: (vocabulary, hidden size).
+        labels: (…), the token to be predicted at each position.
+    """
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    return _SummedCrossEntropy.apply(hidden, weight, bias, labels)
+
+
+def token_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of each position, fp32, in the shape of the labels; no gradient."""
+    with torch.no_grad():
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = _chunk_rows(weight)
+        losses = [
+            cross_entropy(
+                linear(h, weight.to(h.dtype), bias).float(),
+                y,
+                ignore_index=IGNORE_INDEX,
+                reduction="none",
+            )
+            for h, y in zip(flat.split(rows), labels.reshape(-1).split(rows), strict=True)
+        ]
+        return torch.cat(losses).view(labels.shape)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):
+        with_gradient = any(ctx.needs_input_grad[:3])
+        rows = _chunk_rows(weight)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        if with_gradient:
+            hidden_grad = torch.empty_like(hidden)
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+            bias_grad = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        projection = weight.to(hidden.dtype)
+        for start in range(0, hidden.shape[0], rows):
+            chunk, target = hidden[start : start + rows], labels[start : start + rows]
+            logits = linear(chunk, projection, bias).float()
+            counted = (target != IGNORE_INDEX).unsqueeze(1)
+            index = target.clamp(min=0).unsqueeze(1)
+            normalizer = logits.logsumexp(1, keepdim=True)
+            total += ((normalizer - logits.gather(1, index)) * counted).sum()
+            if with_gradient:
+                # d loss / d logits = softmax - one hot, nothing where the label is ignored
+                gradient = logits.sub_(normalizer).exp_().mul_(counted)
+                gradient.scatter_add_(1, index, -counted.float())
+                low = gradient.to(hidden.dtype)
+                hidden_grad[start : start + rows] = low @ projection
+                weight_grad += low.T @ chunk
+                if bias is not None:
+                    bias_grad += gradient.sum(0)
+        if with_gradient:
+            ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+            ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        return (
+            (hidden_grad * scale).to(hidden_grad.dtype),
+            (weight_grad * scale).to(ctx.dtype),
+            None if bias_grad is None else (bias_grad * scale).to(ctx.dtype),
+            None,
+        )
+
+
+def _chunk_rows(weight: torch.Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // weight.shape[0])

@@ -1,0 +1,106 @@
+"""The folder of a run: settings, metrics, checkpoints, export, card and plots.
+
+config.yaml  metrics.jsonl  checkpoints/  model/  README.md  plots/  finished.json
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from utils import checkpoint
+from utils.config import InputError, write_yaml
+
+
+class RunFolder:
+    """Opens `output_dir`, to begin a run or to continue the one that is in it.
+
+    Raises:
+        InputError: not a folder, not writable, or with checkpoints although `resume` is "never".
+    """
+
+    def __init__(self, output_dir: str, resume: Literal["auto", "never"] = "auto"):
+        self.path = Path(output_dir)
+        self.metrics = self.path / "metrics.jsonl"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"output_dir: {output_dir} is a file, not a folder") from None
+        except OSError as error:
+            raise InputError(
+                f"output_dir: cannot write in {output_dir}: {error.strerror}"
+            ) from None
+        if resume == "never" and self.newest_checkpoint():
+            raise InputError(
+                f"{self.newest_checkpoint()} exists and resume is 'never': "
+                "choose another output_dir, or remove it"
+            )
+
+    def newest_checkpoint(self) -> Path | None:
+        return checkpoint.newest(self.path)
+
+    def finished(self) -> dict[str, Any] | None:
+        """{"step", "reason"} of a run that has come to its end and written everything."""
+        try:
+            return json.loads((self.path / "finished.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def begin(self, settings: Any, step: int) -> None:
+        """Write the settings, and cut the metrics back to what a checkpoint of `step` has seen."""
+        with written_aside(self.path / "config.yaml") as file:
+            write_yaml(settings, file)
+        (self.path / "finished.json").unlink(missing_ok=True)
+        kept = [record for record in self.records() if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        with written_aside(self.metrics) as file:
+            file.write_text(text)
+        for partial in self.path.glob("checkpoints/.*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that a kill cut short is left out."""
+        records = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def finish(self, step: int, reason: str) -> None:
+        text = json.dumps({"step": step, "reason": reason})
+        with written_aside(self.path / "finished.json") as file:
+            file.write_text(text)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder under; renamed to it when all went well."""
+    aside = path.with_name(f".{path.name}.partial")
+    _remove(aside)
+    try:
+        yield aside
+        if aside.is_dir():
+            _remove(path)
+        os.replace(aside, path)
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,357 @@
+"""A deterministic, elastic, resumable stream of documents.
+
+The corpus is dealt to a fixed number of *lanes*. A lane reads its shards, shuffles them by chunk,
+mixes its sources by tokens and encodes, on its own and from a position of a few numbers. A step
+takes the same number of rows from every lane; rank r runs the lanes with `lane % world_size == r`.
+So the global batch of a step depends on the data settings, the seed and the step alone: not on the
+number of processes, of workers, of micro-batches, or of interruptions.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from utils.config import InputError
+from utils.sources import (
+    BadRecord,
+    Document,
+    Source,
+    check_sources,
+    cut_into_shards,
+    find_files,
+    find_first_document,
+    read,
+)
+
+ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
+OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
+BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
+
+
+@dataclass
+class StreamArguments:
+    """How documents become an order. All of it is fixed for the life of a run."""
+
+    # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
+    # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.
+    lanes: int = 64
+    shuffle_documents: int = 512  # a chunk of this many documents, or of …
+    shuffle_bytes: int = 2**21  # … this many bytes, whichever comes first, is permuted
+    on_bad_record: Literal["fail", "skip"] = "fail"  # broken records and files; skip also counts
+    dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
+
+    def check_lanes(self, global_batch_size: int, processes: int) -> None:
+        """Raises InputError when lanes do not fit the batch, or the processes the lanes."""
+        if self.lanes < 1 or global_batch_size % self.lanes:
+            raise InputError(
+                f"lanes: {self.lanes} do not fit: global_batch_size {global_batch_size} "
+                "must be a multiple of lanes"
+            )
+        if self.lanes % processes:
+            raise InputError(
+                f"lanes: {self.lanes} cannot be dealt to {processes} processes: launch a number "
+                f"that divides {self.lanes}, or begin a run with lanes "
+                f"{math.lcm(self.lanes, processes)}"
+            )
+
+
+class Row(NamedTuple):
+    """One training sequence and the state of its lane once it has been trained on."""
+
+    lane: int
+    features: dict[str, np.ndarray]
+    state: dict[str, Any]
+    tokens: int  # of documents; what is left of the row is padding
+
+
+def keyed_permutation(count: int, *key: Any) -> list[int]:
+    """A permutation of range(count) that is a function of the key alone, on every platform."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    # the raw output of a NumPy bit generator is guaranteed not to change between versions
+    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+    return np.argsort(draws, kind="stable").tolist()
+
+
+_order_of_shards = functools.lru_cache(maxsize=32)(keyed_permutation)
+
+
+class Corpus:
+    """The sources, cut into shards; shared by the lanes of a process.
+
+    Args:
+        encode: texts → one sequence of token ids (or whatever has a length in tokens) each.
+
+    Raises:
+        InputError: nothing to read, a source without its text field, weights that sum to nothing.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        encode: Callable[[list[str]], Sequence],
+        arguments: StreamArguments,
+        seed: int,
+    ):
+        check_sources(sources)
+        self.sources, self.encode, self.arguments, self.seed = sources, encode, arguments, seed
+        self.files = [find_files(source) for source in sources]
+        for source, files in zip(sources, self.files, strict=True):
+            find_first_document(source, files, arguments.on_bad_record == "skip")
+        self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
+        self._bad_records = 0
+        self._readers: OrderedDict[Cursor, None] = OrderedDict()
+
+    def fingerprint(self) -> list[Any]:
+        """What the order of the documents depends on, besides the seed: for comparing two runs."""
+        a = self.arguments
+        # a file on the Hub is named by its commit; a local one by its size
+        files = [
+            [os.path.basename(file), os.path.getsize(file)] if os.path.exists(file) else file
+            for files in self.files
+            for file in files
+        ]
+        described = [[s.weight, s.epochs, s.text_field, s.domain_field] for s in self.sources]
+        digest = hashlib.blake2b(json.dumps([described, files]).encode(), digest_size=8)
+        return [digest.hexdigest(), a.lanes, a.shuffle_documents, a.shuffle_bytes]
+
+    def shards_of(self, source: int, epoch: int, lane: int) -> list[int]:
+        """Indices of a lane's shards of one epoch, in the order in which it reads them."""
+        key = (self.seed, "shards", source, epoch)
+        return _order_of_shards(len(self.shards[source]), *key)[lane :: self.arguments.lanes]
+
+    def opened(self, cursor: "Cursor") -> None:
+        """Note the use of a reader, and close the least recently used beyond the limit."""
+        self._readers[cursor] = None
+        self._readers.move_to_end(cursor)
+        while len(self._readers) > OPEN_READERS:
+            self._readers.popitem(last=False)[0].close()
+
+    def report(self, problem: BadRecord | OSError) -> None:
+        """Stop at a broken record or file, or say that it is skipped."""
+        self._bad_records += 1
+        if self.arguments.on_bad_record == "skip" and self._bad_records > BAD_RECORDS_SHOWN:
+            return
+        message = problem.message if isinstance(problem, BadRecord) else str(problem)
+        if self.arguments.on_bad_record == "fail":
+            raise InputError(f"{message}; --on_bad_record skip leaves such records out")
+        last = "; more are only counted" if self._bad_records == BAD_RECORDS_SHOWN else ""
+        print(f"warning: skipped {message}{last}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        while self._readers:
+            self._readers.popitem()[0].close()
+
+
+class Cursor:
+    """The place of one lane in one source: (epoch, shard, start of the chunk, documents taken)."""
+
+    def __init__(self, corpus: Corpus, source: int, lane: int, place: list[int | None]):
+        self.corpus, self.source, self.lane = corpus, source, lane
+        self.epochs, self.path = corpus.sources[source].epochs, corpus.sources[source].path
+        self.epoch, self.shard, self.start, self.taken = place
+        self.reader: Iterator | None = None
+        self.chunk: list[Document] | None = None
+        self.position = self.start  # where the next chunk starts
+        self.shard_ended = False  # with the current chunk
+        self.bad_records = self.empty_epochs = 0  # in the current chunk; in a row
+        self.encoded: list = []
+        self.encode_batch = 1  # grows, so that the first row does not wait for many documents
+
+    @property
+    def place(self) -> list[int | None]:
+        return [self.epoch, self.shard, self.start, self.taken]
+
+    @property
+    def spent(self) -> bool:
+        return self.epochs is not None and self.epoch >= self.epochs
+
+    def next(self, counts: dict[str, int]) -> tuple[Any, Document] | None:
+        """The next encoded document, or None when the epochs of the source are spent."""
+        while self.chunk is None or self.taken >= len(self.chunk):
+            if self.chunk is not None:
+                counts["bad_records"] += self.bad_records
+                self._leave_chunk()
+            if self.spent:
+                return None
+            self._read_chunk()
+        if not self.encoded:
+            ahead = self.chunk[self.taken : self.taken + self.encode_batch]
+            self.encoded = list(self.corpus.encode([document.text for document in ahead]))[::-1]
+            self.encode_batch = min(2 * self.encode_batch, ENCODE_BATCH)
+        document = self.chunk[self.taken]
+        self.taken += 1
+        return self.encoded.pop(), document
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+            self.reader = None
+
+    def _read_chunk(self) -> None:
+        """Read the documents from `start` on; there may be none."""
+        corpus, limits = self.corpus, self.corpus.arguments
+        index = corpus.shards_of(self.source, self.epoch, self.lane)[self.shard]
+        if self.reader is None:
+            shard, source = corpus.shards[self.source][index], corpus.sources[self.source]
+            self.reader = read(shard, source, self.start)
+        corpus.opened(self)
+        documents, size = [], 0
+        self.bad_records, self.shard_ended = 0, True
+        try:
+            for item in self.reader:
+                self.position = item.end
+                if isinstance(item, BadRecord):
+                    self.bad_records += 1
+                    corpus.report(item)
+                    continue
+                documents.append(item)
+                size += item.size
+                if len(documents) >= limits.shuffle_documents or size >= limits.shuffle_bytes:
+                    self.shard_ended = False
+                    break
+        except OSError as error:
+            self.bad_records += 1
+            corpus.report(error)
+        key = (corpus.seed, "chunk", self.source, self.epoch, index, self.start)
+        self.chunk = [documents[i] for i in keyed_permutation(len(documents), *key)]
+        if documents:
+            self.empty_epochs = 0
+
+    def _leave_chunk(self) -> None:
+        self.start, self.taken, self.chunk = self.position, 0, None
+        if self.shard_ended:
+            self.close()
+            self.shard, self.start, self.position = self.shard + 1, None, None
+        if self.shard == len(self.corpus.shards_of(self.source, self.epoch, self.lane)):
+            # with fewer documents than lanes, a lane finds nothing in most epochs
+            self.epoch, self.shard, self.empty_epochs = self.epoch + 1, 0, self.empty_epochs + 1
+            if self.empty_epochs == 10_000:
+                raise InputError(f"source {self.path!r}: lane {self.lane} finds no document in it")
+
+
+class Lane:
+    """One lane's documents, mixed by tokens: next is the source with the largest deficit.
+
+    The deficit is weight x tokens so far - tokens of the source, over the sources that still have
+    epochs to give: a source that has spent its epochs leaves, and the weights are renormalised.
+    """
+
+    def __init__(self, corpus: Corpus, index: int, state: dict[str, Any] | None = None):
+        count = len(corpus.sources)
+        state = state or {
+            "places": [[0, 0, None, 0]] * count,
+            "tokens": [0] * count,
+            "documents": 0,
+            "bad_records": 0,
+        }
+        self.corpus, self.index = corpus, index
+        self.cursors = [Cursor(corpus, i, index, place) for i, place in enumerate(state["places"])]
+        self.tokens = list(state["tokens"])
+        self.counts = {key: state[key] for key in ("documents", "bad_records")}
+        self.active = [
+            i for i, c in enumerate(self.cursors) if corpus.sources[i].weight > 0 and not c.spent
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """JSON from which a new lane continues with the next document."""
+        places = [cursor.place for cursor in self.cursors]
+        return {"places": places, "tokens": list(self.tokens), **self.counts}
+
+    def next(self) -> tuple[Any, Document, Source] | None:
+        """The next encoded document, or None when every source has spent its epochs."""
+        weights = [source.weight for source in self.corpus.sources]
+        while self.active:
+            share = sum(self.tokens[i] for i in self.active) / sum(weights[i] for i in self.active)
+            source = max(self.active, key=lambda i: weights[i] * share - self.tokens[i])
+            item = self.cursors[source].next(self.counts)
+            if item is None:
+                self.active.remove(source)
+                continue
+            encoded, document = item
+            self.tokens[source] += len(encoded)
+            self.counts["documents"] += 1
+            return encoded, document, self.corpus.sources[source]
+        return None
+
+
+class StepStream(torch.utils.data.IterableDataset):
+    """The rows of each step that belong to one rank.
+
+    Args:
+        rows_of: (lane index, its state or None) → an endless iterator of its rows.
+        rows_per_lane: global batch size / lanes.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        rows_of: Callable[[int, dict | None], Iterator[Row]],
+        rows_per_lane: int,
+        rank: int,
+        world_size: int,
+        states: dict[int, dict] | None = None,
+    ):
+        self.corpus, self.rows_of, self.rows_per_lane = corpus, rows_of, rows_per_lane
+        self.mine = list(range(rank, corpus.arguments.lanes, world_size))
+        self.states = states or {}
+        workers = corpus.arguments.dataloader_num_workers
+        if workers > len(self.mine):
+            raise InputError(
+                f"dataloader_num_workers: {workers} is more than a rank's {len(self.mine)} lanes"
+            )
+
+    def __iter__(self) -> Iterator[list[Row] | InputError]:
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        lanes = [self.rows_of(i, self.states.get(i)) for i in self.mine[first::stride]]
+        try:
+            while True:
+                yield [next(lane) for lane in lanes for _ in range(self.rows_per_lane)]
+        except InputError as error:
+            yield error  # raised in a worker, it would arrive with a traceback in its message
+        finally:
+            self.corpus.close()  # an open parquet reader at interpreter exit can abort the process
+
+    def steps(self) -> Iterator[list[Row]]:
+        """The rank's rows of one step after the other, in an order that workers do not change."""
+        workers = self.corpus.arguments.dataloader_num_workers
+        parts = iter(
+            torch.utils.data.DataLoader(
+                self,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker,
+                multiprocessing_context="spawn" if workers else None,
+            )
+        )
+        while True:
+            rows: list[Row] = []
+            for _ in range(workers or 1):
+                part = next(parts)
+                if isinstance(part, InputError):
+                    raise part
+                rows += part
+            yield sorted(rows, key=lambda row: row.lane)
+
+
+def _as_it_is(rows: list[Row]) -> list[Row]:
+    return rows
+
+
+def _start_worker(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
+    # signals to the process group are the trainer's: it still needs the rows of its last step
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,403 @@
+"""The part of training that every recipe shares: processes, steps, guards, cadence, checkpoints.
+
+    training = Training(args, folder)
+    training.prepare(objective, model, stream)  # resumes when there is something to resume
+    for step in training.steps():
+        if training.evaluates():
+            training.record_evaluation(…)
+
+An objective is a module whose `forward(**batch)` returns named sums of losses, and whose
+`counts(batch)` tells what each is divided by. The loss of a step is Σ weight x sum / count over
+the whole global batch: however it is split over ranks and micro-batches, it is the same number.
+"""
+
+import math
+import os
+import shlex
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import get_scheduler
+
+from utils import checkpoint
+from utils.config import InputError
+from utils.engine import Engine, random_key, start_processes
+from utils.packing import collate
+from utils.run_folder import RunFolder
+from utils.stream import StepStream
+from utils.training_arguments import TrainingArguments
+
+# what a checkpoint keeps of a `Training`
+COUNTERS = (
+    "step",
+    "tokens",
+    "seconds",
+    "skipped_steps",
+    "skipped_in_a_row",
+    "recent_losses",
+    "best_eval_loss",
+    "evaluations_since_best",
+    "evaluated_step",
+    "pending_evaluation",
+    "ending",
+)
+# dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+class Training:
+    """One run on this process.
+
+    Raises:
+        InputError: a resume that would not continue the same run; too many non-finite steps.
+    """
+
+    def __init__(self, arguments: TrainingArguments, folder: RunFolder):
+        self.arguments, self.folder = arguments, folder
+        self.stop_signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note_signal)
+        self.accelerator = start_processes(arguments, folder.path)
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        # what the ranks agree on from step to step goes over the CPU: the accelerator does not wait
+        self.agreement = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.step = self.tokens = self.skipped_steps = self.skipped_in_a_row = 0
+        self.seconds = 0.0  # of training, over all interruptions
+        self.recent_losses: list[float] = []
+        self.best_eval_loss, self.evaluations_since_best = math.inf, 0
+        self.pending_evaluation = False  # the step is trained, and the caller not yet heard
+        self.evaluated_step = self.saved_step = None
+        self.stream_states: dict[int, dict] = {}
+        self.ending = ""  # why the run has come to its end
+        self.stopped = False  # by a signal, to be continued
+
+    def prepare(
+        self,
+        objective: torch.nn.Module,
+        model: torch.nn.Module,
+        stream: Callable[[dict[int, dict]], StepStream],
+        fixed: dict[str, Any],
+        write_model_files: Callable[[Path], None],
+        flops_per_token: float = 0.0,
+    ) -> None:
+        """Build the engine and the optimizer; continue from the newest checkpoint, if any.
+
+        Args:
+            objective: holds the model; see the module's docstring.
+            stream: the rows of this rank, from the states of its lanes.
+            fixed: what must not change over the life of a run.
+            write_model_files: writes configuration and tokenizer into a checkpoint folder.
+        """
+        a = self.arguments
+        self.objective, self.fixed = objective, fixed
+        self.write_model_files, self.flops_per_token = write_model_files, flops_per_token
+        self.engine = Engine(self.accelerator, objective, model, a)
+        schedule = get_scheduler(
+            a.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=a.learning_rate),
+            num_warmup_steps=a.warmup_steps,
+            num_training_steps=a.total_steps,
+            scheduler_specific_kwargs=a.lr_scheduler_kwargs,
+        )
+        self.learning_rate_factor = schedule.lr_lambdas[0]  # of the step: nothing to restore
+        if newest := self.folder.newest_checkpoint():
+            self._resume(newest)
+        elif a.warm_start:
+            self.engine.load(Path(a.warm_start))
+        if self.is_main:
+            self.folder.begin(a, self.step)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": self.step}})
+        self.rows = stream(self.stream_states).steps()
+
+    def steps(self) -> Iterator[int]:
+        """Train; after a step, and at the end of the run, the caller may evaluate.
+
+        Ends with `stopped` set when a signal asked for it: saved, and not at its end.
+        """
+        a = self.arguments
+        self.session_start, self.session_step = time.monotonic(), self.step
+        self.logged_seconds, self.logged_tokens = self.seconds, self.tokens
+        while True:
+            if not self.pending_evaluation:
+                if a.total_steps is not None and self.step >= a.total_steps:
+                    self.ending = self.ending or f"all {a.total_steps} steps are done"
+                if self.ending:
+                    break
+                start = time.monotonic()
+                rows = next(self.rows)
+                size = a.per_device_batch_size
+                features = [row.features for row in rows]
+                batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
+                tokens, counts = self._agree(sum(row.tokens for row in rows), batches)
+                if self.stopped:
+                    return self._stop()
+                if self.ending:
+                    break
+                self._train_step(rows, batches, counts, tokens, start)
+                self.pending_evaluation = True
+            yield self.step
+            if self.stopped:
+                return self._stop()
+            self.pending_evaluation = False
+            if self.step % a.save_steps == 0:
+                self.save()
+        if self.evaluated_step != self.step:
+            yield self.step
+            if self.stopped:
+                return self._stop()
+        if self.saved_step != self.step:
+            self.save()
+
+    def evaluates(self) -> bool:
+        """Whether it is time to evaluate: every `eval_steps`, and at the end of the run."""
+        a = self.arguments
+        is_last = bool(self.ending) or self.step == a.total_steps
+        is_due = a.eval_steps is not None and self.step % a.eval_steps == 0
+        return (is_last or is_due) and self.evaluated_step != self.step
+
+    def any_rank(self, condition: bool) -> bool:
+        """Whether it holds on any rank; notes in `stopped` that any was told to stop."""
+        stop, total = self._sum([float(self.stop_signal), float(condition)])
+        self.stopped = stop > 0
+        return total > 0
+
+    def gather(self, mine: list) -> list:
+        """The ranks' lists, one after the other, on every rank."""
+        everyone: list[list] = [mine]
+        if self.agreement is not None:
+            everyone = [[]] * self.world_size
+            dist.all_gather_object(everyone, mine, group=self.agreement)
+        return [item for part in everyone for item in part]
+
+    def record_evaluation(self, results: dict[str, Any] | None) -> None:
+        """Log an evaluation, and end the run when `eval_loss` has not improved for long enough.
+
+        Args:
+            results: None when a stop signal cut the evaluation short: a resume repeats it.
+        """
+        if results is None:
+            return
+        self.evaluated_step = self.step
+        self._log({"step": self.step, **results})
+        if results["eval_loss"] < self.best_eval_loss:
+            self.best_eval_loss, self.evaluations_since_best = results["eval_loss"], 0
+        else:
+            self.evaluations_since_best += 1
+        patience = self.arguments.early_stopping_patience
+        if patience is not None and self.evaluations_since_best >= patience:
+            self.ending = f"the evaluation loss has not improved {patience} times"
+
+    def save(self) -> None:
+        """Write checkpoints/step-…: what was trained on so far, and nothing that was prefetched."""
+        a, states = self.arguments, dict(self.gather(list(self.stream_states.items())))
+        seen: dict[str, int] = {}
+        for state in states.values():
+            for name, tokens in state["seen"].items():
+                seen[name] = seen.get(name, 0) + tokens
+        if self.is_main:
+            self.folder.record({"step": self.step, "tokens_by_source": dict(sorted(seen.items()))})
+        folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
+        state = {
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+            "fixed": self.fixed,
+            "world_size": self.world_size,
+            "stream": states,
+        }
+        try:
+            self.engine.save(folder, state, self.write_model_files)
+        except checkpoint.CheckpointError as error:
+            last = self.folder.newest_checkpoint()
+            raise InputError(
+                f"could not write {folder}: {error}. "
+                f"The last good checkpoint is {last or 'none'}: make room and start again"
+            ) from None
+        self.saved_step = self.step
+        if self.is_main:
+            checkpoint.prune(self.folder.path, a.keep_last, a.keep_every)
+            print(f"saved {folder}", flush=True)
+
+    def _train_step(self, rows, batches, counts, tokens, start) -> None:
+        a = self.arguments
+        rate = a.learning_rate * self.learning_rate_factor(self.step)
+        self.engine.set_learning_rate(rate)
+        usual = self.recent_losses
+        limit = math.inf
+        if len(usual) >= 20:
+            limit = statistics.fmean(usual) + a.loss_spike_threshold * statistics.pstdev(usual)
+        self.objective.train()
+        device = self.accelerator.device
+        sums = torch.zeros(len(counts), device=device)
+        divisors = torch.tensor([max(n, 1) for n in counts.values()], device=device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            torch.manual_seed(random_key(a.seed, self.step, index, self.rank))
+            with nullcontext() if is_last else self.engine.accumulate():
+                with self.accelerator.autocast():
+                    terms = self.engine.module(**{k: v.to(device) for k, v in batch.items()})
+                terms = torch.stack([terms[name].float() for name in counts])
+                sums += terms.detach()
+                loss = (terms / divisors).sum()
+                if is_last:
+                    means = self.accelerator.reduce(sums, "sum") / divisors
+                    allowed = limit if a.skip_loss_spikes else math.inf
+                    good = means.sum().isfinite() & (means.sum() <= allowed)
+                    # every rank sees the same loss; a bad one makes the gradients non-finite, which
+                    # the engine skips: no rank waits for the accelerator to decide
+                    loss = loss * torch.where(good, 1.0, math.nan)
+                # the engine takes the mean over the ranks, where the sum is wanted
+                self.engine.backward(loss * self.world_size)
+            self.engine.step(is_last)
+        losses = dict(zip(counts, means.tolist(), strict=True))
+        loss = sum(losses.values())
+        self.step += 1
+        self.tokens += tokens
+        self.stream_states.update((row.lane, row.state) for row in rows)
+        self.seconds += time.monotonic() - start
+        record = {
+            "step": self.step,
+            "loss": loss,
+            **(losses if len(losses) > 1 else {}),
+            "learning_rate": rate,
+            "grad_norm": self.engine.gradient_norm,
+            "tokens": self.tokens,
+        }
+        self._guard(record, limit)
+        if self.step % a.logging_steps == 0 or self.step == a.total_steps:
+            self._log(record)
+
+    def _guard(self, record: dict[str, Any], limit: float) -> None:
+        """Count and report spikes and skipped steps; stop after too many in a row."""
+        a, loss, applied = self.arguments, record["loss"], self.engine.applied
+        if limit < loss < math.inf:
+            record["loss_spike"] = True
+            self._say(f"step {self.step}: the loss of {loss:.4f} is a spike (above {limit:.4f})")
+        searches_scale = a.mixed_precision == "fp16" and math.isfinite(loss) and not applied
+        if applied:
+            self.skipped_in_a_row = 0
+            self.recent_losses = [*self.recent_losses, loss][-100:]
+        else:
+            record["skipped"] = True
+            self.skipped_steps += 1
+            self.skipped_in_a_row += not searches_scale
+            self._say(
+                f"step {self.step}: skipped, loss {loss}, gradient norm {record['grad_norm']}"
+            )
+        if self.skipped_in_a_row >= a.max_skipped_steps:
+            self._log(record)
+            last = self.folder.newest_checkpoint()
+            raise InputError(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, were skipped: loss or "
+                f"gradient not finite, or a spike. The last good checkpoint is {last or 'none'}: "
+                "look at the data, or lower the learning_rate"
+            )
+
+    def _resume(self, folder: Path) -> None:
+        state = checkpoint.read_state(folder)
+        for name, value in self.fixed.items():
+            if state["fixed"].get(name) != value:
+                raise InputError(
+                    f"cannot continue {folder}: {name} was {state['fixed'].get(name)} and is "
+                    f"{value}. Change it back, or choose another output_dir"
+                )
+        self.engine.load(folder)
+        for name in COUNTERS:
+            setattr(self, name, state["counters"][name])
+        self.ending = ""  # a finished run goes on when its limits have been raised
+        self.saved_step = self.step
+        self.stream_states = {int(lane): s for lane, s in state["stream"].items()}
+        self._say(f"continuing {folder}")
+
+    def _agree(self, tokens: int, batches: list[dict]) -> tuple[int, dict[str, int]]:
+        """(tokens, counts by name) of the global batch; sets `stopped` or `ending` on all ranks."""
+        a = self.arguments
+        each = [self.objective.counts(batch) for batch in batches]
+        counts = {name: sum(c[name] for c in each) for name in each[0]}
+        spent = a.max_hours is not None and self.seconds > 3600 * a.max_hours
+        values = [float(self.stop_signal), float(spent), float(tokens), *counts.values()]
+        stop, spent, tokens, *totals = self._sum(values)
+        self.stopped = stop > 0
+        if spent:
+            self.ending = f"max_hours: {a.max_hours} have passed"
+        elif tokens == 0:
+            self.ending = "the data is spent"
+        return int(tokens), {name: int(n) for name, n in zip(counts, totals, strict=True)}
+
+    def _sum(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.agreement is not None:
+            dist.all_reduce(total, group=self.agreement)
+        return total.tolist()
+
+    def _log(self, record: dict[str, Any]) -> None:
+        a = self.arguments
+        if not self.is_main:
+            return
+        if "loss" in record:
+            seconds = self.seconds - self.logged_seconds
+            rate = (self.tokens - self.logged_tokens) / max(seconds, 1e-9)
+            self.logged_seconds, self.logged_tokens = self.seconds, self.tokens
+            record["tokens_per_second"] = round(rate, 1)
+            parts = [
+                f"step {self.step}" + (f"/{a.total_steps}" if a.total_steps else ""),
+                f"loss {record['loss']:.4f}",
+                f"lr {record['learning_rate']:.2e}",
+                f"{rate:,.0f} tokens/s",
+            ]
+            peak = _peak_flops(self.accelerator.device)
+            if peak and self.flops_per_token:
+                # 6 N + 12 L H S FLOPs a token over the dense bf16 peak
+                record["mfu"] = round(rate * self.flops_per_token / peak / self.world_size, 4)
+                parts.append(f"MFU {record['mfu']:.1%}")
+            if a.total_steps and self.step > self.session_step:
+                passed = time.monotonic() - self.session_start
+                left = passed / (self.step - self.session_step) * (a.total_steps - self.step)
+                parts.append(f"{_clock(left)} left")
+            print("  ".join(parts), flush=True)
+        self.folder.record(record)
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        self.accelerator.log(numbers, step=self.step)
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        # a launcher repeats the terminal's Ctrl-C to its workers: only a later one is a second
+        if number == signal.SIGINT and self.stop_signal and time.monotonic() > self.signal_time + 2:
+            raise KeyboardInterrupt
+        self.stop_signal, self.signal_time = number, time.monotonic()
+        self._say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
+
+    def _stop(self) -> None:
+        if self.saved_step != self.step and self.step > 0:
+            self.save()
+        self._say(f"stopped after step {self.step}; resume with: {_command()}")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def _command() -> str:
+    """The line that started this run: the launcher's, when there is one."""
+    process = psutil.Process()
+    if "RANK" in os.environ:
+        process = process.parent() or process
+    return shlex.join(os.path.basename(w) if i < 2 else w for i, w in enumerate(process.cmdline()))

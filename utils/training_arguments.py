@@ -1,0 +1,84 @@
+"""Settings of the training shell; named as in transformers.TrainingArguments."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from utils.config import InputError
+
+
+@dataclass
+class TrainingArguments:
+    """Settings of the training shell; named as in transformers.TrainingArguments."""
+
+    output_dir: str = "runs/run"  # everything the run writes; started again, it continues
+    resume: Literal["auto", "never"] = "auto"  # "never" refuses an output_dir with checkpoints
+    warm_start: str | None = None  # a checkpoint whose weights and optimizer a new run begins with
+    seed: int = 0
+    sequence_length: int = 1024  # tokens of a row
+    global_batch_size: int = 64  # sequences a step, over all processes
+    per_device_batch_size: int = 8  # sequences a micro-batch; accumulation makes up the rest
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    learning_rate: float = 3e-4  # the peak
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+        "constant",
+        "constant_with_warmup",
+    ] = "cosine"
+    # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: int = 0
+    max_steps: int | None = None  # the run ends at the first of max_steps, max_tokens, max_hours
+    max_tokens: int | None = None
+    max_hours: float | None = None  # of training, over all interruptions
+    weight_decay: float = 0.1  # of matrices and embeddings: not of norms and biases
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    max_skipped_steps: int = 5  # non-finite steps in a row after which the run stops
+    # standard deviations above the mean of the last 100 losses: such a step is reported
+    loss_spike_threshold: float = 6.0
+    skip_loss_spikes: bool = False  # and leaves the weights as they are
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    logging_steps: int = 1
+    eval_steps: int | None = None  # null: only at the end
+    early_stopping_patience: int | None = None  # evaluations without a better loss
+    save_steps: int = 1000
+    keep_last: int = 2  # checkpoints
+    keep_every: int | None = None  # and those whose step this divides
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def check(self) -> None:
+        for name in ("global_batch_size", "per_device_batch_size", "save_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.global_batch_size % (processes * self.per_device_batch_size):
+            raise InputError(
+                f"global_batch_size: {self.global_batch_size} is not divisible by {processes} "
+                f"processes x per_device_batch_size {self.per_device_batch_size}"
+            )
+        if self.total_steps is None and not self.lr_scheduler_type.startswith("constant"):
+            raise InputError(
+                f"lr_scheduler_type: {self.lr_scheduler_type} needs max_steps or max_tokens"
+            )
+        if self.total_steps is not None and self.warmup_steps > self.total_steps:
+            raise InputError(
+                f"warmup_steps: {self.warmup_steps} is more than the run's {self.total_steps} steps"
+            )
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the run and of its learning-rate schedule, if max_steps or max_tokens says."""
+        limits = [self.max_steps] if self.max_steps is not None else []
+        if self.max_tokens is not None:
+            limits.append(
+                math.ceil(self.max_tokens / (self.global_batch_size * self.sequence_length))
+            )
+        return min(limits, default=None)
