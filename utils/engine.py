@@ -92,6 +92,11 @@ class Engine:
         )
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
 
+    def describe(self) -> str:
+        if self.deepspeed:
+            return f"DeepSpeed ZeRO-{self.module.zero_optimization_stage()}"
+        return self.accelerator.distributed_type.value
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate

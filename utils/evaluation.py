@@ -1,5 +1,6 @@
 """Loss and bits per byte on held-out documents, by domain, over all ranks."""
 
+import gzip
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from utils.config import InputError
-from utils.packing import IGNORE_INDEX, collate, pack
+from utils.packing import IGNORE_INDEX, pack
 from utils.sources import BadRecord, Document, Shard, Source, find_files, read
 from utils.training import Training
 
@@ -31,6 +32,13 @@ def held_out_documents(
                 count += 1
                 if count == limit:
                     break
+
+
+def check_held_out(sources: list[Source]) -> None:
+    """Raises InputError unless every source begins with a document."""
+    for source in sources:
+        if next(held_out_documents([source], 1), None) is None:
+            raise InputError(f"source {source.path!r} is empty: no document to evaluate on")
 
 
 def evaluate_by_domain(
@@ -102,4 +110,31 @@ def _summary(parts: list[tuple[str, list[float]]]) -> dict[str, Any]:
         "eval_bits_per_byte_by_domain": {
             d: v[0] / math.log(2) / v[2] for d, v in sorted(domains.items())
         },
+    }
+
+
+def baselines(
+    documents: Iterator[Document],
+    train_documents: Iterator[Document],
+    encode: Callable[[list[str]], list[np.ndarray]],
+    vocabulary: int,
+) -> dict[str, str]:
+    """Bits per byte of `documents`, one by one, under gzip -9 and under a unigram model.
+
+    The unigram model counts the tokens of `train_documents`, one added to each count, and like a
+    language model pays for the end token of a document and not for the begin token.
+    """
+    counts = np.ones(vocabulary)
+    for document in train_documents:
+        counts += np.bincount(encode([document.text])[0][1:], minlength=vocabulary)
+    bits_of_token = -np.log2(counts / counts.sum())
+    size, gzip_bits, unigram_bits = 0, 0, 0.0
+    for document in documents:
+        text = document.text.encode()
+        size += len(text)
+        gzip_bits += 8 * len(gzip.compress(text, 9))
+        unigram_bits += float(bits_of_token[encode([document.text])[0][1:]].sum())
+    return {
+        "bits per byte under a unigram model of the same tokenizer": f"{unigram_bits / size:.4f}",
+        "bits per byte under gzip -9, document by document": f"{gzip_bits / size:.4f}",
     }

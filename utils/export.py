@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face model folder that `from_pretrained` reads, on one CPU process.
 
-    python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output_dir model
+python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output_dir model
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,9 @@ def export(checkpoint: Path, output_dir: Path, dtype: torch.dtype = torch.float3
     model = architecture._from_config(config, dtype=dtype)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, values in read_parameters(checkpoint, {n: p.shape for n, p in parameters.items()}):
+        for name, values in read_parameters(
+            checkpoint, {n: p.shape for n, p in parameters.items()}
+        ):
             parameters[name].copy_(values)
     with written_aside(output_dir) as folder:
         model.save_pretrained(folder)

@@ -122,7 +122,7 @@ def packed_rows(
             tokens, document, source = item
             name = source.name or source.path
             key = name if name == document.domain else f"{name}/{document.domain}"
-            if key not in seen and len(seen) == MAX_DOMAINS:
+            if key not in seen and len(seen) >= MAX_DOMAINS:
                 raise InputError(
                     f"source {source.path!r}: domain_field {source.domain_field!r} has more than "
                     f"{MAX_DOMAINS} values: name a field that sorts documents into a few kinds"

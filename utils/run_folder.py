@@ -45,12 +45,17 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         return checkpoint.newest(self.path)
 
-    def finished(self) -> dict[str, Any] | None:
-        """{"step", "reason"} of a run that has come to its end and written everything."""
+    def is_finished(self, total_steps: int | None) -> bool:
+        """Whether the run has come to its end and written everything; if so, says so."""
         try:
-            return json.loads((self.path / "finished.json").read_text())
+            end = json.loads((self.path / "finished.json").read_text())
         except (OSError, ValueError):
-            return None
+            return False
+        if total_steps is not None and total_steps > end["step"]:
+            return False  # more steps are asked for than it was to make
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{self.path} is finished: {end['step']} steps, {end['reason']}")
+        return True
 
     def begin(self, settings: Any, step: int) -> None:
         """Write the settings, and cut the metrics back to what a checkpoint of `step` has seen."""

@@ -84,12 +84,7 @@ def find_files(source: Source) -> list[str]:
     elif os.path.exists(path):
         files = [path]
     elif "://" in path:
-        filesystem, pattern = fsspec.url_to_fs(path)
-        if not path.endswith(FORMATS) and filesystem.isdir(pattern):
-            found = _readable(filesystem.find(pattern))
-        else:
-            found = filesystem.glob(pattern)
-        files = [filesystem.unstrip_protocol(file) for file in found]
+        files = _remote_files(path)
     elif any(mark in path for mark in "*?[") or path.endswith(FORMATS) or path.count("/") != 1:
         files = glob.glob(path, recursive=True)
     else:
@@ -104,6 +99,18 @@ def find_files(source: Source) -> list[str]:
 
 def _readable(files: list[str]) -> list[str]:
     return [file for file in files if file.endswith(FORMATS) and not os.path.isdir(file)]
+
+
+def _remote_files(url: str) -> list[str]:
+    try:
+        filesystem, pattern = fsspec.url_to_fs(url)
+        if not url.endswith(FORMATS) and filesystem.isdir(pattern):
+            found = _readable(filesystem.find(pattern))
+        else:
+            found = filesystem.glob(pattern)
+    except Exception as error:  # every file system has kinds of its own
+        raise InputError(f"source {url!r}: {type(error).__name__}: {error}") from None
+    return [filesystem.unstrip_protocol(file) for file in found]
 
 
 def _hub_files(source: Source) -> list[str]:
@@ -281,7 +288,10 @@ def _document(
         return BadRecord(problem, position, end, shard.file)
 
     try:
-        record = json.loads(record) if isinstance(record, bytes) else record.as_py()
+        if isinstance(record, bytes):
+            record = json.loads(str(record, "utf-8-sig"))
+        else:
+            record = record.as_py()
     except (ValueError, RecursionError) as error:
         return bad(f"not JSON: {error}" if isinstance(record, bytes) else f"{error}")
     text = _field(record, source.text_field)

@@ -30,7 +30,9 @@ from transformers import get_scheduler
 from utils import checkpoint
 from utils.config import InputError
 from utils.engine import Engine, random_key, start_processes
+from utils.export import export
 from utils.packing import collate
+from utils.report import write_card, write_plots
 from utils.run_folder import RunFolder
 from utils.stream import StepStream
 from utils.training_arguments import TrainingArguments
@@ -188,7 +190,9 @@ class Training:
         if results is None:
             return
         self.evaluated_step = self.step
-        self._log({"step": self.step, **results})
+        if "eval_loss" not in results:
+            return
+        self.log({"step": self.step, **results})
         if results["eval_loss"] < self.best_eval_loss:
             self.best_eval_loss, self.evaluations_since_best = results["eval_loss"], 0
         else:
@@ -225,6 +229,27 @@ class Training:
         if self.is_main:
             checkpoint.prune(self.folder.path, a.keep_last, a.keep_every)
             print(f"saved {folder}", flush=True)
+
+    def conclude(self, title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]) -> None:
+        """Write the export, the plots and the card, and say where they are and what came out."""
+        if self.is_main:
+            a, path = self.arguments, self.folder.path
+            facts |= {
+                "training": f"{self.step} steps, {self.seconds / 3600:.2f} hours; {self.ending}",
+                "processes": f"{self.world_size} x {self.accelerator.device.type}",
+                "parallelism": self.engine.describe(),
+                "steps skipped": self.skipped_steps,
+            }
+            dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+            export(self.folder.newest_checkpoint(), path / "model", dtype[a.mixed_precision])
+            plots = write_plots(self.folder)
+            card = write_card(self.folder, title, pipeline_tag, usage, facts)
+            self.folder.finish(self.step, self.ending)
+            lines = ["finished", *(f"  {k}: {v}" for k, v in facts.items())]
+            lines += [f"model: {path / 'model'}", f"card:  {card}", *(f"plot:  {p}" for p in plots)]
+            print("\n".join(lines), flush=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def _train_step(self, rows, batches, counts, tokens, start) -> None:
         a = self.arguments
@@ -273,7 +298,7 @@ class Training:
         }
         self._guard(record, limit)
         if self.step % a.logging_steps == 0 or self.step == a.total_steps:
-            self._log(record)
+            self.log(record)
 
     def _guard(self, record: dict[str, Any], limit: float) -> None:
         """Count and report spikes and skipped steps; stop after too many in a row."""
@@ -293,12 +318,12 @@ class Training:
                 f"step {self.step}: skipped, loss {loss}, gradient norm {record['grad_norm']}"
             )
         if self.skipped_in_a_row >= a.max_skipped_steps:
-            self._log(record)
+            self.log(record)
             last = self.folder.newest_checkpoint()
             raise InputError(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, were skipped: loss or "
-                f"gradient not finite, or a spike. The last good checkpoint is {last or 'none'}: "
-                "look at the data, or lower the learning_rate"
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, were skipped: "
+                "loss or gradient not finite, or a spike. Look at the data or the learning_rate; "
+                f"the last good checkpoint: {last or 'none'}"
             )
 
     def _resume(self, folder: Path) -> None:
@@ -338,7 +363,8 @@ class Training:
             dist.all_reduce(total, group=self.agreement)
         return total.tolist()
 
-    def _log(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any]) -> None:
+        """A line in metrics.jsonl, on the screen if it is a step's, and in the trackers."""
         a = self.arguments
         if not self.is_main:
             return

@@ -20,24 +20,29 @@ import inspect
 import os
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from utils.memory import flops_per_token, parameter_count, plan
 
 from utils.config import InputError, command, parse
 from utils.engine import initialize_weights
-from utils.evaluation import evaluate_by_domain, held_out_documents
-from utils.export import export
+from utils.evaluation import baselines, check_held_out, evaluate_by_domain, held_out_documents
 from utils.loss import summed_cross_entropy, token_cross_entropy
-from utils.memory import flops_per_token, plan
 from utils.packing import IGNORE_INDEX, DocumentEncoder, packed_rows
 from utils.run_folder import RunFolder
 from utils.sources import Source
 from utils.stream import Corpus, StepStream, StreamArguments
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
+
+USAGE = """
+from transformers import pipeline
+
+generate = pipeline("text-generation", "{model}")
+print(generate("def ", max_new_tokens=60)[0]["generated_text"])
+"""
 
 
 @dataclass
@@ -52,7 +57,8 @@ class Arguments(TrainingArguments, StreamArguments):
     attn_implementation: str | None = None  # sdpa, eager, flex_attention or flash_attention_2
     train_sources: list[Source] = field(default_factory=list)
     validation_sources: list[Source] = field(default_factory=list)  # each read once
-    test_sources: list[Source] = field(default_factory=list)  # evaluated at the end only
+    test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
+    baselines: bool = False  # gzip -9 and a unigram model beside the bits per byte of the test
     eval_documents: int | None = None  # of each validation source; null: all
     sample_prompts: list[str] = field(default_factory=list)  # continued at each evaluation
     dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
@@ -97,29 +103,29 @@ def load_tokenizer(name: str) -> Any:
         raise InputError(f"tokenizer: cannot load {name}: {str(error).splitlines()[0]}") from None
 
 
-def model_config(args: Arguments, tokenizer: Any) -> Any:
+def model_config(args: Arguments, tokenizer: Any = None) -> Any:
     """The configuration of the model to be trained, checked against the tokenizer."""
-    if args.model_name_or_path:
-        try:
-            config = AutoConfig.from_pretrained(args.model_name_or_path)
-        except (OSError, ValueError) as error:
-            message = str(error).splitlines()[0]
-            raise InputError(f"model_name_or_path: cannot load it: {message}") from None
-    else:
-        ours = {
+    settings = dict(args.model)
+    if tokenizer is None and "vocab_size" not in settings:
+        tokenizer = load_tokenizer(args.tokenizer or args.model_name_or_path)
+    if tokenizer is not None:
+        settings = {
             "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64 suits the hardware
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
-        }
-        try:
-            config = AutoConfig.for_model(**{**ours, **args.model})
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(f"model: {error}") from None
-    if len(tokenizer) > config.vocab_size:
+        } | settings
+    try:
+        if args.model_name_or_path:
+            config = AutoConfig.from_pretrained(args.model_name_or_path)
+        else:
+            config = AutoConfig.for_model(**settings)
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"model: {str(error).splitlines()[0]}") from None
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise InputError(
-            f"model.vocab_size: the tokenizer has {len(tokenizer)} tokens, the model "
-            f"{config.vocab_size}"
+            f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
+            f"{len(tokenizer)} tokens"
         )
     positions = getattr(config, "max_position_embeddings", args.sequence_length)
     if args.sequence_length > positions:
@@ -143,8 +149,8 @@ def build_model(args: Arguments, config: Any) -> torch.nn.Module:
     return model
 
 
-def evaluate(training, objective, sources, encode, args) -> dict[str, Any] | None:
-    """Loss and bits per byte on held-out documents, by domain."""
+def evaluate(training: Training, objective, sources, encode, args) -> dict[str, Any] | None:
+    """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
 
     def token_losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         device = training.accelerator.device
@@ -153,26 +159,45 @@ def evaluate(training, objective, sources, encode, args) -> dict[str, Any] | Non
             return training.engine.module(**batch, per_token=True)
 
     objective.eval()
-    return evaluate_by_domain(
-        training,
-        held_out_documents(sources, args.eval_documents, args.on_bad_record),
-        encode,
-        token_losses,
-        args.sequence_length,
-        args.per_device_batch_size,
-    )
+    documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
+    size = args.per_device_batch_size
+    return evaluate_by_domain(training, documents, encode, token_losses, args.sequence_length, size)
+
+
+def write_samples(training: Training, model, tokenizer, encode, prompts: list[str]) -> list[dict]:
+    """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8."""
+    samples = []
+    for prompt in prompts:
+        tokens = torch.tensor([encode([prompt])[0][:-1]], device=training.accelerator.device)
+        torch.manual_seed(0)
+        with torch.no_grad(), training.accelerator.autocast():
+            output = model.generate(
+                tokens.long(),
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=60,
+                do_sample=True,
+                temperature=0.8,
+                pad_token_id=encode.end,
+                synced_gpus=training.world_size > 1,
+            )
+        text = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+        samples.append({"prompt": prompt, "text": text})
+    return samples
 
 
 def main() -> None:
     args = parse(Arguments)
+    if args.dry_run:
+        print(plan(model_config(args), args))
+        return
     tokenizer = load_tokenizer(args.tokenizer or args.model_name_or_path)
     config = model_config(args, tokenizer)
-    if args.dry_run:
-        print(plan(config, args))
-        return
     encode = DocumentEncoder(tokenizer)
     corpus = Corpus(args.train_sources, encode, args, args.seed)
+    check_held_out(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)
+    if folder.is_finished(args.total_steps):
+        return
 
     training = Training(args, folder)
     model = build_model(args, config)
@@ -199,12 +224,29 @@ def main() -> None:
         write_model_files=lambda path: [x.save_pretrained(path) for x in (config, tokenizer)],
         flops_per_token=flops_per_token(config, args.sequence_length),
     )
-    for _ in training.steps():
-        if args.validation_sources and training.evaluates():
-            results = evaluate(training, objective, args.validation_sources, encode, args)
+    for step in training.steps():
+        if training.evaluates():
+            results: dict[str, Any] | None = {}
+            if args.validation_sources:
+                results = evaluate(training, objective, args.validation_sources, encode, args)
             training.record_evaluation(results)
-    if not training.stopped and training.is_main:
-        export(folder.newest_checkpoint(), folder.path / "model")
+            if not training.stopped and args.sample_prompts:
+                samples = write_samples(training, model, tokenizer, encode, args.sample_prompts)
+                training.log({"step": step, "samples": samples})
+    if training.stopped:
+        return
+
+    facts = {"parameters": f"{parameter_count(config)['total']:,}"}
+    if args.test_sources:
+        results = evaluate(training, objective, args.test_sources, encode, args)
+        if results is None:
+            return
+        facts["bits per byte of the test documents"] = f"{results['eval_bits_per_byte']:.4f}"
+        if args.baselines and training.is_main:
+            test = held_out_documents(args.test_sources, args.eval_documents)
+            train = held_out_documents(args.train_sources, 20_000)
+            facts |= baselines(test, train, encode, len(tokenizer))
+    training.conclude("Causal language model", "text-generation", USAGE, facts)
 
 
 if __name__ == "__main__":

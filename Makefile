@@ -1,0 +1,46 @@
+# The commands of the README. `make setup` needs Python 3.11 or 3.12; everything else needs setup.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+PROCESSES ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/2/')
+
+INSTALLED := .venv/installed
+SAMPLE := data/sample/README.md
+TOKENIZERS := data/tokenizers/bpe-8192/tokenizer.json data/tokenizers/wordpiece-8192/tokenizer.json
+SETUP := $(INSTALLED) $(SAMPLE) $(TOKENIZERS)
+
+.PHONY: setup demo test lint bench soak
+
+setup: $(SETUP)
+
+demo: $(SETUP)
+	$(BIN)/accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes $(PROCESSES) \
+		recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_demo.yaml
+	$(BIN)/python recipes/deploy/generate.py recipes/deploy/configs/generate_demo.yaml
+
+test: $(SETUP)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+bench: $(SETUP)
+	$(BIN)/python benchmarks/stream.py --tokenizer data/tokenizers/bpe-8192
+	$(BIN)/python benchmarks/pretrain_causal_lm.py
+
+soak: $(SETUP)
+	$(BIN)/python tests/soak.py
+
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))" \
+		|| { echo "setup needs Python 3.11 or 3.12: make setup PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(SAMPLE): recipes/corpus/sample.py $(INSTALLED)
+	$(BIN)/python recipes/corpus/sample.py
+
+data/tokenizers/%-8192/tokenizer.json: $(SAMPLE) recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_%_sample.yaml
+	$(BIN)/python recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_$*_sample.yaml

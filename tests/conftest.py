@@ -1,0 +1,76 @@
+"""What tests share: a small tokenizer and a small corpus, made on the spot."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+DOMAINS = ["Book", "Code", "Web"]
+SYLLABLES = ["ka", "to", "mi", "ren", "sul", "ba", "vor", "el", "né", "dra", "pi", "東", "🙂"]
+WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
+
+
+def make_documents(name: str, count: int, seed: int = 0) -> list[dict]:
+    """Records as SlimPajama has them, of 3 to 120 words, each with a number of its own."""
+    draw = random.Random(seed)
+    return [
+        {
+            "text": f"{name} {number}: {' '.join(draw.choices(WORDS, k=draw.randint(3, 120)))}\n",
+            "meta": {"redpajama_set_name": draw.choice(DOMAINS)},
+        }
+        for number in range(count)
+    ]
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train-0.jsonl and train-1.jsonl (200 documents each) and validation.jsonl (40)."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for seed, (name, count) in enumerate([("train-0", 200), ("train-1", 200), ("validation", 40)]):
+        write_jsonl(folder / f"{name}.jsonl", make_documents(name, count, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Path:
+    """A byte-level BPE of 512 tokens, special ones included, as `AutoTokenizer` reads it."""
+    pad, bos, eos = special_tokens = ["<|pad|>", "<|begin_of_text|>", "<|end_of_text|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = (corpus_folder / "train-0.jsonl").read_text().splitlines()
+    backend.train_from_iterator([json.loads(line)["text"] for line in lines], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -1,0 +1,120 @@
+"""What a training run will need, known from the model's config alone: nothing is loaded.
+
+`--dry_run true` prints it, and the table of ds_configs/README.md is `memory_table` of a 7B model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from utils.config import InputError
+
+
+def parameter_count(config: Any) -> dict[str, int]:
+    """The parameters of the causal language model that a transformers config describes.
+
+    The model is built without storage, so the count is exact for every architecture; tied weights
+    count once.
+
+    Returns:
+        "total", and "without_input_embeddings": less every embedding that is only looked up, by
+        token or by position. A matrix tied to the output projection multiplies there, and stays.
+
+    Raises:
+        InputError: transformers has no causal language model for this config.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"transformers has no causal language model of type {config.model_type!r}")
+    # not `from_config`: it would split the weights over the processes where ZeRO-3 is set up
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    output = model.get_output_embeddings()
+    lookups = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+        and (output is None or module.weight is not output.weight)
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "total": total,
+        "without_input_embeddings": total - sum(weight.numel() for weight in lookups),
+    }
+
+
+def flops_per_token(config: Any, sequence_length: int) -> int:
+    """Floating-point operations of forward and backward for one token: 6·N + 12·L·H·S.
+
+    N is the parameters without the input embeddings, L the layers, H the hidden size and S the
+    sequence length (PaLM, Chowdhery et al. 2022, appendix B, where the heads' width times their
+    number is H). Recomputed activations are not counted, masked attention scores are, and so are
+    all experts of a mixture.
+    """
+    parameters = parameter_count(config)["without_input_embeddings"]
+    text = config.get_text_config()
+    attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
+    return 6 * parameters + attention
+
+
+def model_state_bytes(
+    parameters: int,
+    zero_stage: int,
+    world_size: int,
+    mixed_precision: str,
+    offload: bool = False,
+) -> dict[str, int]:
+    """Bytes on each GPU that training with AdamW holds from step to step.
+
+    After ZeRO (Rajbhandari et al. 2020, section 3.1), as DeepSpeed 0.19 keeps them. Bytes for a
+    parameter, before ZeRO splits them over the processes (stage 1 the optimizer, stage 2 the
+    gradients too, stage 3 all three):
+
+                             weights  gradients  optimizer
+        ZeRO, fp32              4         4      4 + 8 (a second copy of the weights, moments)
+        ZeRO, bf16 or fp16      2         2      4 + 8 (fp32 master weights, moments)
+        stage 0, any            4         4          8 (autocast keeps the weights in fp32)
+
+    Gradients accumulate in the precision of the weights, unless the DeepSpeed config sets
+    `data_types.grad_accum_dtype`. Not counted: activations, communication buckets, and the fp32
+    copy of its gradients that a process makes while it steps.
+
+    Args:
+        parameters: those of the whole model, all of them trained.
+        zero_stage: 0 (DistributedDataParallel) to 3.
+        mixed_precision: "no", "bf16" or "fp16".
+        offload: as in ds_configs/zero2_offload.json and zero3_offload.json: gradients and
+            optimizer are in the host's memory, under stage 3 the weights too.
+
+    Returns:
+        "weights", "gradients" and "optimizer".
+    """
+    if zero_stage not in (0, 1, 2, 3) or mixed_precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"no such setting: {zero_stage=}, {mixed_precision=}")
+    width = 4 if zero_stage == 0 or mixed_precision == "no" else 2
+    per_parameter = {"weights": width, "gradients": width, "optimizer": 12 if zero_stage else 8}
+    first_stage_split = {"weights": 3, "gradients": 2, "optimizer": 1}
+    state = {}
+    for name, size in per_parameter.items():
+        processes = world_size if zero_stage >= first_stage_split[name] else 1
+        in_host_memory = offload and (name != "weights" or zero_stage == 3)
+        state[name] = 0 if in_host_memory else -(-size * parameters // processes)
+    return state
+
+
+def memory_table(
+    parameters: int, mixed_precision: str, world_sizes: Sequence[int] = (1, 8, 64)
+) -> str:
+    """`model_state_bytes` as a Markdown table: ZeRO stages down, numbers of GPUs across."""
+    unit, size = ("GiB", 2**30) if parameters >= 2**26 else ("MiB", 2**20)
+    header = [f"{world} GPU{'s' if world > 1 else ''}" for world in world_sizes]
+    rows = [["ZeRO stage", *header], ["---"] * (1 + len(header))]
+    for stage in (0, 1, 2, 3):
+        row = ["0 (DDP)" if stage == 0 else str(stage)]
+        for world_size in world_sizes:
+            state = model_state_bytes(parameters, stage, world_size, mixed_precision)
+            parts = " + ".join(f"{value / size:.1f}" for value in state.values())
+            row.append(f"{parts} = {sum(state.values()) / size:.1f} {unit}")
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
