@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 PROCESSES ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/2/')
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 INSTALLED := .venv/installed
 SAMPLE := data/sample/README.md
@@ -14,7 +15,8 @@ SETUP := $(INSTALLED) $(SAMPLE) $(TOKENIZERS)
 setup: $(SETUP)
 
 demo: $(SETUP)
-	$(BIN)/accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes $(PROCESSES) \
+	OMP_NUM_THREADS=$$(( $(CORES) > $(PROCESSES) ? $(CORES) / $(PROCESSES) : 1 )) \
+		$(BIN)/accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes $(PROCESSES) \
 		recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_demo.yaml
 	$(BIN)/python recipes/deploy/generate.py recipes/deploy/configs/generate_demo.yaml
 
@@ -27,7 +29,7 @@ lint: $(INSTALLED)
 
 bench: $(SETUP)
 	$(BIN)/python benchmarks/stream.py --tokenizer data/tokenizers/bpe-8192
-	$(BIN)/python benchmarks/pretrain_causal_lm.py
+	$(BIN)/python -m benchmarks.pretrain_causal_lm
 
 soak: $(SETUP)
 	$(BIN)/python tests/soak.py

@@ -232,7 +232,7 @@ def test_mfu_gets_a_panel(draw):
 
 
 def test_many_domains_make_a_higher_plot(draw):
-    bits = {f"domain {number}": 1 + number / 1000 for number in range(40)}
+    bits = {f"domain {number}": 1 + number**3 / 1e5 for number in range(40)}
     evaluation = {"step": 2, "eval_bits_per_byte_by_domain": bits}
     figure = draw([training_line(1), training_line(2), evaluation])["domains"]
     assert figure.get_size_inches() == pytest.approx([9, 1.3 + 0.2 * 40])

@@ -57,11 +57,19 @@ for _class in (_Loader, _Dumper):
 
 
 class InputError(Exception):
-    """What the person at the terminal can mend: says what is wrong, where, and what to do."""
+    """What the person at the terminal can mend: says what is wrong, where, and what to do.
+
+    Args:
+        one_rank: met by one process alone, which has to say it.
+    """
+
+    def __init__(self, message: str, one_rank: bool = False):
+        super().__init__(message)
+        self.one_rank = one_rank
 
 
 def command(main: Callable[[], None]) -> typing.NoReturn:
-    """Run `main` as a program: an `InputError` is printed once, by the first rank; status 2.
+    """Run `main` as a program: an `InputError` is printed once, not by every rank; status 2.
 
     Ctrl-C where `main` does not handle it ends the program without a traceback; status 130.
     """
@@ -71,10 +79,12 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
         sys.stdout.flush()
         os._exit(130)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if error.one_rank or int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # other ranks may wait in a collective; their exit hooks would wait for ever
+    except BrokenPipeError:
+        os._exit(141)
     sys.exit(0)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,18 @@ from utils.config import InputError
 def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator:
     """Join the process group that the launcher prepared, on the CPU where there is nothing else."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch has renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it finds that out
+    if on_cpu and use_deepspeed:
+        import deepspeed
+
+        # DeepSpeed compiles it at every start, training never calls it, and a kill in the midst of
+        # that leaves a lock behind, for which all later starts wait
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
     backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
     return accelerate.Accelerator(
@@ -82,7 +93,7 @@ class Engine:
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if arguments.torch_compile:
-            model.compile()
+            model.base_model.compile()  # what objectives call
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, arguments.weight_decay),
             lr=arguments.learning_rate,
@@ -93,9 +104,12 @@ class Engine:
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
 
     def describe(self) -> str:
+        """How the weights are spread over the processes, for people."""
         if self.deepspeed:
             return f"DeepSpeed ZeRO-{self.module.zero_optimization_stage()}"
-        return self.accelerator.distributed_type.value
+        kind = self.accelerator.distributed_type.value
+        names = {"NO": "none", "FSDP": "FSDP"}
+        return names.get(kind, "DistributedDataParallel")
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import transformers
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils.logging import disable_progress_bar
 
 from utils.checkpoint import read_parameters, read_state
 from utils.config import InputError, command, parse
@@ -42,6 +43,7 @@ def export(checkpoint: Path, output_dir: Path, dtype: torch.dtype = torch.float3
             checkpoint, {n: p.shape for n, p in parameters.items()}
         ):
             parameters[name].copy_(values)
+    disable_progress_bar()
     with written_aside(output_dir) as folder:
         model.save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)

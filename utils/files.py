@@ -20,14 +20,14 @@ READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 @contextlib.contextmanager
-def open_file(address: str) -> Iterator[io.BufferedReader]:
+def open_file(address: str) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, decompressed when its name ends with .gz or .zst.
 
     A read that fails is tried again from where it stopped.
     """
     with io.BufferedReader(_File(address), BUFFER) as stream:
         if address.endswith(".gz"):
-            yield io.BufferedReader(gzip.GzipFile(fileobj=stream), BUFFER)
+            yield gzip.GzipFile(fileobj=stream)
         elif address.endswith(".zst"):
             yield io.BufferedReader(_ZstdFile(stream), BUFFER)
         else:

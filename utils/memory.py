@@ -118,3 +118,37 @@ def memory_table(
             row.append(f"{parts} = {sum(state.values()) / size:.1f} {unit}")
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plan(config: Any, arguments: Any) -> str:
+    """What `--dry_run true` prints: parameters, tokens, steps, FLOPs, memory by ZeRO stage.
+
+    Args:
+        arguments: a `TrainingArguments`.
+    """
+    counts = parameter_count(config)
+    flops = flops_per_token(config, arguments.sequence_length)
+    step_tokens = arguments.global_batch_size * arguments.sequence_length
+    lines = [
+        f"model        {config.model_type}, {counts['total']:,} parameters "
+        f"({counts['without_input_embeddings']:,} without the input embeddings)",
+        f"step         {arguments.global_batch_size:,} sequences x {arguments.sequence_length:,} "
+        f"= {step_tokens:,} tokens",
+    ]
+    steps = arguments.total_steps
+    if steps is not None:
+        tokens = steps * step_tokens
+        lines.append(f"run          {steps:,} steps = {tokens:,} tokens")
+    lines.append(f"compute      {flops:,} FLOPs a token (6 N + 12 L H S), forward and backward")
+    if steps is not None:
+        days = tokens * flops / (0.4 * 989e12 * 86400)
+        lines.append(f"             {tokens * flops:.3g} FLOPs: {days:,.4g} H100 days at 40% MFU")
+    table = memory_table(counts["total"], arguments.mixed_precision)
+    lines += [
+        "",
+        f"memory of weights + gradients + optimizer per GPU (mixed_precision: "
+        f"{arguments.mixed_precision}), activations not counted:",
+        "",
+        table,
+    ]
+    return "\n".join(lines)

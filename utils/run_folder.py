@@ -45,16 +45,16 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         return checkpoint.newest(self.path)
 
-    def is_finished(self, total_steps: int | None) -> bool:
-        """Whether the run has come to its end and written everything; if so, says so."""
+    def is_finished(self, limits: dict[str, Any]) -> bool:
+        """Whether the run has come to its end, within these limits, and written everything."""
         try:
             end = json.loads((self.path / "finished.json").read_text())
         except (OSError, ValueError):
             return False
-        if total_steps is not None and total_steps > end["step"]:
-            return False  # more steps are asked for than it was to make
+        if end["limits"] != limits:
+            return False
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{self.path} is finished: {end['step']} steps, {end['reason']}")
+            print(f"{self.path} is finished at step {end['step']}: {end['reason']}")
         return True
 
     def begin(self, settings: Any, step: int) -> None:
@@ -84,10 +84,9 @@ class RunFolder:
                 break
         return records
 
-    def finish(self, step: int, reason: str) -> None:
-        text = json.dumps({"step": step, "reason": reason})
+    def finish(self, step: int, reason: str, limits: dict[str, Any]) -> None:
         with written_aside(self.path / "finished.json") as file:
-            file.write_text(text)
+            file.write_text(json.dumps({"step": step, "reason": reason, "limits": limits}))
 
 
 @contextmanager

@@ -227,7 +227,7 @@ def _records(shard: Shard, source: Source, position: int | None) -> Iterator[tup
 
 
 def _lines_by_byte(
-    stream: io.BufferedReader, shard: Shard, position: int | None
+    stream: io.BufferedIOBase, shard: Shard, position: int | None
 ) -> Iterator[tuple[bytes, int, int]]:
     size = stream.seek(0, io.SEEK_END)
     start, stop = (size * part // shard.parts for part in (shard.part, shard.part + 1))
@@ -245,7 +245,7 @@ def _lines_by_byte(
 
 
 def _lines_by_number(
-    stream: io.BufferedReader, shard: Shard, position: int | None
+    stream: io.BufferedIOBase, shard: Shard, position: int | None
 ) -> Iterator[tuple[bytes, int, int]]:
     for number, line in enumerate(stream):
         mine = number % shard.parts == shard.part
@@ -254,7 +254,7 @@ def _lines_by_number(
 
 
 def _parquet_rows(
-    stream: io.BufferedReader, shard: Shard, source: Source, position: int | None
+    stream: io.BufferedIOBase, shard: Shard, source: Source, position: int | None
 ) -> Iterator[tuple[pyarrow.StructScalar, int, int]]:
     with pyarrow.parquet.ParquetFile(stream) as table:
         text, _, _ = source.text_field.partition(".")

@@ -144,7 +144,9 @@ class Corpus:
             return
         message = problem.message if isinstance(problem, BadRecord) else str(problem)
         if self.arguments.on_bad_record == "fail":
-            raise InputError(f"{message}; --on_bad_record skip leaves such records out")
+            raise InputError(
+                f"{message}; --on_bad_record skip leaves such records out", one_rank=True
+            )
         last = "; more are only counted" if self._bad_records == BAD_RECORDS_SHOWN else ""
         print(f"warning: skipped {message}{last}", file=sys.stderr, flush=True)
 
@@ -237,7 +239,9 @@ class Cursor:
             # with fewer documents than lanes, a lane finds nothing in most epochs
             self.epoch, self.shard, self.empty_epochs = self.epoch + 1, 0, self.empty_epochs + 1
             if self.empty_epochs == 10_000:
-                raise InputError(f"source {self.path!r}: lane {self.lane} finds no document in it")
+                raise InputError(
+                    f"source {self.path!r}: lane {self.lane} finds no document in it", one_rank=True
+                )
 
 
 class Lane:

@@ -13,7 +13,6 @@ the whole global batch: however it is split over ranks and micro-batches, it is 
 
 import math
 import os
-import shlex
 import signal
 import statistics
 import time
@@ -22,7 +21,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from transformers import get_scheduler
@@ -32,6 +30,7 @@ from utils.config import InputError
 from utils.engine import Engine, random_key, start_processes
 from utils.export import export
 from utils.packing import collate
+from utils.progress import Progress, command_line, seconds_since_command
 from utils.report import write_card, write_plots
 from utils.run_folder import RunFolder
 from utils.stream import StepStream
@@ -51,8 +50,6 @@ COUNTERS = (
     "pending_evaluation",
     "ending",
 )
-# dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 class Training:
@@ -81,6 +78,7 @@ class Training:
         self.stream_states: dict[int, dict] = {}
         self.ending = ""  # why the run has come to its end
         self.stopped = False  # by a signal, to be continued
+        self.data_error: InputError | None = None  # met by this rank alone
 
     def prepare(
         self,
@@ -127,8 +125,15 @@ class Training:
         Ends with `stopped` set when a signal asked for it: saved, and not at its end.
         """
         a = self.arguments
-        self.session_start, self.session_step = time.monotonic(), self.step
-        self.logged_seconds, self.logged_tokens = self.seconds, self.tokens
+        self.progress = Progress(
+            a.total_steps,
+            self.step,
+            self.tokens,
+            self.seconds,
+            self.flops_per_token,
+            self.accelerator.device,
+            self.world_size,
+        )
         while True:
             if not self.pending_evaluation:
                 if a.total_steps is not None and self.step >= a.total_steps:
@@ -136,7 +141,10 @@ class Training:
                 if self.ending:
                     break
                 start = time.monotonic()
-                rows = next(self.rows)
+                try:
+                    rows = next(self.rows)
+                except InputError as error:
+                    rows, self.data_error = [], error
                 size = a.per_device_batch_size
                 features = [row.features for row in rows]
                 batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
@@ -147,6 +155,9 @@ class Training:
                     break
                 self._train_step(rows, batches, counts, tokens, start)
                 self.pending_evaluation = True
+                if self.step == self.progress.first_step + 1:
+                    seconds = seconds_since_command()
+                    self._say(f"{seconds:.1f} seconds from the command to the first step")
             yield self.step
             if self.stopped:
                 return self._stop()
@@ -214,6 +225,7 @@ class Training:
         state = {
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "fixed": self.fixed,
+            "limits": a.limits,
             "world_size": self.world_size,
             "stream": states,
         }
@@ -244,7 +256,7 @@ class Training:
             export(self.folder.newest_checkpoint(), path / "model", dtype[a.mixed_precision])
             plots = write_plots(self.folder)
             card = write_card(self.folder, title, pipeline_tag, usage, facts)
-            self.folder.finish(self.step, self.ending)
+            self.folder.finish(self.step, self.ending, a.limits)
             lines = ["finished", *(f"  {k}: {v}" for k, v in facts.items())]
             lines += [f"model: {path / 'model'}", f"card:  {card}", *(f"plot:  {p}" for p in plots)]
             print("\n".join(lines), flush=True)
@@ -337,7 +349,8 @@ class Training:
         self.engine.load(folder)
         for name in COUNTERS:
             setattr(self, name, state["counters"][name])
-        self.ending = ""  # a finished run goes on when its limits have been raised
+        if state["limits"] != self.arguments.limits:
+            self.ending = ""  # what has come to its end goes on within other limits
         self.saved_step = self.step
         self.stream_states = {int(lane): s for lane, s in state["stream"].items()}
         self._say(f"continuing {folder}")
@@ -345,11 +358,17 @@ class Training:
     def _agree(self, tokens: int, batches: list[dict]) -> tuple[int, dict[str, int]]:
         """(tokens, counts by name) of the global batch; sets `stopped` or `ending` on all ranks."""
         a = self.arguments
-        each = [self.objective.counts(batch) for batch in batches]
-        counts = {name: sum(c[name] for c in each) for name in each[0]}
         spent = a.max_hours is not None and self.seconds > 3600 * a.max_hours
-        values = [float(self.stop_signal), float(spent), float(tokens), *counts.values()]
-        stop, spent, tokens, *totals = self._sum(values)
+        flags = [float(self.stop_signal), float(spent), float(self.data_error is not None)]
+        counts = {name: 0 for name in self.objective.names}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                counts[name] += count
+        stop, spent, failed, tokens, *totals = self._sum([*flags, float(tokens), *counts.values()])
+        if failed:
+            if self.saved_step != self.step and self.step > 0:
+                self.save()
+            raise self.data_error or SystemExit(2)  # the rank that met it says so
         self.stopped = stop > 0
         if spent:
             self.ending = f"max_hours: {a.max_hours} have passed"
@@ -364,31 +383,14 @@ class Training:
         return total.tolist()
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line in metrics.jsonl, on the screen if it is a step's, and in the trackers."""
-        a = self.arguments
+        """A line in metrics.jsonl, numbers to the trackers, and a line on the screen."""
         if not self.is_main:
             return
         if "loss" in record:
-            seconds = self.seconds - self.logged_seconds
-            rate = (self.tokens - self.logged_tokens) / max(seconds, 1e-9)
-            self.logged_seconds, self.logged_tokens = self.seconds, self.tokens
-            record["tokens_per_second"] = round(rate, 1)
-            parts = [
-                f"step {self.step}" + (f"/{a.total_steps}" if a.total_steps else ""),
-                f"loss {record['loss']:.4f}",
-                f"lr {record['learning_rate']:.2e}",
-                f"{rate:,.0f} tokens/s",
-            ]
-            peak = _peak_flops(self.accelerator.device)
-            if peak and self.flops_per_token:
-                # 6 N + 12 L H S FLOPs a token over the dense bf16 peak
-                record["mfu"] = round(rate * self.flops_per_token / peak / self.world_size, 4)
-                parts.append(f"MFU {record['mfu']:.1%}")
-            if a.total_steps and self.step > self.session_step:
-                passed = time.monotonic() - self.session_start
-                left = passed / (self.step - self.session_step) * (a.total_steps - self.step)
-                parts.append(f"{_clock(left)} left")
-            print("  ".join(parts), flush=True)
+            print(self.progress.line(record, self.seconds), flush=True)
+        if "eval_loss" in record:
+            shown = [f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float)]
+            print(f"step {self.step}  {'  '.join(shown)}", flush=True)
         self.folder.record(record)
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
         self.accelerator.log(numbers, step=self.step)
@@ -402,28 +404,12 @@ class Training:
         if number == signal.SIGINT and self.stop_signal and time.monotonic() > self.signal_time + 2:
             raise KeyboardInterrupt
         self.stop_signal, self.signal_time = number, time.monotonic()
-        self._say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
+        # not print: the signal may have come in the middle of one
+        if self.is_main:
+            name = signal.Signals(number).name
+            os.write(1, f"{name}: stopping after this step, with a checkpoint\n".encode())
 
     def _stop(self) -> None:
         if self.saved_step != self.step and self.step > 0:
             self.save()
-        self._say(f"stopped after step {self.step}; resume with: {_command()}")
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-def _command() -> str:
-    """The line that started this run: the launcher's, when there is one."""
-    process = psutil.Process()
-    if "RANK" in os.environ:
-        process = process.parent() or process
-    return shlex.join(os.path.basename(w) if i < 2 else w for i, w in enumerate(process.cmdline()))
+        self._say(f"stopped after step {self.step}; resume with: {command_line()}")

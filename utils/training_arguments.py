@@ -82,3 +82,9 @@ class TrainingArguments:
                 math.ceil(self.max_tokens / (self.global_batch_size * self.sequence_length))
             )
         return min(limits, default=None)
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What brings a run to its end; raised, a finished run goes on."""
+        names = ("max_steps", "max_tokens", "max_hours", "early_stopping_patience")
+        return {name: getattr(self, name) for name in names}

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from utils.memory import flops_per_token, parameter_count, plan
 
 from utils.config import InputError, command, parse
 from utils.engine import initialize_weights
 from utils.evaluation import baselines, check_held_out, evaluate_by_domain, held_out_documents
 from utils.loss import summed_cross_entropy, token_cross_entropy
+from utils.memory import flops_per_token, parameter_count, plan
 from utils.packing import IGNORE_INDEX, DocumentEncoder, packed_rows
 from utils.run_folder import RunFolder
 from utils.sources import Source
@@ -72,6 +72,8 @@ class Arguments(TrainingArguments, StreamArguments):
 
 class NextTokenLoss(torch.nn.Module):
     """Σ -log p(token | the tokens before it in its document), without holding the logits."""
+
+    names = ("loss",)
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -168,7 +170,7 @@ def write_samples(training: Training, model, tokenizer, encode, prompts: list[st
     """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8."""
     samples = []
     for prompt in prompts:
-        tokens = torch.tensor([encode([prompt])[0][:-1]], device=training.accelerator.device)
+        tokens = torch.from_numpy(encode([prompt])[0][None, :-1]).to(training.accelerator.device)
         torch.manual_seed(0)
         with torch.no_grad(), training.accelerator.autocast():
             output = model.generate(
@@ -196,7 +198,7 @@ def main() -> None:
     corpus = Corpus(args.train_sources, encode, args, args.seed)
     check_held_out(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)
-    if folder.is_finished(args.total_steps):
+    if folder.is_finished(args.limits):
         return
 
     training = Training(args, folder)

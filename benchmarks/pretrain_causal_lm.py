@@ -1,0 +1,228 @@
+"""Training speed of the causal recipe beside a bare PyTorch loop and transformers.Trainer.
+
+    python -m benchmarks.pretrain_causal_lm
+
+The three train the same model on the same packed rows: the recipe reads them from its stream while
+it trains, the others find them ready in memory. They take turns in one process; the median of the
+turns and their spread are written to benchmarks/results/pretrain_causal_lm.md and .json.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from recipes.pretrain import causal_lm
+from utils.config import command, parse
+from utils.packing import DocumentEncoder, collate, packed_rows
+from utils.run_folder import RunFolder
+from utils.stream import Corpus, StepStream
+from utils.training import Training
+
+
+@dataclass
+class Arguments:
+    """Measure the recipe beside a bare loop and transformers.Trainer."""
+
+    config: str = "recipes/pretrain/configs/causal_lm_demo.yaml"
+    steps: int = 6  # of a turn, after two that are not timed
+    turns: int = 5
+    results: str = "benchmarks/results/pretrain_causal_lm"
+
+
+WARMUP = 2
+
+
+def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
+    """Tokens per second of the recipe itself, reading and tokenizing included."""
+    with TemporaryDirectory() as folder:
+        args.output_dir = folder
+        encode = DocumentEncoder(tokenizer)
+        corpus = Corpus(args.train_sources, encode, args, args.seed)
+        training = Training(args, RunFolder(folder))
+        model = causal_lm.build_model(args, causal_lm.model_config(args, tokenizer))
+        training.prepare(
+            causal_lm.NextTokenLoss(model),
+            model,
+            stream=partial(
+                StepStream,
+                corpus,
+                partial(packed_rows, corpus, args.sequence_length),
+                args.global_batch_size // args.lanes,
+                0,
+                1,
+            ),
+            fixed={},
+            write_model_files=lambda path: None,
+        )
+        for step in training.steps():
+            if step == WARMUP:
+                start, tokens = time.perf_counter(), training.tokens
+            if step == args.max_steps:
+                # the caller's turn comes before the checkpoint of the last step
+                return (training.tokens - tokens) / (time.perf_counter() - start)
+    raise AssertionError
+
+
+def batches_of(args: causal_lm.Arguments, tokenizer) -> list[list[dict[str, torch.Tensor]]]:
+    """The micro-batches of each step."""
+    encode = DocumentEncoder(tokenizer)
+    corpus = Corpus(args.train_sources, encode, args, args.seed)
+    rows_of = partial(packed_rows, corpus, args.sequence_length)
+    stream = StepStream(corpus, rows_of, args.global_batch_size // args.lanes, 0, 1).steps()
+    size = args.per_device_batch_size
+    steps = []
+    for _ in range(args.max_steps):
+        features = [row.features for row in next(stream)]
+        steps.append([collate(features[i : i + size]) for i in range(0, len(features), size)])
+    return steps
+
+
+def bare_turn(args: causal_lm.Arguments, tokenizer, steps) -> float:
+    """Tokens per second of the loop that one writes by hand, with the whole logits."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = causal_lm.build_model(args, causal_lm.model_config(args, tokenizer)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, args.mixed_precision == "bf16")
+    model.train()
+    for step, batches in enumerate(steps, 1):
+        targets = sum(int((b["shift_labels"] != -100).sum()) for b in batches)
+        for batch in batches:
+            batch = {k: v.to(device) for k, v in batch.items()}
+            with autocast:
+                logits = model(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    use_cache=False,
+                ).logits
+            labels = batch["shift_labels"].flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum") / targets
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        if step == WARMUP:
+            start = time.perf_counter()
+    tokens = (len(steps) - WARMUP) * args.global_batch_size * args.sequence_length
+    return tokens / (time.perf_counter() - start)
+
+
+def trainer_turn(args: causal_lm.Arguments, tokenizer, steps) -> float:
+    """Tokens per second of transformers.Trainer on the rows in memory."""
+    rows = [
+        {"labels": row["shift_labels"], **row}
+        for batches in steps
+        for batch in batches
+        for row in (dict(zip(batch, t, strict=True)) for t in zip(*batch.values(), strict=True))
+    ]
+    clock = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **kwargs):
+            if state.global_step == WARMUP:
+                clock["start"] = time.perf_counter()
+            clock["end"] = time.perf_counter()
+
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(
+            causal_lm.build_model(args, causal_lm.model_config(args, tokenizer)),
+            TrainingArguments(
+                folder,
+                max_steps=len(steps),
+                per_device_train_batch_size=args.per_device_batch_size,
+                gradient_accumulation_steps=len(steps[0]),
+                learning_rate=args.learning_rate,
+                max_grad_norm=args.max_grad_norm,
+                bf16=args.mixed_precision == "bf16",
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                train_sampling_strategy="sequential",
+                remove_unused_columns=False,
+            ),
+            train_dataset=rows,
+            callbacks=[Clock],
+        )
+        trainer.train()
+    tokens = (len(steps) - WARMUP) * args.global_batch_size * args.sequence_length
+    return tokens / (clock["end"] - clock["start"])
+
+
+def main() -> None:
+    arguments = parse(Arguments)
+    args = parse(causal_lm.Arguments, [arguments.config])
+    args.max_steps, args.logging_steps = arguments.steps + WARMUP, 10**9
+    args.lr_scheduler_type, args.warmup_steps, args.report_to = "constant", 0, []
+    args.lr_scheduler_kwargs = {}
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    steps = batches_of(args, tokenizer)
+    peers = {
+        "this recipe, reading and tokenizing": lambda: recipe_turn(args, tokenizer),
+        "bare PyTorch loop, rows in memory": lambda: bare_turn(args, tokenizer, steps),
+        "transformers.Trainer, rows in memory": lambda: trainer_turn(args, tokenizer, steps),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in peers}
+    for turn in range(arguments.turns):
+        for name, measure in peers.items():
+            speeds[name].append(measure())
+            print(f"turn {turn + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", flush=True)
+    write_results(arguments, speeds)
+
+
+def write_results(arguments: Arguments, speeds: dict[str, list[float]]) -> None:
+    reference = statistics.median(list(speeds.values())[1])
+    lines = [
+        "| | tokens/s, median | least to most | of the bare loop |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, values in speeds.items():
+        median = statistics.median(values)
+        lines.append(
+            f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} "
+            f"| {median / reference:.1%} |"
+        )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    hardware = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        hardware = f"{names[0].partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} cores"
+    facts = {
+        "command": " ".join(["python -m benchmarks.pretrain_causal_lm", *sys.argv[1:]]),
+        "hardware": hardware,
+        "versions": {n: version(n) for n in ("torch", "transformers", "accelerate", "tokenizers")},
+        "commit": commit,
+        "date": str(date.today()),
+        "config": arguments.config,
+        "steps": arguments.steps,
+        "turns": arguments.turns,
+    }
+    text = "\n".join(lines)
+    print(text)
+    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    Path(arguments.results + ".md").write_text(f"{text}\n\n{described}\n")
+    Path(arguments.results + ".json").write_text(
+        json.dumps({**facts, "tokens_per_second": speeds}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,84 @@
+"""What the screen shows of a run: speed, utilization of the accelerator, time left."""
+
+import os
+import shlex
+import time
+from typing import Any
+
+import psutil
+import torch
+
+# dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+class Progress:
+    """Of one session: from a start or a resume at `step` on.
+
+    Args:
+        seconds: of training so far, `tokens` of all ranks so far; neither begins at 0 on a resume.
+        flops_per_token: 6 N + 12 L H S; 0 when it is not known.
+    """
+
+    def __init__(
+        self,
+        total_steps: int | None,
+        step: int,
+        tokens: int,
+        seconds: float,
+        flops_per_token: float,
+        device: torch.device,
+        world_size: int,
+    ):
+        self.total_steps, self.first_step = total_steps, step
+        self.tokens, self.seconds = tokens, seconds
+        self.start = time.monotonic()
+        self.flops_per_token, self.peak_flops = flops_per_token, _peak_flops(device, world_size)
+
+    def line(self, record: dict[str, Any], seconds: float) -> str:
+        """The line of a training step; adds `tokens_per_second` and `mfu` to its record."""
+        step = record["step"]
+        rate = (record["tokens"] - self.tokens) / max(seconds - self.seconds, 1e-9)
+        self.tokens, self.seconds = record["tokens"], seconds
+        record["tokens_per_second"] = round(rate, 1)
+        parts = [
+            f"step {step}" + (f"/{self.total_steps}" if self.total_steps else ""),
+            f"loss {record['loss']:.4f}",
+            f"lr {record['learning_rate']:.2e}",
+            f"{rate:,.0f} tokens/s",
+        ]
+        if self.peak_flops and self.flops_per_token:
+            record["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
+            parts.append(f"MFU {record['mfu']:.1%} of dense bf16")
+        if self.total_steps:
+            a_step = (time.monotonic() - self.start) / (step - self.first_step)
+            parts.append(f"{_clock(a_step * (self.total_steps - step))} left")
+        return "  ".join(parts)
+
+
+def seconds_since_command() -> float:
+    return time.time() - _starting_process().create_time()
+
+
+def command_line() -> str:
+    """The line that started this run."""
+    words = _starting_process().cmdline()
+    return shlex.join(os.path.basename(word) if i < 2 else word for i, word in enumerate(words))
+
+
+def _starting_process() -> psutil.Process:
+    """The launcher, where there is one, or this process."""
+    process = psutil.Process()
+    return (process.parent() or process) if "RANK" in os.environ else process
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def _peak_flops(device: torch.device, world_size: int) -> float | None:
+    """Of all ranks together; None where the accelerator is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * world_size for key, peak in PEAK_FLOPS.items() if key in name), None)
