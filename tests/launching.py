@@ -4,6 +4,7 @@ The processes are forked from a server that has imported the libraries; the envi
 from the launch config by Accelerate's own functions.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -11,7 +12,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate.commands import launch as accelerate_launch
 from accelerate.utils.launch import (
@@ -22,6 +25,24 @@ from accelerate.utils.launch import (
 
 ROOT = Path(__file__).parent.parent
 CAUSAL_LM = "recipes/pretrain/causal_lm.py"
+TINY_RUN = {
+    "model": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "sequence_length": 32,
+    "global_batch_size": 16,
+    "per_device_batch_size": 4,
+    "lanes": 8,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "report_to": [],
+}
+TIMINGS = ("tokens_per_second", "mfu")
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
@@ -29,7 +50,11 @@ _server.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
         "accelerate",
         "deepspeed",
-        "utils.training",
+        "torch._inductor.compile_fx",
+        "functorch.compile",
+        "torch.utils.cpp_extension",
+        "utils.evaluation",
+        "utils.memory",
     ]
 )
 
@@ -93,14 +118,22 @@ class Launch:
         for process in self.processes:
             process.join()
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Until the log holds the text."""
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> bool:
+        """Whether it came true before all processes had ended; a test that hangs fails."""
         end = time.monotonic() + seconds
-        while text not in self.output():
+        while not condition():
             assert time.monotonic() < end, self.output()
-            if not any(process.is_alive() for process in self.processes):
-                assert text in self.output(), self.output()
-            time.sleep(0.01)
+            if not self.is_alive():
+                return condition()
+            time.sleep(0.001)
+        return True
+
+    def wait_for(self, text: str) -> None:
+        """Until the log holds the text."""
+        assert self.wait_until(lambda: text in self.output()), self.output()
+
+    def is_alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
@@ -112,6 +145,41 @@ def run(config: str | None, processes: int, arguments: list[str], log: Path, **o
         statuses = launch.wait()
         assert statuses == [0] * processes, launch.output()
         return launch.output()
+
+
+def tiny_run(output_dir: Path, train: Path, tokenizer: Path, **settings: Any) -> list[str]:
+    """The command line of a run of a tiny model; `settings` over TINY_RUN."""
+    values = {
+        "output_dir": str(output_dir),
+        "train_sources": [{"path": str(train)}],
+        "tokenizer": str(tokenizer),
+        **TINY_RUN,
+        **settings,
+    }
+    words = []
+    for key, value in values.items():
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without what a clock measured."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def steps(output_dir: Path) -> list[dict[str, Any]]:
+    """The records of training steps."""
+    return [record for record in metrics(output_dir) if "loss" in record]
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted(output_dir.glob("checkpoints/step-*"))
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
 
 
 def _environment(config: str, processes: int, script: str) -> dict[str, str]:

@@ -47,8 +47,7 @@ class Fragment(NamedTuple):
 
 def newest(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run."""
-    folders = [f for f in Path(output_dir, "checkpoints").glob("step-*") if _step(f) is not None]
-    return max(folders, key=_step, default=None)
+    return max(_checkpoints(output_dir), key=_step, default=None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -64,10 +63,14 @@ def read_state(folder: Path) -> dict[str, Any]:
             if found != size:
                 raise ValueError(f"{name} has {found} bytes, not {size}")
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder} is damaged: {error}. Remove it to resume from the checkpoint before it"
-        ) from None
+        raise _damaged(folder, error) from None
     return state
+
+
+def _damaged(folder: Path, problem: Any) -> InputError:
+    return InputError(
+        f"{folder} is damaged: {problem}. Remove it to resume from the checkpoint before it"
+    )
 
 
 def save(
@@ -115,10 +118,9 @@ def save(
                 state = {**state, "files": {f.name: f.stat().st_size for f in partial.iterdir()}}
                 (partial / STATE).write_text(json.dumps(state))
                 _sync(*partial.iterdir(), partial)
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
+                partial.rename(folder)  # fails where there is one: none is ever replaced
                 _sync(folder.parent)
-            except OSError as problem:
+            except Exception as problem:  # tokenizers know no OSError
                 error = str(problem)
         _raise_together(error)
     except CheckpointError:
@@ -129,8 +131,7 @@ def save(
 
 def prune(output_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
     """Remove all but the newest checkpoints and those whose step `keep_every` divides."""
-    folders = sorted(Path(output_dir, "checkpoints").glob("step-*"), key=_step)
-    for folder in folders[:-keep_last]:
+    for folder in sorted(_checkpoints(output_dir), key=_step)[:-keep_last]:
         if not keep_every or _step(folder) % keep_every:
             # renamed first: a kill while it is being removed leaves no half checkpoint
             doomed = folder.with_name(f".{folder.name}.partial")
@@ -145,14 +146,14 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
         InputError: a parameter of the model is missing there, or has another size.
     """
     _make_optimizer_state(optimizer, optimizer_step)
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in _trainable(model)}
     with _opened(folder) as pieces:
-        for fragment in fragments(model, optimizer, every_rank=True):
-            for kind, tensor in fragment.tensors.items():
-                found = _fill(tensor, fragment.start, pieces.get(f"{kind}/{fragment.name}", []))
-                if found != tensor.numel():
-                    raise InputError(
-                        f"{folder} does not hold {kind} of {fragment.name} in this size"
-                    )
+        for name, start, tensors in fragments(model, optimizer, every_rank=True):
+            for kind, tensor in tensors.items():
+                if optimizer_step == 0 and kind != "parameter":
+                    continue  # zeros, and where all steps were skipped it is not in the files
+                if not _fill(tensor, start, pieces.get(f"{kind}/{name}", []), sizes[name]):
+                    raise InputError(f"{folder} does not hold {kind} of {name} in this size")
     _refresh_model(optimizer)
 
 
@@ -161,7 +162,7 @@ def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tup
     with _opened(folder) as pieces:
         for name, shape in shapes.items():
             tensor = torch.empty(shape.numel())
-            if _fill(tensor, 0, pieces.get(f"parameter/{name}", [])) != tensor.numel():
+            if not _fill(tensor, 0, pieces.get(f"parameter/{name}", []), tensor.numel()):
                 raise InputError(f"{folder} does not hold {name} in the shape {tuple(shape)}")
             yield name, tensor.view(shape)
 
@@ -270,8 +271,11 @@ def _refresh_model(optimizer: Any) -> None:
 def _opened(folder: Path) -> Iterator[dict[str, list[tuple[int, Any]]]]:
     """Key → [(start, slice of the fragment)], over the files of a checkpoint."""
     pieces: dict[str, list[tuple[int, Any]]] = {}
-    files = [safe_open(f, framework="pt") for f in sorted(folder.glob("rank-*.safetensors"))]
-    for file in files:
+    for path in sorted(folder.glob("rank-*.safetensors")):
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise _damaged(folder, f"{path.name}: {error}") from None
         starts = json.loads(file.metadata()["starts"])
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             start = starts[key.partition("/")[2]]
@@ -279,17 +283,18 @@ def _opened(folder: Path) -> Iterator[dict[str, list[tuple[int, Any]]]]:
     yield pieces
 
 
-def _fill(target: torch.Tensor, start: int, pieces: list[tuple[int, Any]]) -> int:
-    """Copy what the pieces hold of [start, start + length) into the target; how many elements."""
-    copied = 0
+def _fill(target: torch.Tensor, start: int, pieces: list[tuple[int, Any]], size: int) -> bool:
+    """Copy [start, start + length) into the target; whether the pieces hold it and are `size`."""
+    copied = held = 0
     for piece_start, piece in pieces:
-        first = max(start, piece_start)
-        last = min(start + target.numel(), piece_start + piece.get_shape()[0])
+        length = piece.get_shape()[0]
+        held += length
+        first, last = max(start, piece_start), min(start + target.numel(), piece_start + length)
         if first < last:
             values = piece[first - piece_start : last - piece_start]
             target[first - start : last - start].copy_(values)
             copied += last - first
-    return copied
+    return copied == target.numel() and held == size
 
 
 def _raise_together(error: str) -> None:
@@ -306,6 +311,10 @@ def _sync(*paths: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    return [f for f in Path(output_dir, "checkpoints").glob("step-*") if _step(f) is not None]
 
 
 def _step(folder: Path) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.tracking import filter_trackers
 from transformers import PreTrainedModel
 
 from utils import checkpoint
@@ -32,12 +33,18 @@ def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator
         # DeepSpeed compiles it at every start, training never calls it, and a kill in the midst of
         # that leaves a lock behind, for which all later starts wait
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if on_cpu and arguments.mixed_precision == "fp16" and not use_deepspeed:
+        raise InputError("mixed_precision: on a CPU fp16 needs DeepSpeed; bf16 works without")
     # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
     backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
+    try:
+        filter_trackers(arguments.report_to, project_dir)
+    except ValueError as error:
+        raise InputError(f"report_to: {error}") from None
     return accelerate.Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=arguments.mixed_precision,
-        log_with=arguments.report_to,
+        log_with=arguments.report_to or None,
         project_dir=project_dir,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
     )
@@ -51,8 +58,10 @@ def random_key(*parts: Any) -> int:
 
 def initialize_weights(model: PreTrainedModel, seed: int) -> None:
     """Initialise each module from (seed, its name): the same weights under every ZeRO stage."""
-    for name, module in model.named_modules():
-        parameters = list(module.parameters(recurse=False))
+    # from the inside out: some modules initialise once more what is in their children
+    for name, module in reversed(list(model.named_modules())):
+        near = [module, *module.children()]
+        parameters = [p for m in near for p in m.parameters(recurse=False)]
         if not parameters:
             continue
         with gathered(parameters, modify=True):

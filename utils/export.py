@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,7 +31,7 @@ def export(checkpoint: Path, output_dir: Path, dtype: torch.dtype = torch.float3
     """Write weights, configuration and tokenizer; returns the number of parameters.
 
     Raises:
-        InputError: not a whole checkpoint.
+        InputError: not a whole checkpoint, or no space left.
     """
     read_state(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
@@ -44,9 +45,12 @@ def export(checkpoint: Path, output_dir: Path, dtype: torch.dtype = torch.float3
         ):
             parameters[name].copy_(values)
     disable_progress_bar()
-    with written_aside(output_dir) as folder:
-        model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    try:
+        with written_aside(output_dir) as folder:
+            model.save_pretrained(folder)
+            transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {output_dir}: {error}") from None
     return sum(p.numel() for p in parameters.values())
 
 

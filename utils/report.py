@@ -218,7 +218,7 @@ def _finish(axes: Axes, title: str, label: str, from_zero: bool = False) -> None
 
 
 def _spread(places: list[float], gap: float) -> list[float]:
-    """Ascending places in [0, 1], moved as little as it takes to be `gap` apart."""
+    """Ascending places in [0, 1], pushed apart to both sides until all are `gap` apart."""
     count = len(places)
     inside = [min(max(p, i * gap), 1 - (count - 1 - i) * gap) for i, p in enumerate(places)]
     up = accumulate(inside, lambda below, place: max(below + gap, place))

@@ -17,7 +17,7 @@ from utils.config import InputError, write_yaml
 
 
 class RunFolder:
-    """Opens `output_dir`, to begin a run or to continue the one that is in it.
+    """`output_dir`, to begin a run in or to continue the one that is there; writes nothing yet.
 
     Raises:
         InputError: not a folder, not writable, or with checkpoints although `resume` is "never".
@@ -26,16 +26,14 @@ class RunFolder:
     def __init__(self, output_dir: str, resume: Literal["auto", "never"] = "auto"):
         self.path = Path(output_dir)
         self.metrics = self.path / "metrics.jsonl"
+        place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not place.is_dir():
+            raise InputError(f"output_dir: {place} is a file, not a folder")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
+            with tempfile.TemporaryFile(dir=place):
                 pass
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"output_dir: {output_dir} is a file, not a folder") from None
         except OSError as error:
-            raise InputError(
-                f"output_dir: cannot write in {output_dir}: {error.strerror}"
-            ) from None
+            raise InputError(f"output_dir: cannot write in {place}: {error.strerror}") from None
         if resume == "never" and self.newest_checkpoint():
             raise InputError(
                 f"{self.newest_checkpoint()} exists and resume is 'never': "
@@ -57,22 +55,28 @@ class RunFolder:
             print(f"{self.path} is finished at step {end['step']}: {end['reason']}")
         return True
 
-    def begin(self, settings: Any, step: int) -> None:
-        """Write the settings, and cut the metrics back to what a checkpoint of `step` has seen."""
+    def begin(self, settings: Any, metrics_size: int) -> None:
+        """Write the settings, and cut the metrics back to what the checkpoint has seen of them."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with written_aside(self.path / "config.yaml") as file:
             write_yaml(settings, file)
         (self.path / "finished.json").unlink(missing_ok=True)
-        kept = [record for record in self.records() if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        with written_aside(self.metrics) as file:
-            file.write_text(text)
+        with self.metrics.open("ab") as file:
+            file.truncate(min(metrics_size, file.tell()))
         for partial in self.path.glob("checkpoints/.*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.metrics}: {error.strerror}") from None
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl."""
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one that a kill cut short is left out."""

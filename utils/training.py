@@ -11,6 +11,7 @@ An objective is a module whose `forward(**batch)` returns named sums of losses, 
 the whole global batch: however it is split over ranks and micro-batches, it is the same number.
 """
 
+import json
 import math
 import os
 import signal
@@ -47,6 +48,7 @@ COUNTERS = (
     "best_eval_loss",
     "evaluations_since_best",
     "evaluated_step",
+    "counted_step",
     "pending_evaluation",
     "ending",
 )
@@ -61,12 +63,12 @@ class Training:
 
     def __init__(self, arguments: TrainingArguments, folder: RunFolder):
         self.arguments, self.folder = arguments, folder
+        self.is_main = int(os.environ.get("RANK", 0)) == 0
         self.stop_signal = 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note_signal)
         self.accelerator = start_processes(arguments, folder.path)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
         # what the ranks agree on from step to step goes over the CPU: the accelerator does not wait
         self.agreement = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.step = self.tokens = self.skipped_steps = self.skipped_in_a_row = 0
@@ -74,7 +76,8 @@ class Training:
         self.recent_losses: list[float] = []
         self.best_eval_loss, self.evaluations_since_best = math.inf, 0
         self.pending_evaluation = False  # the step is trained, and the caller not yet heard
-        self.evaluated_step = self.saved_step = None
+        self.evaluated_step = self.counted_step = self.saved_step = None
+        self.metrics_size = 0  # bytes of metrics.jsonl that the checkpoint has seen
         self.stream_states: dict[int, dict] = {}
         self.ending = ""  # why the run has come to its end
         self.stopped = False  # by a signal, to be continued
@@ -98,25 +101,25 @@ class Training:
             write_model_files: writes configuration and tokenizer into a checkpoint folder.
         """
         a = self.arguments
-        self.objective, self.fixed = objective, fixed
+        self.objective = objective
+        self.fixed = json.loads(json.dumps(fixed))  # as it comes back from a checkpoint
         self.write_model_files, self.flops_per_token = write_model_files, flops_per_token
         self.engine = Engine(self.accelerator, objective, model, a)
-        schedule = get_scheduler(
-            a.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1)], lr=a.learning_rate),
-            num_warmup_steps=a.warmup_steps,
-            num_training_steps=a.total_steps,
-            scheduler_specific_kwargs=a.lr_scheduler_kwargs,
-        )
+        try:
+            schedule = get_scheduler(
+                a.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1)], lr=a.learning_rate),
+                num_warmup_steps=a.warmup_steps,
+                num_training_steps=a.total_steps,
+                scheduler_specific_kwargs=a.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"lr_scheduler_kwargs: {error}") from None
         self.learning_rate_factor = schedule.lr_lambdas[0]  # of the step: nothing to restore
         if newest := self.folder.newest_checkpoint():
             self._resume(newest)
         elif a.warm_start:
             self.engine.load(Path(a.warm_start))
-        if self.is_main:
-            self.folder.begin(a, self.step)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": self.step}})
         self.rows = stream(self.stream_states).steps()
 
     def steps(self) -> Iterator[int]:
@@ -125,6 +128,10 @@ class Training:
         Ends with `stopped` set when a signal asked for it: saved, and not at its end.
         """
         a = self.arguments
+        if self.is_main:
+            self.folder.begin(a, self.metrics_size)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": self.step}})
         self.progress = Progress(
             a.total_steps,
             self.step,
@@ -150,7 +157,7 @@ class Training:
                 batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
                 tokens, counts = self._agree(sum(row.tokens for row in rows), batches)
                 if self.stopped:
-                    return self._stop()
+                    return self.stop()
                 if self.ending:
                     break
                 self._train_step(rows, batches, counts, tokens, start)
@@ -160,16 +167,17 @@ class Training:
                     self._say(f"{seconds:.1f} seconds from the command to the first step")
             yield self.step
             if self.stopped:
-                return self._stop()
+                return self.stop()
             self.pending_evaluation = False
             if self.step % a.save_steps == 0:
+                self._log_tokens_by_source()
                 self.save()
         if self.evaluated_step != self.step:
             yield self.step
             if self.stopped:
-                return self._stop()
-        if self.saved_step != self.step:
-            self.save()
+                return self.stop()
+        self._log_tokens_by_source()
+        self.save()
 
     def evaluates(self) -> bool:
         """Whether it is time to evaluate: every `eval_steps`, and at the end of the run."""
@@ -214,18 +222,15 @@ class Training:
 
     def save(self) -> None:
         """Write checkpoints/step-…: what was trained on so far, and nothing that was prefetched."""
+        if self.saved_step == self.step:
+            return
         a, states = self.arguments, dict(self.gather(list(self.stream_states.items())))
-        seen: dict[str, int] = {}
-        for state in states.values():
-            for name, tokens in state["seen"].items():
-                seen[name] = seen.get(name, 0) + tokens
-        if self.is_main:
-            self.folder.record({"step": self.step, "tokens_by_source": dict(sorted(seen.items()))})
         folder = self.folder.path / "checkpoints" / f"step-{self.step:08d}"
         state = {
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "fixed": self.fixed,
             "limits": a.limits,
+            "metrics_size": self.folder.metrics_size(),
             "world_size": self.world_size,
             "stream": states,
         }
@@ -241,6 +246,18 @@ class Training:
         if self.is_main:
             checkpoint.prune(self.folder.path, a.keep_last, a.keep_every)
             print(f"saved {folder}", flush=True)
+
+    def _log_tokens_by_source(self) -> None:
+        """Once a step, though a stopped run may come here again."""
+        if self.counted_step == self.step:
+            return
+        self.counted_step = self.step
+        seen: dict[str, int] = {}
+        for state in self.gather(list(self.stream_states.values())):
+            for name, tokens in state["seen"].items():
+                seen[name] = seen.get(name, 0) + tokens
+        if self.is_main:
+            self.folder.record({"step": self.step, "tokens_by_source": dict(sorted(seen.items()))})
 
     def conclude(self, title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]) -> None:
         """Write the export, the plots and the card, and say where they are and what came out."""
@@ -309,7 +326,8 @@ class Training:
             "tokens": self.tokens,
         }
         self._guard(record, limit)
-        if self.step % a.logging_steps == 0 or self.step == a.total_steps:
+        is_fault = "skipped" in record or "loss_spike" in record
+        if is_fault or self.step % a.logging_steps == 0 or self.step == a.total_steps:
             self.log(record)
 
     def _guard(self, record: dict[str, Any], limit: float) -> None:
@@ -330,7 +348,6 @@ class Training:
                 f"step {self.step}: skipped, loss {loss}, gradient norm {record['grad_norm']}"
             )
         if self.skipped_in_a_row >= a.max_skipped_steps:
-            self.log(record)
             last = self.folder.newest_checkpoint()
             raise InputError(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, were skipped: "
@@ -340,19 +357,20 @@ class Training:
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        for name, value in self.fixed.items():
-            if state["fixed"].get(name) != value:
-                raise InputError(
-                    f"cannot continue {folder}: {name} was {state['fixed'].get(name)} and is "
-                    f"{value}. Change it back, or choose another output_dir"
-                )
+        for name, was, now in _differences(state["fixed"], self.fixed):
+            raise InputError(
+                f"cannot continue {folder}: {name} was {was} and is {now}. "
+                "Change it back, or choose another output_dir"
+            )
         self.engine.load(folder)
         for name in COUNTERS:
             setattr(self, name, state["counters"][name])
         if state["limits"] != self.arguments.limits:
             self.ending = ""  # what has come to its end goes on within other limits
-        self.saved_step = self.step
-        self.stream_states = {int(lane): s for lane, s in state["stream"].items()}
+        self.saved_step, self.metrics_size = self.step, state["metrics_size"]
+        lanes = {int(lane): s for lane, s in state["stream"].items()}
+        # those of other ranks would be saved again as they are now
+        self.stream_states = {k: s for k, s in lanes.items() if k % self.world_size == self.rank}
         self._say(f"continuing {folder}")
 
     def _agree(self, tokens: int, batches: list[dict]) -> tuple[int, dict[str, int]]:
@@ -366,7 +384,7 @@ class Training:
                 counts[name] += count
         stop, spent, failed, tokens, *totals = self._sum([*flags, float(tokens), *counts.values()])
         if failed:
-            if self.saved_step != self.step and self.step > 0:
+            if self.step > 0:
                 self.save()
             raise self.data_error or SystemExit(2)  # the rank that met it says so
         self.stopped = stop > 0
@@ -409,7 +427,18 @@ class Training:
             name = signal.Signals(number).name
             os.write(1, f"{name}: stopping after this step, with a checkpoint\n".encode())
 
-    def _stop(self) -> None:
-        if self.saved_step != self.step and self.step > 0:
+    def stop(self) -> None:
+        """Save where a signal has stopped the run, and say how to continue it."""
+        if self.step > 0:
             self.save()
         self._say(f"stopped after step {self.step}; resume with: {command_line()}")
+
+
+def _differences(was: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value before, value now) of what differs in nested settings."""
+    for key in {**was, **now}:
+        before, after = was.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after

@@ -7,6 +7,21 @@ from typing import Any, Literal
 
 from utils.config import InputError
 
+COUNTS = (
+    "sequence_length",
+    "global_batch_size",
+    "per_device_batch_size",
+    "max_steps",
+    "max_tokens",
+    "max_skipped_steps",
+    "logging_steps",
+    "eval_steps",
+    "early_stopping_patience",
+    "save_steps",
+    "keep_last",
+    "keep_every",
+)
+
 
 @dataclass
 class TrainingArguments:
@@ -55,9 +70,10 @@ class TrainingArguments:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def check(self) -> None:
-        for name in ("global_batch_size", "per_device_batch_size", "save_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.global_batch_size % (processes * self.per_device_batch_size):
             raise InputError(

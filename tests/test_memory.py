@@ -1,0 +1,170 @@
+import pytest
+import torch
+from launching import CAUSAL_LM, ROOT, run
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+from utils.config import InputError
+from utils.memory import flops_per_token, memory_table, model_state_bytes, parameter_count
+
+LLAMA_2_7B = LlamaConfig()  # the defaults are Llama-2-7B's shape
+SEVEN_BILLION = 6_738_415_616
+GIB = 2**30
+
+
+def test_parameters_of_llama_2_7b():
+    embedding = 32_000 * 4096
+    assert parameter_count(LLAMA_2_7B) == {
+        "total": SEVEN_BILLION,
+        "without_input_embeddings": SEVEN_BILLION - embedding,
+    }
+
+
+def test_parameters_of_gpt2():
+    # GPT-2 ties its token embeddings to the output projection; its 1,024 positions are looked up
+    assert parameter_count(GPT2Config()) == {
+        "total": 124_439_808,
+        "without_input_embeddings": 124_439_808 - 1024 * 768,
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, GemmaConfig])
+def test_parameters_equal_those_of_the_real_model(config_class, tied):
+    config = config_class(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=tied,
+    )
+    before = config.to_dict()
+    counts = parameter_count(config)
+    assert config.to_dict() == before
+    model = AutoModelForCausalLM.from_config(config)
+    assert counts["total"] == model.num_parameters()
+    # the tied matrix is also the output projection, which multiplies
+    looked_up = 0 if tied else 96 * 16
+    assert counts["without_input_embeddings"] == counts["total"] - looked_up
+
+
+def test_no_causal_language_model_is_said():
+    with pytest.raises(InputError, match="no causal language model of type 't5'"):
+        parameter_count(T5Config())
+
+
+def test_flops_per_token():
+    layers, hidden, length = 32, 4096, 4096
+    parameters = SEVEN_BILLION - 32_000 * 4096
+    expected = 6 * parameters + 12 * layers * hidden * length
+    assert flops_per_token(LLAMA_2_7B, length) == expected == 46_086_512_640
+    # a tied output projection costs its 6 FLOPs a parameter as an untied one does
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    tied = LlamaConfig(**shape, tie_word_embeddings=True)
+    untied = LlamaConfig(**shape, tie_word_embeddings=False)
+    assert flops_per_token(tied, 128) == flops_per_token(untied, 128)
+
+
+def test_flops_of_the_matrix_products_are_those_that_torch_counts():
+    """Forward and backward by torch's own counter, for a model of matrices and attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = GPT2Config(
+        vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=32, attn_implementation="eager"
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.zeros(1, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens).logits.sum().backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # no matrix products
+    assert counter.get_total_flops() == 32 * (flops_per_token(config, 32) - 6 * vectors)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "precision", "weights", "gradients", "optimizer"),
+    [
+        (0, 64, "bf16", 4, 4, 8),
+        (0, 64, "no", 4, 4, 8),
+        (1, 64, "bf16", 2, 2, 12 / 64),
+        (2, 64, "fp16", 2, 2 / 64, 12 / 64),
+        (3, 64, "bf16", 2 / 64, 2 / 64, 12 / 64),
+        (3, 1, "bf16", 2, 2, 12),
+        (2, 8, "no", 4, 4 / 8, 12 / 8),
+    ],
+)
+def test_bytes_a_parameter(stage, world_size, precision, weights, gradients, optimizer):
+    parameters = 64 * 10**6
+    assert model_state_bytes(parameters, stage, world_size, precision) == {
+        "weights": weights * parameters,
+        "gradients": gradients * parameters,
+        "optimizer": optimizer * parameters,
+    }
+
+
+def test_llama_2_7b_under_zero_3_on_64_gpus():
+    state = model_state_bytes(SEVEN_BILLION, 3, 64, "bf16")
+    assert state == {
+        "weights": 210_575_488,
+        "gradients": 210_575_488,
+        "optimizer": 1_263_452_928,
+    }
+    assert round(sum(state.values()) / GIB, 2) == 1.57
+
+
+def test_offload_leaves_the_gpu_what_the_offload_configs_leave_it():
+    zero2 = model_state_bytes(1000, 2, 2, "bf16", offload=True)
+    assert zero2 == {"weights": 2000, "gradients": 0, "optimizer": 0}
+    zero3 = model_state_bytes(1000, 3, 2, "bf16", offload=True)
+    assert zero3 == {"weights": 0, "gradients": 0, "optimizer": 0}
+
+
+def test_a_remainder_is_rounded_up():
+    assert model_state_bytes(3, 3, 4, "bf16") == {"weights": 2, "gradients": 2, "optimizer": 9}
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(4, "bf16"), (2, "fp8")])
+def test_unknown_settings_are_refused(stage, precision):
+    with pytest.raises(ValueError, match="no such setting"):
+        model_state_bytes(1000, stage, 1, precision)
+
+
+def test_memory_table_of_a_small_model_is_in_mebibytes():
+    # 2**20 parameters: 4 MiB of fp32 weights, 8 of moments, and under ZeRO 4 more of a copy
+    assert memory_table(2**20, "no", world_sizes=(1, 2)).splitlines() == [
+        "| ZeRO stage | 1 GPU | 2 GPUs |",
+        "| --- | --- | --- |",
+        "| 0 (DDP) | 4.0 + 4.0 + 8.0 = 16.0 MiB | 4.0 + 4.0 + 8.0 = 16.0 MiB |",
+        "| 1 | 4.0 + 4.0 + 12.0 = 20.0 MiB | 4.0 + 4.0 + 6.0 = 14.0 MiB |",
+        "| 2 | 4.0 + 4.0 + 12.0 = 20.0 MiB | 4.0 + 2.0 + 6.0 = 12.0 MiB |",
+        "| 3 | 4.0 + 4.0 + 12.0 = 20.0 MiB | 2.0 + 2.0 + 6.0 = 10.0 MiB |",
+    ]
+
+
+def test_the_table_of_the_readme_is_what_the_dry_run_prints(tmp_path):
+    arguments = "recipes/pretrain/configs/causal_lm_7b_slimpajama.yaml --dry_run true"
+    readme = (ROOT / "ds_configs/README.md").read_text()
+    assert f"python {CAUSAL_LM} {arguments}\n" in readme
+    table = memory_table(SEVEN_BILLION, "bf16")
+    assert table in readme
+    printed = run(None, 1, arguments.split(), tmp_path / "log")
+    assert table in printed
+    assert "6,738,415,616 parameters (6,607,343,616 without the input embeddings)" in printed
+    assert "1,024 sequences x 4,096 = 4,194,304 tokens" in printed
+    assert "149,488 steps = 626,998" in printed
+    assert "46,086,512,640 FLOPs a token" in printed
+
+
+def test_llama_2_7b_fits_as_the_launch_table_says():
+    """The largest models that accelerate_configs/README.md names leave a third of 80 GB free."""
+    for billions, stage, world_size in [(3, 0, 1), (9, 1, 8), (14, 2, 8), (26, 3, 8)]:
+        state = model_state_bytes(billions * 10**9, stage, world_size, "bf16")
+        assert sum(state.values()) <= 80e9 * 2 / 3
