@@ -3,7 +3,11 @@
 import json
 import os
 import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -11,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DOMAINS = ["Book", "Code", "Web"]
 SYLLABLES = ["ka", "to", "mi", "ren", "sul", "ba", "vor", "el", "né", "dra", "pi", "東", "🙂"]
 WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]
@@ -74,3 +79,53 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Pa
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+class Ended(NamedTuple):
+    """A recipe that has ended: its exit status, what it printed and its output_dir."""
+
+    status: int
+    output: str
+    error: str
+    folder: Path
+
+
+@pytest.fixture
+def pretrain(
+    corpus_folder: Path,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> Iterator[Callable[..., Ended]]:
+    """pretrain(name, **settings): the causal LM recipe, here; plots are left out, they take long."""
+    import torch
+    from accelerate.state import AcceleratorState
+    from launching import tiny_run
+
+    from recipes.pretrain import causal_lm
+    from utils import training
+    from utils.config import command
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    def run(name: str = "run", **settings: Any) -> Ended:
+        train, folder = corpus_folder / "train-0.jsonl", tmp_path / name
+        words = tiny_run(folder, train, tokenizer_folder, **settings)
+        monkeypatch.setattr(sys, "argv", ["causal_lm.py", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            command(causal_lm.main)
+        AcceleratorState._reset_state(True)
+        return Ended(end.value.code, *capfd.readouterr(), folder)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(training, "write_plots", lambda folder: [])
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -180,7 +180,7 @@ def fragments(
 
     Where every rank owns everything (no ZeRO), the parameters are dealt out, unless `every_rank`.
     """
-    zero = _zero(optimizer)
+    zero = zero_optimizer(optimizer)
     for index, (name, parameter) in enumerate(_trainable(model)):
         if zero is None:
             if every_rank or index % _world_size() == _rank():
@@ -214,7 +214,7 @@ def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _zero(optimizer: Any) -> Any:
+def zero_optimizer(optimizer: Any) -> Any:
     """DeepSpeed's ZeRO optimizer inside what Accelerate handed back, if there is one."""
     inner = getattr(optimizer, "optimizer", optimizer)
     is_zero = hasattr(inner, "single_partition_of_fp32_groups")
@@ -229,7 +229,7 @@ def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 def _make_optimizer_state(optimizer: Any, step: int) -> None:
     """Give a new optimizer the state that it has after `step` updates, as zeros to be filled."""
-    zero, inner = _zero(optimizer), _torch_optimizer(optimizer)
+    zero, inner = zero_optimizer(optimizer), _torch_optimizer(optimizer)
     if zero is None:
         flats = [p for group in inner.param_groups for p in group["params"]]
     elif hasattr(zero, "fp32_partitioned_groups_flat"):
@@ -254,7 +254,7 @@ def _make_optimizer_state(optimizer: Any, step: int) -> None:
 
 def _refresh_model(optimizer: Any) -> None:
     """Let the weights that the model computes with follow the full-precision ones just set."""
-    zero = _zero(optimizer)
+    zero = zero_optimizer(optimizer)
     if zero is None:
         return
     if hasattr(zero, "fp32_partitioned_groups_flat"):

@@ -111,6 +111,11 @@ class Engine:
             fused=True,
         )
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
+        if self.deepspeed and checkpoint.zero_optimizer(self.optimizer) is None:
+            raise InputError(
+                "DeepSpeed chose an optimizer that checkpoints do not know: leave grad_accum_dtype "
+                "out of its config, or take ZeRO stage 2 or 3"
+            )
 
     def describe(self) -> str:
         """How the weights are spread over the processes, for people."""

@@ -7,10 +7,37 @@ describe the same scheme; Wijmans et al. 2024 the memory it saves).
 
 import torch
 from torch.nn.functional import cross_entropy, linear
+from transformers import PreTrainedModel
 
+from utils.config import InputError
 from utils.packing import IGNORE_INDEX
 
 CHUNK_ELEMENTS = 2**24  # of logits: 64 MB in fp32
+
+# settings by which models of transformers change the logits further, and the value that does not
+LOGIT_SETTINGS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+}
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raises InputError unless the logits of the model are what the losses here take them for."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or {*model.children()} != {model.base_model, head}:
+        raise InputError(
+            f"model: {model.config.model_type} has more than a linear head between its hidden "
+            "states and the logits: the chunked loss cannot follow"
+        )
+    for name, neutral in LOGIT_SETTINGS.items():
+        value = getattr(model.config, name, None)
+        if value not in (None, neutral):
+            raise InputError(
+                f"model.{name}: {value} changes the logits after the head, which the chunked loss "
+                f"does not: set it to {'null' if neutral is None else neutral}"
+            )
 
 
 def summed_cross_entropy(

@@ -7,7 +7,7 @@ a document cut in two loses no target. `position_ids` restart with every documen
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -139,6 +139,38 @@ def packed_rows(
             after = {"lane": pieces[-1].tag[0], "offset": pieces[-1].end}
         tokens = sum(piece.tokens for piece in pieces)
         yield Row(lane_index, features, {**after, "seen": dict(seen)}, tokens)
+
+
+def check_packing(
+    token_losses: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    shape: tuple[int, int],
+    vocabulary: int,
+    tolerance: float,
+) -> None:
+    """Raises InputError when a document sees the one before it in the row.
+
+    Not every model of transformers masks its attention by the position ids, though it takes them.
+
+    Args:
+        token_losses: batch → the loss of each position, of shape (rows, sequence_length).
+        tolerance: for a loss that is not to change, beside those that are.
+    """
+    rows, sequence_length = shape
+    middle = sequence_length // 2
+    tokens = 7 * torch.arange(rows * sequence_length).view(shape) % vocabulary
+    others = tokens.clone()
+    others[:, :middle] = (tokens[:, :middle] + vocabulary // 2) % vocabulary
+    places = torch.arange(sequence_length)
+    batch = {
+        "shift_labels": tokens.roll(-1, 1),
+        "position_ids": torch.where(places < middle, places, places - middle).expand(shape),
+    }
+    before, after = (token_losses({"input_ids": x, **batch}) for x in (tokens, others))
+    first, second = (after - before).abs().split([middle, sequence_length - middle], dim=1)
+    if middle and second.max() > tolerance * first.max():
+        raise InputError(
+            "model: documents in one row see each other: it cannot train on packed rows"
+        )
 
 
 def collate(features: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -132,8 +132,12 @@ def _hub_files(source: Source) -> list[str]:
     return [str(file) for file in splits[source.split]]
 
 
-def check_sources(sources: list[Source]) -> None:
-    """Raises InputError for weights, epochs or names that make no mixture."""
+def find_checked_files(sources: list[Source], skip_bad_records: bool) -> list[list[str]]:
+    """The files of each source of a mixture.
+
+    Raises:
+        InputError: weights, epochs or names that make no mixture; a source without a document.
+    """
     if not sources:
         raise InputError("no sources: give at least one path")
     weights = [source.weight for source in sources]
@@ -146,17 +150,20 @@ def check_sources(sources: list[Source]) -> None:
             raise InputError(f"two sources are called {name!r}: give each its own name")
         if source.epochs is not None and source.epochs < 1:
             raise InputError(f"source {name!r}: epochs must be at least 1, not {source.epochs}")
+    found = [find_files(source) for source in sources]
+    for source, files in zip(sources, found, strict=True):
+        _find_first_document(source, files, skip_bad_records)
+    return found
 
 
-def find_first_document(source: Source, files: list[str], skip_bad_records: bool) -> Document:
-    """Raises InputError when there is none, or what stands before it cannot be read."""
+def _find_first_document(source: Source, files: list[str], skip_bad_records: bool) -> None:
     bad_records = 0
     for file in files:
         try:
             with closing(read(Shard(file, 0, 1), source)) as items:
                 for item in items:
                     if isinstance(item, Document):
-                        return item
+                        return
                     bad_records += 1
                     # so many are not a broken record here and there: the settings are wrong
                     if not skip_bad_records or bad_records == 1000:

@@ -9,6 +9,7 @@ number of processes, of workers, of micro-batches, or of interruptions.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,16 +24,7 @@ import numpy as np
 import torch
 
 from utils.config import InputError
-from utils.sources import (
-    BadRecord,
-    Document,
-    Source,
-    check_sources,
-    cut_into_shards,
-    find_files,
-    find_first_document,
-    read,
-)
+from utils.sources import BadRecord, Document, Source, cut_into_shards, find_checked_files, read
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
@@ -75,15 +67,13 @@ class Row(NamedTuple):
     tokens: int  # of documents; what is left of the row is padding
 
 
+@functools.lru_cache(maxsize=64)  # a lane asks for the order of its shards with every chunk
 def keyed_permutation(count: int, *key: Any) -> list[int]:
     """A permutation of range(count) that is a function of the key alone, on every platform."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     # the raw output of a NumPy bit generator is guaranteed not to change between versions
     draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
     return np.argsort(draws, kind="stable").tolist()
-
-
-_order_of_shards = functools.lru_cache(maxsize=32)(keyed_permutation)
 
 
 class Corpus:
@@ -103,11 +93,8 @@ class Corpus:
         arguments: StreamArguments,
         seed: int,
     ):
-        check_sources(sources)
         self.sources, self.encode, self.arguments, self.seed = sources, encode, arguments, seed
-        self.files = [find_files(source) for source in sources]
-        for source, files in zip(sources, self.files, strict=True):
-            find_first_document(source, files, arguments.on_bad_record == "skip")
+        self.files = find_checked_files(sources, arguments.on_bad_record == "skip")
         self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
         self._bad_records = 0
         self._readers: OrderedDict[Cursor, None] = OrderedDict()
@@ -118,8 +105,7 @@ class Corpus:
         # a file on the Hub is named by its commit; a local one by its size
         files = [
             [os.path.basename(file), os.path.getsize(file)] if os.path.exists(file) else file
-            for files in self.files
-            for file in files
+            for file in itertools.chain(*self.files)
         ]
         described = [[s.weight, s.epochs, s.text_field, s.domain_field] for s in self.sources]
         digest = hashlib.blake2b(json.dumps([described, files]).encode(), digest_size=8)
@@ -127,8 +113,8 @@ class Corpus:
 
     def shards_of(self, source: int, epoch: int, lane: int) -> list[int]:
         """Indices of a lane's shards of one epoch, in the order in which it reads them."""
-        key = (self.seed, "shards", source, epoch)
-        return _order_of_shards(len(self.shards[source]), *key)[lane :: self.arguments.lanes]
+        order = keyed_permutation(len(self.shards[source]), self.seed, "shards", source, epoch)
+        return order[lane :: self.arguments.lanes]
 
     def opened(self, cursor: "Cursor") -> None:
         """Note the use of a reader, and close the least recently used beyond the limit."""
@@ -253,12 +239,8 @@ class Lane:
 
     def __init__(self, corpus: Corpus, index: int, state: dict[str, Any] | None = None):
         count = len(corpus.sources)
-        state = state or {
-            "places": [[0, 0, None, 0]] * count,
-            "tokens": [0] * count,
-            "documents": 0,
-            "bad_records": 0,
-        }
+        zero = {"tokens": [0] * count, "documents": 0, "bad_records": 0}
+        state = state or {"places": [[0, 0, None, 0]] * count, **zero}
         self.corpus, self.index = corpus, index
         self.cursors = [Cursor(corpus, i, index, place) for i, place in enumerate(state["places"])]
         self.tokens = list(state["tokens"])
@@ -340,14 +322,17 @@ class StepStream(torch.utils.data.IterableDataset):
                 multiprocessing_context="spawn" if workers else None,
             )
         )
-        while True:
-            rows: list[Row] = []
-            for _ in range(workers or 1):
-                part = next(parts)
-                if isinstance(part, InputError):
-                    raise part
-                rows += part
-            yield sorted(rows, key=lambda row: row.lane)
+        try:
+            while True:
+                rows: list[Row] = []
+                for _ in range(workers or 1):
+                    part = next(parts)
+                    if isinstance(part, InputError):
+                        raise part
+                    rows += part
+                yield sorted(rows, key=lambda row: row.lane)
+        finally:
+            del parts  # ends the workers; left to the garbage collector, they may hang
 
 
 def _as_it_is(rows: list[Row]) -> list[Row]:
@@ -356,6 +341,7 @@ def _as_it_is(rows: list[Row]) -> list[Row]:
 
 def _start_worker(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
-    # signals to the process group are the trainer's: it still needs the rows of its last step
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    # what stops a run is sent to all its processes: the trainer still needs rows for its last step
+    os.setpgrp()
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

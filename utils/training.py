@@ -160,6 +160,8 @@ class Training:
                     return self.stop()
                 if self.ending:
                     break
+                if not any(counts.values()):
+                    continue  # single tokens at the very end of the data: nothing to predict
                 self._train_step(rows, batches, counts, tokens, start)
                 self.pending_evaluation = True
                 if self.step == self.progress.first_step + 1:

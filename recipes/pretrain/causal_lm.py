@@ -19,18 +19,21 @@ import hashlib
 import inspect
 import os
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from utils.config import InputError, command, parse
 from utils.engine import initialize_weights
 from utils.evaluation import baselines, check_held_out, evaluate_by_domain, held_out_documents
-from utils.loss import summed_cross_entropy, token_cross_entropy
+from utils.loss import check_head, summed_cross_entropy, token_cross_entropy
 from utils.memory import flops_per_token, parameter_count, plan
-from utils.packing import IGNORE_INDEX, DocumentEncoder, packed_rows
+from utils.packing import IGNORE_INDEX, DocumentEncoder, check_packing, packed_rows
 from utils.run_folder import RunFolder
 from utils.sources import Source
 from utils.stream import Corpus, StepStream, StreamArguments
@@ -102,7 +105,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer: cannot load {name}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
 
 
 def model_config(args: Arguments, tokenizer: Any = None) -> Any:
@@ -122,8 +125,15 @@ def model_config(args: Arguments, tokenizer: Any = None) -> Any:
             config = AutoConfig.from_pretrained(args.model_name_or_path)
         else:
             config = AutoConfig.for_model(**settings)
-    except (OSError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"model: {str(error).splitlines()[0]}") from None
+            known = type(config)().to_dict().keys() | config.attribute_map.keys()
+            if unknown := args.model.keys() - known:
+                (near,) = get_close_matches(min(unknown), known, 1, 0)
+                raise InputError(
+                    f"model: {config.model_type} has no setting {min(unknown)!r}: "
+                    f"the nearest valid one is {near!r}"
+                )
+    except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise InputError(f"model: {shorten(str(error), 300)}") from None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise InputError(
             f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
@@ -140,35 +150,45 @@ def model_config(args: Arguments, tokenizer: Any = None) -> Any:
 
 def build_model(args: Arguments, config: Any) -> torch.nn.Module:
     options = {"dtype": torch.float32, "attn_implementation": args.attn_implementation}
-    if args.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
-    else:
-        model = AutoModelForCausalLM.from_config(config, **options)
-        initialize_weights(model, args.seed)
-        config.architectures = [type(model).__name__]
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise InputError(f"model: {config.model_type} takes no position_ids: it cannot pack")
+    try:
+        if args.model_name_or_path:
+            model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
+        else:
+            model = AutoModelForCausalLM.from_config(config, **options)
+            initialize_weights(model, args.seed)
+            config.architectures = [type(model).__name__]
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(f"model: {shorten(str(error), 300)}") from None
+    takes = inspect.signature(model.base_model.forward).parameters
+    if "position_ids" not in takes or getattr(model, "_is_stateful", False):
+        raise InputError(
+            f"model: {config.model_type} cannot keep packed documents apart: "
+            "it is recurrent, or takes no position_ids"
+        )
+    check_head(model)
     return model
 
 
-def evaluate(training: Training, objective, sources, encode, args) -> dict[str, Any] | None:
+def token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    training.objective.eval()
+    device = training.accelerator.device
+    with torch.no_grad(), training.accelerator.autocast():
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return training.engine.module(**batch, per_token=True)
+
+
+def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, Any] | None:
     """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
-
-    def token_losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        device = training.accelerator.device
-        with torch.no_grad(), training.accelerator.autocast():
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            return training.engine.module(**batch, per_token=True)
-
-    objective.eval()
     documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
-    size = args.per_device_batch_size
-    return evaluate_by_domain(training, documents, encode, token_losses, args.sequence_length, size)
+    losses, size = partial(token_losses, training), args.per_device_batch_size
+    return evaluate_by_domain(training, documents, encode, losses, args.sequence_length, size)
 
 
 def write_samples(training: Training, model, tokenizer, encode, prompts: list[str]) -> list[dict]:
     """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8."""
     samples = []
+    positions = getattr(model.config, "max_position_embeddings", 2**31)
+    model.eval()
     for prompt in prompts:
         tokens = torch.from_numpy(encode([prompt])[0][None, :-1]).to(training.accelerator.device)
         torch.manual_seed(0)
@@ -176,7 +196,7 @@ def write_samples(training: Training, model, tokenizer, encode, prompts: list[st
             output = model.generate(
                 tokens.long(),
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=60,
+                max_new_tokens=min(60, positions - tokens.shape[1]),
                 do_sample=True,
                 temperature=0.8,
                 pad_token_id=encode.end,
@@ -219,18 +239,24 @@ def main() -> None:
             "seed": args.seed,
             "the training data": corpus.fingerprint(),
             "the tokenizer": hashlib.sha256(encode.backend.to_str().encode()).hexdigest()[:16],
-            "model": config.to_diff_dict(),
+            "model": {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"},
             "sequence_length": args.sequence_length,
             "global_batch_size": args.global_batch_size,
         },
         write_model_files=lambda path: [x.save_pretrained(path) for x in (config, tokenizer)],
         flops_per_token=flops_per_token(config, args.sequence_length),
     )
+    check_packing(
+        partial(token_losses, training),
+        (args.per_device_batch_size, args.sequence_length),
+        config.vocab_size,
+        tolerance=1e-3 if args.mixed_precision == "no" else 2e-2,
+    )
     for step in training.steps():
         if training.evaluates():
             results: dict[str, Any] | None = {}
             if args.validation_sources:
-                results = evaluate(training, objective, args.validation_sources, encode, args)
+                results = evaluate(training, args.validation_sources, encode, args)
             training.record_evaluation(results)
             if not training.stopped and args.sample_prompts:
                 samples = write_samples(training, model, tokenizer, encode, args.sample_prompts)
@@ -240,9 +266,9 @@ def main() -> None:
 
     facts = {"parameters": f"{parameter_count(config)['total']:,}"}
     if args.test_sources:
-        results = evaluate(training, objective, args.test_sources, encode, args)
+        results = evaluate(training, args.test_sources, encode, args)
         if results is None:
-            return
+            return training.stop()
         facts["bits per byte of the test documents"] = f"{results['eval_bits_per_byte']:.4f}"
         if args.baselines and training.is_main:
             test = held_out_documents(args.test_sources, args.eval_documents)

@@ -1,0 +1,224 @@
+"""Runs that are killed, told to stop or fed with NaN, and what becomes of them."""
+
+import math
+import random
+import signal
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from launching import CAUSAL_LM, Launch, checkpoints, metrics, run, state, steps, tiny_run
+
+STEPS, SAVE_STEPS = 12, 3
+SETTINGS = {
+    "max_steps": STEPS,
+    "save_steps": SAVE_STEPS,
+    "eval_steps": 4,
+    "weight_decay": 0.5,
+    "warmup_steps": 5,
+}
+STAGES = {
+    "no DeepSpeed": (None, 1),
+    "ZeRO-1": ("zero1", 2),
+    "ZeRO-2": ("zero2", 2),
+    "ZeRO-3": ("zero3", 2),
+}
+
+
+def partial_checkpoints(output_dir: Path) -> list[str]:
+    return [path.name for path in output_dir.glob("checkpoints/.step-*.partial")]
+
+
+def kill(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usual: float) -> str:
+    """Send SIGKILL to all ranks.
+
+    Args:
+        moment: "in a save", "before the first checkpoint" or "at any time".
+        usual: seconds from start to end of an undisturbed run.
+
+    Returns:
+        What it met: "in a save", "before the first checkpoint", "later", or "" when the run had
+        come to its end.
+    """
+    if moment == "in a save":
+        last = int(checkpoints(output_dir)[-1].name[5:]) if checkpoints(output_dir) else 0
+        save = draw.randrange(last // SAVE_STEPS + 1, STEPS // SAVE_STEPS + 1) * SAVE_STEPS
+        name = f".step-{save:08d}.partial"  # or a later one, should this be missed
+        launch.wait_until(lambda: max(partial_checkpoints(output_dir), default="") >= name)
+    elif moment == "before the first checkpoint":
+        launch.wait_for(f"step {draw.randrange(1, SAVE_STEPS)}/")
+    else:
+        end = time.monotonic() + draw.uniform(0, usual)
+        launch.wait_until(lambda: time.monotonic() > end)
+    alive = launch.is_alive()
+    launch.kill()
+    if not alive:
+        return ""
+    if partial_checkpoints(output_dir):
+        return "in a save"
+    return "later" if checkpoints(output_dir) else "before the first checkpoint"
+
+
+def result(output_dir: Path) -> tuple[list[dict], bytes]:
+    """What must be the same, however often a run was interrupted."""
+    return metrics(output_dir), (output_dir / "model" / "model.safetensors").read_bytes()
+
+
+class Runs:
+    """Runs of one launch config on the same data; one of them undisturbed."""
+
+    def __init__(self, folder: Path, config: str | None, processes: int, *data: Path, **settings):
+        self.folder, self.config, self.processes = folder, config, processes
+        self.data, self.settings = data, {**SETTINGS, **settings}
+        self.log = folder / "log.txt"
+        self.reference = folder / "undisturbed"
+        start = time.monotonic()
+        self.finish(self.reference)
+        self.seconds = time.monotonic() - start
+
+    def start(self, output_dir: Path, script: str = CAUSAL_LM) -> Launch:
+        arguments = tiny_run(output_dir, *self.data, **self.settings)
+        return Launch(self.config, self.processes, arguments, self.log, script)
+
+    def finish(self, output_dir: Path) -> str:
+        arguments = tiny_run(output_dir, *self.data, **self.settings)
+        return run(self.config, self.processes, arguments, self.log)
+
+
+def script_with(path: Path, function: str, code: str) -> str:
+    """A script that runs the recipe with a function of utils replaced.
+
+    Args:
+        code: the body of the new function: of `original`, `arguments`, `rank` and the number of
+            its `call`, from 1.
+    """
+    module, _, name = function.rpartition(".")
+    path.write_text(f"""
+import itertools, os, runpy, signal
+import {module} as module
+original, calls, rank = module.{name}, itertools.count(1), int(os.environ.get("RANK", 0))
+def replacement(*arguments):
+    call = next(calls)
+{textwrap.indent(code, "    ")}
+module.{name} = replacement
+runpy.run_path("{CAUSAL_LM}", run_name="__main__")
+""")
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def runs(request, tmp_path_factory, corpus_folder, tokenizer_folder) -> Runs:
+    return Runs(
+        tmp_path_factory.mktemp("runs"),
+        *STAGES[request.param],
+        corpus_folder / "train-*.jsonl",
+        tokenizer_folder,
+        validation_sources=[{"path": str(corpus_folder / "validation.jsonl")}],
+        eval_documents=8,
+    )
+
+
+def test_kills_leave_no_trace_in_metrics_and_weights(runs, tmp_path):
+    draw = random.Random(0)
+    moments = ["before the first checkpoint", "in a save", "at any time"]
+    met = []
+    for moment in moments:
+        with runs.start(tmp_path) as launch:
+            met.append(kill(launch, tmp_path, moment, draw, runs.seconds))
+    assert met[:2] == moments[:2]
+    output = runs.finish(tmp_path)
+    assert "continuing" in output
+    assert result(tmp_path) == result(runs.reference)
+    assert not partial_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("runs", ["ZeRO-2"], indirect=True)
+def test_one_killed_process_ends_the_other_and_leaves_no_trace(runs, tmp_path):
+    with runs.start(tmp_path) as launch:
+        launch.wait_for("step 4/")
+        launch.processes[1].kill()
+        statuses = launch.wait(60)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] not in (0, -signal.SIGKILL)
+    runs.finish(tmp_path)
+    assert result(tmp_path) == result(runs.reference)
+
+
+MOMENTS = {  # function → what the run does when it is called for the first time
+    "utils.engine.initialize_weights": "begins",
+    "utils.evaluation.evaluate_by_domain": "evaluates",
+    "utils.checkpoint.save_file": "saves",
+}
+
+
+@pytest.mark.parametrize("runs", ["no DeepSpeed", "ZeRO-3"], indirect=True)
+def test_a_stop_signal_at_any_moment_stops_all_processes_with_a_checkpoint(runs, tmp_path):
+    output_dir = tmp_path / "run"
+    # only the last process is told, and all stop
+    told = "if call == 1 and rank == LAST:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    told = told.replace("LAST", str(runs.processes - 1)) + "return original(*arguments)"
+    for function, doing in MOMENTS.items():
+        script = script_with(tmp_path / f"{doing}.py", function, told)
+        with runs.start(output_dir, script) as launch:
+            assert launch.wait() == [0] * runs.processes, launch.output()
+            assert launch.output().count("resume with: ") == 1
+            last_step = steps(output_dir)[-1]["step"] if steps(output_dir) else 0
+            assert last_step == {"begins": 0, "evaluates": 4, "saves": 6}[doing]
+            assert f"stopped after step {last_step}" in launch.output()
+        if doing != "begins":
+            assert int(checkpoints(output_dir)[-1].name[5:]) == last_step
+    with runs.start(output_dir) as launch:
+        launch.wait_for("step 7/")
+        launch.signal(signal.SIGUSR1)
+        assert launch.wait() == [0] * runs.processes, launch.output()
+    assert "SIGUSR1: stopping after this step" in launch.output()
+    assert "resume with: " in launch.output()
+    runs.finish(output_dir)
+    assert result(output_dir) == result(runs.reference)
+
+
+NAN = """
+loss, step = original(*arguments), (call - 1) // 2 + 1  # of two micro-batches
+if rank == 1 and step == 2:
+    return loss * float("nan")
+if rank == 1 and step in (4, 6, 7, 8):  # the loss is finite, its gradient is not
+    loss.register_hook(lambda gradient: gradient * float("nan"))
+return loss
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "mixed_precision"),
+    [
+        ("multi_cpu", "no"),
+        ("zero1", "no"),
+        ("zero2", "no"),
+        ("zero3", "no"),
+        ("zero1", "bf16"),
+        ("zero2", "bf16"),
+        ("zero3", "bf16"),
+    ],
+)
+def test_nan_on_one_process_is_skipped_by_all_and_stops_the_run_in_the_end(
+    config, mixed_precision, tmp_path, corpus_folder, tokenizer_folder
+):
+    script = script_with(tmp_path / "nan.py", "utils.loss.summed_cross_entropy", NAN)
+    settings = {"max_steps": 20, "save_steps": 1, "keep_last": 20, "max_skipped_steps": 3}
+    data = corpus_folder / "train-*.jsonl", tokenizer_folder
+    arguments = tiny_run(tmp_path, *data, **settings, mixed_precision=mixed_precision)
+    with Launch(config, 2, arguments, tmp_path / "log.txt", script) as launch:
+        assert launch.wait() == [2, 2], launch.output()
+    error = [line for line in launch.output().splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert error[0].startswith("error: 3 steps in a row, up to step 8, were skipped")
+    records = steps(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert [r["step"] for r in records if r.get("skipped")] == [2, 4, 6, 7, 8]
+    assert [r["step"] for r in records if not math.isfinite(r["loss"])] == [2]
+    # a skipped step leaves weights and moments as they were
+    folders = checkpoints(tmp_path)
+    for before, after in ((1, 2), (3, 4), (5, 6), (6, 7)):
+        for path in folders[before - 1].glob("rank-*"):
+            assert path.read_bytes() == (folders[after - 1] / path.name).read_bytes()
+    assert state(folders[-1])["optimizer_step"] == 3
