@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)  # threads for tensors as small as these only wait for each other
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DOMAINS = ["Book", "Code", "Web"]
@@ -98,8 +100,7 @@ def pretrain(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
 ) -> Iterator[Callable[..., Ended]]:
-    """pretrain(name, **settings): the causal LM recipe, here; plots are left out, they take long."""
-    import torch
+    """pretrain(name, **settings): the causal LM recipe in this process, without its slow plots."""
     from accelerate.state import AcceleratorState
     from launching import tiny_run
 
@@ -110,9 +111,11 @@ def pretrain(
     def leave(status: int) -> None:
         raise SystemExit(status)
 
-    def run(name: str = "run", **settings: Any) -> Ended:
-        train, folder = corpus_folder / "train-0.jsonl", tmp_path / name
-        words = tiny_run(folder, train, tokenizer_folder, **settings)
+    def run(name: str = "run", config: Path | None = None, **settings: Any) -> Ended:
+        folder = Path(settings.pop("output_dir", tmp_path / name))
+        tokenizer = settings.pop("tokenizer", tokenizer_folder)
+        words = tiny_run(folder, corpus_folder / "train-0.jsonl", tokenizer, **settings)
+        words = words if config is None else [str(config), *words]
         monkeypatch.setattr(sys, "argv", ["causal_lm.py", *words])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -123,9 +126,6 @@ def pretrain(
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(training, "write_plots", lambda folder: [])
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield run
-    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)

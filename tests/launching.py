@@ -48,8 +48,9 @@ _server.set_forkserver_preload(
     [
         "torch",
         "transformers.models.llama.modeling_llama",
-        "accelerate",
+        "accelerate.commands.launch",
         "deepspeed",
+        "pytest",
         "torch._inductor.compile_fx",
         "functorch.compile",
         "torch.utils.cpp_extension",
@@ -145,6 +146,13 @@ def run(config: str | None, processes: int, arguments: list[str], log: Path, **o
         statuses = launch.wait()
         assert statuses == [0] * processes, launch.output()
         return launch.output()
+
+
+def start_server() -> None:
+    """Import the libraries now: what is started from here on takes its usual time."""
+    process = _server.Process(target=int)
+    process.start()
+    process.join()
 
 
 def tiny_run(output_dir: Path, train: Path, tokenizer: Path, **settings: Any) -> list[str]:

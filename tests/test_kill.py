@@ -1,5 +1,7 @@
 """Runs that are killed, told to stop or fed with NaN, and what becomes of them."""
 
+import bisect
+import itertools
 import math
 import random
 import signal
@@ -8,7 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import CAUSAL_LM, Launch, checkpoints, metrics, run, state, steps, tiny_run
+from launching import (
+    CAUSAL_LM,
+    Launch,
+    checkpoints,
+    metrics,
+    run,
+    start_server,
+    state,
+    steps,
+    tiny_run,
+)
+
+from utils.sources import Source
+from utils.stream import Corpus, StreamArguments
 
 STEPS, SAVE_STEPS = 12, 3
 SETTINGS = {
@@ -73,6 +88,7 @@ class Runs:
         self.data, self.settings = data, {**SETTINGS, **settings}
         self.log = folder / "log.txt"
         self.reference = folder / "undisturbed"
+        start_server()
         start = time.monotonic()
         self.finish(self.reference)
         self.seconds = time.monotonic() - start
@@ -90,15 +106,15 @@ def script_with(path: Path, function: str, code: str) -> str:
     """A script that runs the recipe with a function of utils replaced.
 
     Args:
-        code: the body of the new function: of `original`, `arguments`, `rank` and the number of
-            its `call`, from 1.
+        code: the body of the new function, with `original`, `arguments`, `options`, `rank` and
+            `call`, which counts from 1.
     """
     module, _, name = function.rpartition(".")
     path.write_text(f"""
 import itertools, os, runpy, signal
 import {module} as module
 original, calls, rank = module.{name}, itertools.count(1), int(os.environ.get("RANK", 0))
-def replacement(*arguments):
+def replacement(*arguments, **options):
     call = next(calls)
 {textwrap.indent(code, "    ")}
 module.{name} = replacement
@@ -157,7 +173,7 @@ def test_a_stop_signal_at_any_moment_stops_all_processes_with_a_checkpoint(runs,
     output_dir = tmp_path / "run"
     # only the last process is told, and all stop
     told = "if call == 1 and rank == LAST:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-    told = told.replace("LAST", str(runs.processes - 1)) + "return original(*arguments)"
+    told = told.replace("LAST", str(runs.processes - 1)) + "return original(*arguments, **options)"
     for function, doing in MOMENTS.items():
         script = script_with(tmp_path / f"{doing}.py", function, told)
         with runs.start(output_dir, script) as launch:
@@ -213,8 +229,8 @@ def test_nan_on_one_process_is_skipped_by_all_and_stops_the_run_in_the_end(
     assert len(error) == 1
     assert error[0].startswith("error: 3 steps in a row, up to step 8, were skipped")
     records = steps(tmp_path)
-    assert [r["step"] for r in records] == list(range(1, 9))
-    assert [r["step"] for r in records if r.get("skipped")] == [2, 4, 6, 7, 8]
+    assert [r["step"] for r in records] == list(range(1, 8))
+    assert [r["step"] for r in records if r.get("skipped")] == [2, 4, 6, 7]
     assert [r["step"] for r in records if not math.isfinite(r["loss"])] == [2]
     # a skipped step leaves weights and moments as they were
     folders = checkpoints(tmp_path)
@@ -222,3 +238,26 @@ def test_nan_on_one_process_is_skipped_by_all_and_stops_the_run_in_the_end(
         for path in folders[before - 1].glob("rank-*"):
             assert path.read_bytes() == (folders[after - 1] / path.name).read_bytes()
     assert state(folders[-1])["optimizer_step"] == 3
+
+
+def test_a_broken_record_of_one_process_stops_all_with_a_checkpoint_and_one_message(
+    tmp_path, corpus_folder, tokenizer_folder
+):
+    lines = (corpus_folder / "train-0.jsonl").read_bytes().splitlines(keepends=True)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"".join(lines))
+    corpus = Corpus([Source(str(path))], len, StreamArguments(lanes=8), seed=0)
+    (eighth,) = corpus.shards_of(0, epoch=0, lane=1)  # a lane of process 1
+    ends = list(itertools.accumulate(map(len, lines)))
+    place = bisect.bisect(ends, (eighth + 0.5) / 8 * ends[-1])
+    lines[place] = b"{broken\n" + lines[place][8:]
+    path.write_bytes(b"".join(lines))
+    settings = {"max_steps": 100, "save_steps": 50, "shuffle_documents": 2}
+    arguments = tiny_run(tmp_path / "run", path, tokenizer_folder, **settings)
+    with Launch("zero2", 2, arguments, tmp_path / "log.txt") as launch:
+        assert launch.wait() == [2, 2], launch.output()
+    assert launch.output().count("error: ") == 1
+    assert f"error: {path}, line {place + 1}" in launch.output()
+    last_step = steps(tmp_path / "run")[-1]["step"]
+    assert last_step > 1
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{last_step:08d}"

@@ -1,5 +1,6 @@
 """Every launch config is what its name says, and every command of the two READMEs can be run."""
 
+import contextlib
 import json
 import os
 import re
@@ -180,29 +181,23 @@ def settings(corpus_folder, tokenizer_folder):
 
 @pytest.fixture
 def launcher(tmp_path):
-    """launcher(command, **environment): a process; it and its children end with the test."""
-    started = []
+    """launcher(command, **environment): a process; what names tmp_path ends with the test."""
 
     def start(command: list[str], **environment: str) -> subprocess.Popen:
         path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        log = (tmp_path / "log").open("w")
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             cwd=ROOT,
             env=os.environ | {"PATH": path} | environment,
-            stdout=log,
+            stdout=(tmp_path / "log").open("w"),
             stderr=subprocess.STDOUT,
         )
-        started.append(process)
-        return process
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
-        process.wait()
+    for process in psutil.process_iter():  # also those whose parent has left them behind
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(str(tmp_path) in word for word in process.cmdline()):
+                process.kill()
 
 
 def test_the_optimizer_steps_in_host_memory(settings, launcher, tmp_path):

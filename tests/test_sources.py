@@ -127,6 +127,13 @@ def test_blank_lines_carriage_returns_and_a_last_line_without_end(tmp_path, form
     assert sorted(texts(read_all(file, parts))) == ["one", "two"]
 
 
+def test_byte_order_marks_of_files_written_on_windows(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(mark + b'{"text": "one"}\r\n' + mark + b'{"text": "two"}\r\n')
+    assert texts(read_all(str(path))) == ["one", "two"]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_documents_of_white_space_are_left_out(tmp_path, format):
     records = [{"text": t} for t in ["a", "", " \n\t", "\u3000", "b"]]

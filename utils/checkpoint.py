@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from utils.config import InputError
 
@@ -54,8 +56,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, after checking that every file of it is whole.
 
     Raises:
-        InputError: a file is missing or has another size than when it was written.
+        InputError: no checkpoint; a file is missing or has another size than when it was written.
     """
+    if not folder.is_dir():
+        raise InputError(f"no checkpoint {folder}")
     try:
         state = json.loads((folder / STATE).read_text())
         for name, size in state["files"].items():
@@ -182,7 +186,17 @@ def fragments(
     """
     zero = zero_optimizer(optimizer)
     for index, (name, parameter) in enumerate(_trainable(model)):
-        if zero is None:
+        if isinstance(parameter, DTensor):  # FSDP2: rows of the parameter
+            rows = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )[1][0]
+            state = _torch_optimizer(optimizer).state.get(parameter, {})
+            local = {k: v.to_local() for k, v in state.items() if isinstance(v, DTensor)}
+            flat = parameter.to_local()
+            if flat.numel():
+                start = rows * parameter.shape[1:].numel()
+                yield Fragment(name, start, _views(flat, local, 0, flat.numel()))
+        elif zero is None:
             if every_rank or index % _world_size() == _rank():
                 state = _torch_optimizer(optimizer).state.get(parameter, {})
                 yield Fragment(name, 0, _views(parameter, state, 0, parameter.numel()))

@@ -61,9 +61,10 @@ def seconds_since_command() -> float:
 
 
 def command_line() -> str:
-    """The line that started this run."""
+    """The line that started this run, to be run again."""
     words = _starting_process().cmdline()
-    return shlex.join(os.path.basename(word) if i < 2 else word for i, word in enumerate(words))
+    # `accelerate` is a script, which its interpreter was given
+    return shlex.join(words[1:] if os.path.basename(words[1]) == "accelerate" else words)
 
 
 def _starting_process() -> psutil.Process:

@@ -331,9 +331,16 @@ class Training:
         is_fault = "skipped" in record or "loss_spike" in record
         if is_fault or self.step % a.logging_steps == 0 or self.step == a.total_steps:
             self.log(record)
+        if self.skipped_in_a_row >= a.max_skipped_steps:
+            last = self.folder.newest_checkpoint()
+            raise InputError(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, were skipped: "
+                "loss or gradient not finite, or a spike. Look at the data or the learning_rate; "
+                f"the last good checkpoint: {last or 'none'}"
+            )
 
     def _guard(self, record: dict[str, Any], limit: float) -> None:
-        """Count and report spikes and skipped steps; stop after too many in a row."""
+        """Count and report spikes and skipped steps."""
         a, loss, applied = self.arguments, record["loss"], self.engine.applied
         if limit < loss < math.inf:
             record["loss_spike"] = True
@@ -348,13 +355,6 @@ class Training:
             self.skipped_in_a_row += not searches_scale
             self._say(
                 f"step {self.step}: skipped, loss {loss}, gradient norm {record['grad_norm']}"
-            )
-        if self.skipped_in_a_row >= a.max_skipped_steps:
-            last = self.folder.newest_checkpoint()
-            raise InputError(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, were skipped: "
-                "loss or gradient not finite, or a spike. Look at the data or the learning_rate; "
-                f"the last good checkpoint: {last or 'none'}"
             )
 
     def _resume(self, folder: Path) -> None:

@@ -69,6 +69,8 @@ class Arguments(TrainingArguments, StreamArguments):
     def check(self) -> None:
         super().check()
         self.check_lanes(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+        if self.eval_documents is not None and self.eval_documents < 1:
+            raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
         if self.tokenizer is None and self.model_name_or_path is None:
             raise InputError("tokenizer: give a folder or Hub name")
 

@@ -1,0 +1,243 @@
+"""Speed of the document stream on one core, and what starting and resuming it costs.
+
+    python -m benchmarks.stream
+
+The peers take turns in one process, pinned to one core, over the same documents. Seconds are those
+of the process's own CPU time, so that other programs on the machine count as little as they can;
+how much longer the clock on the wall ran is printed, too. Results: benchmarks/results/stream.*
+"""
+
+import json
+import os
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import zstandard
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from utils.config import command, parse
+from utils.packing import DocumentEncoder, packed_rows
+from utils.sources import Source, find_files
+from utils.stream import ENCODE_BATCH, Corpus, Row, StepStream, StreamArguments
+
+
+@dataclass
+class Arguments:
+    """Measure the stream beside bare `tokenizers` and beside `datasets`."""
+
+    path: str = "data/sample/train-00000-*.jsonl"
+    tokenizer: str = "data/tokenizers/bpe-8192"
+    sequence_length: int = 1024
+    lanes: int = 64
+    world_size: int = 8  # of the run whose first rank is started and resumed, beside one alone
+    turns: int = 9
+    results: str = "benchmarks/results/stream"
+
+
+def steps_of(
+    args: Arguments, tokenizer: PreTrainedTokenizerBase, path: str, world_size: int = 1, states=None
+):
+    """The rows of rank 0, one a lane and step."""
+    source = Source(path, name="sample", epochs=1, domain_field="meta.redpajama_set_name")
+    corpus = Corpus([source], DocumentEncoder(tokenizer), StreamArguments(lanes=args.lanes), 0)
+    rows_of = partial(packed_rows, corpus, args.sequence_length)
+    return StepStream(corpus, rows_of, 1, 0, world_size, states).steps()
+
+
+def stream_turn(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of one epoch: read, shuffled, mixed, tokenized, packed, with the state of each row."""
+    tokens = 0
+    for rows in steps_of(args, tokenizer, args.path):
+        new = sum(row.tokens for row in rows)
+        if new == 0:
+            return tokens
+        tokens += new
+    raise AssertionError
+
+
+def bare_turn(encode: DocumentEncoder, texts: list[str]) -> int:
+    """Tokens of texts that are in memory, by `tokenizers` alone."""
+    tokens = 0
+    for start in range(0, len(texts), ENCODE_BATCH):
+        batch = texts[start : start + ENCODE_BATCH]
+        for encoding in encode.backend.encode_batch_fast(batch, add_special_tokens=False):
+            tokens += len(encoding.ids) + 2  # begin and end
+    return tokens
+
+
+def datasets_turn(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of `datasets`: streamed, mapped in batches, not shuffled or packed."""
+    stream = datasets.load_dataset(
+        "json", data_files=find_files(Source(args.path)), split="train", streaming=True
+    )
+    columns = list(next(iter(stream)))
+    as_text = {"add_special_tokens": False, "split_special_tokens": True}
+    mapped = stream.map(
+        lambda batch: {"input_ids": tokenizer(batch["text"], **as_text).input_ids},
+        batched=True,
+        remove_columns=columns,
+    )
+    return sum(len(example["input_ids"]) + 2 for example in mapped)
+
+
+def read_texts(args: Arguments) -> list[str]:
+    texts: list[str] = []
+    for file in find_files(Source(args.path)):
+        with open(file, "rb") as stream:
+            texts += [json.loads(line)["text"] for line in stream]
+    return texts
+
+
+def measure_speeds(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Peer → (tokens, CPU seconds, wall seconds) of each turn."""
+    encode, texts = DocumentEncoder(tokenizer), read_texts(args)
+    peers: dict[str, Callable[[], int]] = {
+        "this stream": lambda: stream_turn(args, tokenizer),
+        "`tokenizers`, texts in memory": lambda: bare_turn(encode, texts),
+        "`tokenizers`, reading JSON lines": lambda: bare_turn(encode, read_texts(args)),
+        "`datasets`, streaming and batched map": lambda: datasets_turn(args, tokenizer),
+    }
+    turns: dict[str, list] = {name: [] for name in peers}
+    for turn in range(args.turns):
+        for name, run in peers.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            tokens = run()
+            seconds = time.process_time() - cpu, time.perf_counter() - wall
+            turns[name].append((tokens, *seconds))
+            print(f"turn {turn + 1}: {name}: {tokens / seconds[0]:,.0f} tokens/s", flush=True)
+    counts = {tokens for measured in turns.values() for tokens, _, _ in measured}
+    assert len(counts) == 1, f"the peers did not do the same work: {counts}"
+    return turns
+
+
+def measure_resumes(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """CPU seconds to the first step, new and in the middle, for each format and world size."""
+    found = []
+    with TemporaryDirectory() as folder:
+        for format in (".jsonl", ".jsonl.zst", ".parquet"):
+            path = write_in_format(args, Path(folder) / format.strip("."), format)
+            for world_size in (1, args.world_size):
+                states = states_in_the_middle(args, tokenizer, path, world_size)
+                measured: dict[str, list[float]] = {"new": [], "resumed": []}
+                for _ in range(args.turns):
+                    for name, given in (("new", None), ("resumed", states)):
+                        start = time.process_time()
+                        next(steps_of(args, tokenizer, path, world_size, given))
+                        measured[name].append(time.process_time() - start)
+                size = len(json.dumps(states)) * world_size
+                row = {"format": format, "world_size": world_size, "state_bytes": size, **measured}
+                print(row, flush=True)
+                found.append(row)
+    return found
+
+
+def write_in_format(args: Arguments, folder: Path, format: str) -> str:
+    folder.mkdir()
+    for file in map(Path, find_files(Source(args.path))):
+        target = folder / f"{file.name.partition('.')[0]}{format}"
+        if format == ".parquet":
+            records = [json.loads(line) for line in file.open("rb")]
+            table = pyarrow.Table.from_pylist(records)
+            pyarrow.parquet.write_table(table, target, row_group_size=1000)
+        elif format == ".jsonl.zst":
+            target.write_bytes(zstandard.compress(file.read_bytes()))
+        else:
+            target.write_bytes(file.read_bytes())
+    return str(folder)
+
+
+def states_in_the_middle(
+    args: Arguments, tokenizer: PreTrainedTokenizerBase, path: str, world_size: int
+) -> dict[int, dict]:
+    steps: list[list[Row]] = []
+    for rows in steps_of(args, tokenizer, path, world_size):
+        if not all(row.tokens for row in rows):
+            break
+        steps.append(rows)
+    return {row.lane: row.state for row in steps[len(steps) // 2]}
+
+
+def main() -> None:
+    args = parse(Arguments)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else os.cpu_count()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    load = os.getloadavg()[0]
+    speeds = measure_speeds(args, tokenizer)
+    resumes = measure_resumes(args, tokenizer)
+    write_results(args, speeds, resumes, describe(cores, load))
+
+
+def describe(cores: int | None, load: float) -> dict:
+    names = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), names)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    packages = ("tokenizers", "transformers", "datasets", "pyarrow", "zstandard", "numpy")
+    return {
+        "command": " ".join(["python -m benchmarks.stream", *sys.argv[1:]]),
+        "hardware": f"one core of {cores}, {names}; load before the start: {load:.1f}",
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "commit": commit.stdout.strip(),
+        "date": str(date.today()),
+    }
+
+
+def write_results(args: Arguments, speeds: dict, resumes: list[dict], facts: dict) -> None:
+    rates = {name: [t / cpu for t, cpu, _ in turns] for name, turns in speeds.items()}
+    bare = rates["`tokenizers`, texts in memory"]
+    lines = [
+        "| | tokens/s, median | least to most | of bare `tokenizers` |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, values in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(values, bare, strict=True))
+        spread = f"{min(values):,.0f} to {max(values):,.0f}"
+        lines.append(f"| {name} | {statistics.median(values):,.0f} | {spread} | {ratio:.1%} |")
+    waited = statistics.median(wall / cpu for _, cpu, wall in speeds["this stream"])
+    tokens = speeds["this stream"][0][0]
+    lines += [
+        "",
+        f"{args.turns} turns over {tokens:,} tokens; the last column is the median of the turns' "
+        f"ratios. On the wall, the stream took {waited:.2f} times its CPU seconds.",
+        "",
+        f"| {args.lanes} lanes of | ranks | first step, new | resumed in the middle | state |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in resumes:
+        new, resumed = (statistics.median(row[name]) for name in ("new", "resumed"))
+        lines.append(
+            f"| {row['format']} | {row['world_size']} | {new:.2f} s | {resumed:.2f} s "
+            f"| {row['state_bytes'] / 1000:.0f} kB |"
+        )
+    text = "\n".join(lines)
+    print(f"\n{text}")
+    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    Path(f"{args.results}.md").write_text(f"{text}\n\n{described}\n")
+    result = {**facts, "turns": speeds, "resumes": resumes}
+    Path(f"{args.results}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    command(main)
