@@ -73,7 +73,9 @@ class Run:
         steps: list[list[Row]] = []
         for _ in range(count):
             parts = [next(rank) for rank in ranks]
-            assert all(part == sorted(part, key=lambda row: row.lane) for part in parts)
+            for rank, part in enumerate(parts):
+                lanes = range(rank, self.arguments.lanes, world_size)
+                assert [row.lane for row in part] == [lane for lane in lanes for _ in range(2)]
             rows = [row for part in parts for row in part]
             if not any(row.tokens for row in rows):
                 break

@@ -154,9 +154,10 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
     with _opened(folder) as pieces:
         for name, start, tensors in fragments(model, optimizer, every_rank=True):
             for kind, tensor in tensors.items():
-                if optimizer_step == 0 and kind != "parameter":
-                    continue  # zeros, and where all steps were skipped it is not in the files
-                if not _fill(tensor, start, pieces.get(f"{kind}/{name}", []), sizes[name]):
+                held = pieces.get(f"{kind}/{name}", [])
+                if optimizer_step == 0 and kind != "parameter" and not held:
+                    continue  # zeros: all steps so far were skipped
+                if not _fill(tensor, start, held, sizes[name]):
                     raise InputError(f"{folder} does not hold {kind} of {name} in this size")
     _refresh_model(optimizer)
 

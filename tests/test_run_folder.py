@@ -1,0 +1,155 @@
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from utils.config import InputError, parse
+from utils.run_folder import RunFolder, written_aside
+from utils.training_arguments import TrainingArguments
+
+LIMITS = {"max_steps": 5}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(str(tmp_path / "a" / "run"))
+    folder.begin(TrainingArguments(), 0)
+    return folder
+
+
+def test_nothing_is_written_before_the_run_begins(tmp_path):
+    folder = RunFolder(str(tmp_path / "a" / "run"))
+    assert not folder.is_finished(LIMITS)
+    assert folder.newest_checkpoint() is None
+    assert folder.metrics_size() == 0
+    assert folder.records() == []
+    assert not list(tmp_path.iterdir())
+    folder.begin(TrainingArguments(), 0)
+    assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "metrics.jsonl"}
+
+
+def test_config_yaml_is_enough_to_run_again(tmp_path):
+    settings = TrainingArguments(learning_rate=1e-5, max_steps=7, lr_scheduler_kwargs={"a": 1e-7})
+    folder = RunFolder(str(tmp_path))
+    folder.begin(settings, 0)
+    assert parse(TrainingArguments, [str(tmp_path / "config.yaml")]) == settings
+
+
+def test_an_output_dir_that_cannot_be_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "in it"):
+        with pytest.raises(InputError) as error:
+            RunFolder(str(path))
+        assert str(error.value) == f"output_dir: {tmp_path}/file is a file, not a folder"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_output_dir_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError) as error:
+        RunFolder(str(tmp_path / "run"))
+    tmp_path.chmod(0o700)
+    assert str(error.value) == f"output_dir: cannot write in {tmp_path}: Permission denied"
+
+
+def test_resume_never(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    RunFolder(str(tmp_path))
+    with pytest.raises(InputError, match="step-00000003 exists and resume is 'never': choose"):
+        RunFolder(str(tmp_path), "never")
+    (tmp_path / "checkpoints" / "step-00000003").rename(tmp_path / "checkpoints" / ".partial")
+    RunFolder(str(tmp_path), "never")
+
+
+def test_metrics_are_cut_back_to_what_a_checkpoint_has_seen(folder):
+    for step in range(3):
+        folder.record({"step": step})
+    size = folder.metrics_size()
+    folder.record({"step": 2, "eval_loss": 1.0})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 3, "lo')  # a kill in the midst of a line
+    assert folder.records() == [
+        {"step": 0},
+        {"step": 1},
+        {"step": 2},
+        {"step": 2, "eval_loss": 1.0},
+    ]
+    folder.begin(TrainingArguments(), size)
+    assert folder.records() == [{"step": 0}, {"step": 1}, {"step": 2}]
+    folder.record({"step": 3})
+    assert folder.records()[-1] == {"step": 3}
+    folder.begin(TrainingArguments(), 10**6)  # a file that someone has shortened stays as it is
+    assert len(folder.records()) == 4
+    folder.begin(TrainingArguments(), 0)
+    assert folder.records() == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_no_space_left_for_metrics(folder):
+    folder.metrics = Path("/dev/full")
+    with pytest.raises(InputError) as error:
+        folder.record({"step": 1})
+    assert str(error.value) == "cannot write /dev/full: No space left on device"
+
+
+def test_a_finished_run_says_so(folder, capsys, monkeypatch):
+    assert not folder.is_finished(LIMITS)
+    folder.finish(5, "all 5 steps are done", LIMITS)
+    assert folder.is_finished(LIMITS)
+    assert capsys.readouterr().out == f"{folder.path} is finished at step 5: all 5 steps are done\n"
+    assert not folder.is_finished({"max_steps": 9})
+    monkeypatch.setenv("RANK", "1")
+    assert folder.is_finished(LIMITS)
+    assert capsys.readouterr().out == ""
+    (folder.path / "finished.json").write_text("")
+    assert not folder.is_finished(LIMITS)
+    folder.finish(5, "all 5 steps are done", LIMITS)
+    folder.begin(TrainingArguments(), 0)
+    assert not folder.is_finished(LIMITS)
+
+
+def test_half_written_checkpoints_are_removed(folder):
+    kept = folder.path / "checkpoints" / "step-00000001"
+    for path in (kept, folder.path / "checkpoints" / ".step-00000002.partial"):
+        path.mkdir(parents=True)
+        (path / "state.json").write_text("{}")
+    folder.begin(TrainingArguments(), 0)
+    assert list((folder.path / "checkpoints").iterdir()) == [kept]
+
+
+# written_aside
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.json"
+    with written_aside(path) as aside:
+        aside.write_text("first")
+        assert not path.exists()
+    with contextlib.suppress(RuntimeError), written_aside(path) as aside:
+        aside.write_text("sec")
+        assert path.read_text() == "first"
+        raise RuntimeError
+    assert path.read_text() == "first"
+    (tmp_path / ".file.json.partial").write_text("left by a kill")
+    with written_aside(path) as aside:
+        assert not aside.exists()
+        aside.write_text("third")
+    assert path.read_text() == "third"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "model"
+    for content in ("first", "second"):
+        with written_aside(path) as aside:
+            aside.mkdir()
+            (aside / content).write_text(json.dumps(content))
+    assert [p.name for p in path.iterdir()] == ["second"]
+    with contextlib.suppress(RuntimeError), written_aside(path) as aside:
+        aside.mkdir()
+        (aside / "third").write_text("")
+        raise RuntimeError
+    assert [p.name for p in path.iterdir()] == ["second"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
