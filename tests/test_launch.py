@@ -33,7 +33,7 @@ def launch(*words: str) -> subprocess.Popen:
     return subprocess.Popen(
         [str(BIN / words[0]), *words[1:]],
         cwd=ROOT,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from utils.config import InputError
-from utils.packing import IGNORE_INDEX, pack
+from utils.packing import IGNORE_INDEX, Piece, pack
 from utils.sources import BadRecord, Document, Shard, Source, find_files, read
 from utils.training import Training
 
@@ -51,9 +51,10 @@ def evaluate_by_domain(
 ) -> dict[str, Any] | None:
     """Mean loss over the target tokens, and bits per byte of the text, in all and by domain.
 
-    A document is scored from its begin to its end token, in pieces of at most sequence_length that
-    do not see each other; the bits per byte are those of a code for whole documents. Every rank
-    takes every world_size-th document; sums are in float64.
+    A document is scored from its begin to its end token; one that is longer than sequence_length
+    in pieces of that length, which do not see each other. So the numbers depend neither on the
+    other documents nor on the number of ranks; the bits per byte are those of a code for whole
+    documents. Every rank takes every world_size-th document; sums are in float64.
 
     Args:
         token_losses: batch → losses of shape (rows, sequence_length); every rank calls it as often.
@@ -71,7 +72,7 @@ def evaluate_by_domain(
             domain[2] += len(document.text.encode())
             yield tokens, document.domain
 
-    rows = pack(encoded(), sequence_length)
+    rows = _rows(encoded(), sequence_length)
     while True:
         batch = list(itertools.islice(rows, batch_size))
         more = training.any_rank(any(pieces for _, pieces in batch))
@@ -93,6 +94,25 @@ def evaluate_by_domain(
                 domain[1] += int(counted[row, start:stop].sum())
                 start = stop
     return _summary(training.gather(list(sums.items())))
+
+
+def _rows(
+    documents: Iterator[tuple[np.ndarray, str]], sequence_length: int
+) -> Iterator[tuple[dict[str, np.ndarray], list[Piece]]]:
+    """Rows that cut no document but one that is too long for a row; then empty ones, for ever."""
+    group: list[tuple[np.ndarray, str]] = []
+    room = sequence_length
+    for tokens, domain in documents:
+        if len(tokens) > room:
+            yield from itertools.takewhile(_holds_documents, pack(iter(group), sequence_length))
+            group, room = [], sequence_length
+        group.append((tokens, domain))
+        room -= len(tokens)
+    yield from pack(iter(group), sequence_length)
+
+
+def _holds_documents(row: tuple[dict[str, np.ndarray], list[Piece]]) -> bool:
+    return bool(row[1])
 
 
 def _summary(parts: list[tuple[str, list[float]]]) -> dict[str, Any]:

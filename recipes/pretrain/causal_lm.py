@@ -190,15 +190,17 @@ def write_samples(training: Training, model, tokenizer, encode, prompts: list[st
     """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8."""
     samples = []
     positions = getattr(model.config, "max_position_embeddings", 2**31)
+    room = min(60, positions // 2)
     model.eval()
     for prompt in prompts:
-        tokens = torch.from_numpy(encode([prompt])[0][None, :-1]).to(training.accelerator.device)
+        prompt_tokens = encode([prompt])[0][:-1][room - positions :]
+        tokens = torch.from_numpy(prompt_tokens[None]).to(training.accelerator.device)
         torch.manual_seed(0)
         with torch.no_grad(), training.accelerator.autocast():
             output = model.generate(
                 tokens.long(),
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=min(60, positions - tokens.shape[1]),
+                max_new_tokens=room,
                 do_sample=True,
                 temperature=0.8,
                 pad_token_id=encode.end,
@@ -241,7 +243,7 @@ def main() -> None:
             "seed": args.seed,
             "the training data": corpus.fingerprint(),
             "the tokenizer": hashlib.sha256(encode.backend.to_str().encode()).hexdigest()[:16],
-            "model": {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"},
+            "model": config.to_diff_dict() | {"transformers_version": "any"},
             "sequence_length": args.sequence_length,
             "global_batch_size": args.global_batch_size,
         },
