@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -52,23 +52,20 @@ class Arguments:
 
 def steps_of(
     args: Arguments, tokenizer: PreTrainedTokenizerBase, path: str, world_size: int = 1, states=None
-):
-    """The rows of rank 0, one a lane and step."""
-    source = Source(path, name="sample", epochs=1, domain_field="meta.redpajama_set_name")
+) -> Iterator[list[Row]]:
+    """The rows of rank 0, one a lane and step, epoch after epoch."""
+    source = Source(path, name="sample", domain_field="meta.redpajama_set_name")
     corpus = Corpus([source], DocumentEncoder(tokenizer), StreamArguments(lanes=args.lanes), 0)
     rows_of = partial(packed_rows, corpus, args.sequence_length)
     return StepStream(corpus, rows_of, 1, 0, world_size, states).steps()
 
 
-def stream_turn(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of one epoch: read, shuffled, mixed, tokenized, packed, with the state of each row."""
+def stream_turn(steps: Iterator[list[Row]], wanted: int) -> int:
+    """Tokens read, shuffled, mixed, tokenized and packed, with the state of each row."""
     tokens = 0
-    for rows in steps_of(args, tokenizer, args.path):
-        new = sum(row.tokens for row in rows)
-        if new == 0:
-            return tokens
-        tokens += new
-    raise AssertionError
+    while tokens < wanted:
+        tokens += sum(row.tokens for row in next(steps))
+    return tokens
 
 
 def bare_turn(encode: DocumentEncoder, texts: list[str]) -> int:
@@ -107,8 +104,11 @@ def read_texts(args: Arguments) -> list[str]:
 def measure_speeds(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
     """Peer → (tokens, CPU seconds, wall seconds) of each turn."""
     encode, texts = DocumentEncoder(tokenizer), read_texts(args)
+    wanted = bare_turn(encode, texts)
+    steps = steps_of(args, tokenizer, args.path)
+    next(steps)  # the files are open
     peers: dict[str, Callable[[], int]] = {
-        "this stream": lambda: stream_turn(args, tokenizer),
+        "this stream": lambda: stream_turn(steps, wanted),
         "`tokenizers`, texts in memory": lambda: bare_turn(encode, texts),
         "`tokenizers`, reading JSON lines": lambda: bare_turn(encode, read_texts(args)),
         "`datasets`, streaming and batched map": lambda: datasets_turn(args, tokenizer),
@@ -121,25 +121,26 @@ def measure_speeds(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> dict[
             seconds = time.process_time() - cpu, time.perf_counter() - wall
             turns[name].append((tokens, *seconds))
             print(f"turn {turn + 1}: {name}: {tokens / seconds[0]:,.0f} tokens/s", flush=True)
-    counts = {tokens for measured in turns.values() for tokens, _, _ in measured}
-    assert len(counts) == 1, f"the peers did not do the same work: {counts}"
+    steps.close()
     return turns
 
 
-def measure_resumes(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+def measure_resumes(args: Arguments, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[dict]:
     """CPU seconds to the first step, new and in the middle, for each format and world size."""
     found = []
     with TemporaryDirectory() as folder:
         for format in (".jsonl", ".jsonl.zst", ".parquet"):
             path = write_in_format(args, Path(folder) / format.strip("."), format)
             for world_size in (1, args.world_size):
-                states = states_in_the_middle(args, tokenizer, path, world_size)
+                states = states_in_the_middle(args, tokenizer, path, world_size, tokens // 2)
                 measured: dict[str, list[float]] = {"new": [], "resumed": []}
                 for _ in range(args.turns):
                     for name, given in (("new", None), ("resumed", states)):
                         start = time.process_time()
-                        next(steps_of(args, tokenizer, path, world_size, given))
+                        steps = steps_of(args, tokenizer, path, world_size, given)
+                        next(steps)
                         measured[name].append(time.process_time() - start)
+                        steps.close()
                 size = len(json.dumps(states)) * world_size
                 row = {"format": format, "world_size": world_size, "state_bytes": size, **measured}
                 print(row, flush=True)
@@ -163,14 +164,15 @@ def write_in_format(args: Arguments, folder: Path, format: str) -> str:
 
 
 def states_in_the_middle(
-    args: Arguments, tokenizer: PreTrainedTokenizerBase, path: str, world_size: int
+    args: Arguments, tokenizer: PreTrainedTokenizerBase, path: str, world_size: int, tokens: int
 ) -> dict[int, dict]:
-    steps: list[list[Row]] = []
-    for rows in steps_of(args, tokenizer, path, world_size):
-        if not all(row.tokens for row in rows):
-            break
-        steps.append(rows)
-    return {row.lane: row.state for row in steps[len(steps) // 2]}
+    """The states of rank 0 after its part of so many tokens."""
+    steps = steps_of(args, tokenizer, path, world_size)
+    while tokens > 0:
+        rows = next(steps)
+        tokens -= world_size * sum(row.tokens for row in rows)
+    steps.close()
+    return {row.lane: row.state for row in rows}
 
 
 def main() -> None:
@@ -182,7 +184,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     load = os.getloadavg()[0]
     speeds = measure_speeds(args, tokenizer)
-    resumes = measure_resumes(args, tokenizer)
+    tokens = speeds["`tokenizers`, texts in memory"][0][0]
+    resumes = measure_resumes(args, tokenizer, tokens)
     write_results(args, speeds, resumes, describe(cores, load))
 
 
@@ -219,7 +222,7 @@ def write_results(args: Arguments, speeds: dict, resumes: list[dict], facts: dic
     tokens = speeds["this stream"][0][0]
     lines += [
         "",
-        f"{args.turns} turns over {tokens:,} tokens; the last column is the median of the turns' "
+        f"{args.turns} turns of {tokens:,} tokens; the last column is the median of the turns' "
         f"ratios. On the wall, the stream took {waited:.2f} times its CPU seconds.",
         "",
         f"| {args.lanes} lanes of | ranks | first step, new | resumed in the middle | state |",

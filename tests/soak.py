@@ -30,7 +30,7 @@ from utils.config import InputError, command, parse
 SAMPLE = ROOT / "data" / "sample"
 TOKENIZER = ROOT / "data" / "tokenizers" / "bpe-8192"
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
-MOMENTS = ["in a save", "at any time", "at any time", "before the first checkpoint"]
+MOMENTS = ["in a save", "at any time", "at any time", "at the end", "before the first checkpoint"]
 KILLS_OF_A_RUN = 5
 
 

@@ -49,7 +49,8 @@ def kill(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usu
     """Send SIGKILL to all ranks.
 
     Args:
-        moment: "in a save", "before the first checkpoint" or "at any time".
+        moment: "before the first checkpoint", "in a save", "at the end" (of the run, whose last
+            checkpoint is complete, and whose export is not) or "at any time".
         usual: seconds from start to end of an undisturbed run.
 
     Returns:
@@ -63,6 +64,8 @@ def kill(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usu
         launch.wait_until(lambda: max(partial_checkpoints(output_dir), default="") >= name)
     elif moment == "before the first checkpoint":
         launch.wait_for(f"step {draw.randrange(1, SAVE_STEPS)}/")
+    elif moment == "at the end":
+        launch.wait_until((output_dir / "checkpoints" / f"step-{STEPS:08d}").exists)
     else:
         end = time.monotonic() + draw.uniform(0, usual)
         launch.wait_until(lambda: time.monotonic() > end)
@@ -137,7 +140,7 @@ def runs(request, tmp_path_factory, corpus_folder, tokenizer_folder) -> Runs:
 
 def test_kills_leave_no_trace_in_metrics_and_weights(runs, tmp_path):
     draw = random.Random(0)
-    moments = ["before the first checkpoint", "in a save", "at any time"]
+    moments = ["before the first checkpoint", "in a save", "at any time", "at the end"]
     met = []
     for moment in moments:
         with runs.start(tmp_path) as launch:
@@ -229,8 +232,8 @@ def test_nan_on_one_process_is_skipped_by_all_and_stops_the_run_in_the_end(
     assert len(error) == 1
     assert error[0].startswith("error: 3 steps in a row, up to step 8, were skipped")
     records = steps(tmp_path)
-    assert [r["step"] for r in records] == list(range(1, 8))
-    assert [r["step"] for r in records if r.get("skipped")] == [2, 4, 6, 7]
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert [r["step"] for r in records if r.get("skipped")] == [2, 4, 6, 7, 8]
     assert [r["step"] for r in records if not math.isfinite(r["loss"])] == [2]
     # a skipped step leaves weights and moments as they were
     folders = checkpoints(tmp_path)

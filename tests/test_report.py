@@ -84,6 +84,7 @@ def folder(tmp_path, monkeypatch) -> RunFolder:
     """An empty run folder `run`, in the working directory as a person would have it."""
     monkeypatch.chdir(tmp_path)
     Path("data/local").mkdir(parents=True)
+    Path("run").mkdir()
     run = RunFolder("run")
     (run.path / "config.yaml").write_text(CONFIG)
     return run

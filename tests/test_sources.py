@@ -106,6 +106,17 @@ def test_a_document_knows_its_domain_its_place_and_its_size(file: str):
     assert read_all(file)[0].domain == file
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_fields_inside_fields(tmp_path, format):
+    records = [{"content": {"body": {"text": f"t{i}"}, "kind": {"id": i}}} for i in range(20)]
+    file = write(tmp_path / f"data{format}", records)
+    items = read_all(file, text_field="content.body.text", domain_field="content.kind.id")
+    assert texts(items) == [f"t{i}" for i in range(20)]
+    assert [item.domain for item in items] == [str(i) for i in range(20)]
+    (broken, *_) = read_all(file, text_field="content.body.title")
+    assert broken.problem == "no field 'content.body.title' (it has: content)"
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_reading_continues_after_any_document(file: str, parts: int):
     source = Source(file)

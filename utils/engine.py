@@ -27,14 +27,18 @@ def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it finds that out
+    is_fp16_supported = not on_cpu  # Accelerate would train in fp32 without a word
     if on_cpu and use_deepspeed:
         import deepspeed
 
+        is_fp16_supported = deepspeed.get_accelerator().is_fp16_supported()
         # DeepSpeed compiles it at every start, training never calls it, and a kill in the midst of
         # that leaves a lock behind, for which all later starts wait
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if on_cpu and arguments.mixed_precision == "fp16" and not use_deepspeed:
-        raise InputError("mixed_precision: on a CPU fp16 needs DeepSpeed; bf16 works without")
+    if arguments.mixed_precision == "fp16" and not is_fp16_supported:
+        raise InputError(
+            "mixed_precision: fp16 needs a GPU, or DeepSpeed and a CPU that knows fp16"
+        )
     # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
     backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
     try:

@@ -48,10 +48,9 @@ class DocumentEncoder:
         self.backend.encode_special_tokens = True  # which is not pickled with it
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        return [
-            np.array([self.begin, *encoding.ids, self.end], dtype=np.int32)
-            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        documents = ([self.begin, *encoding.ids, self.end] for encoding in encodings)
+        return [np.fromiter(tokens, np.int32, len(tokens)) for tokens in documents]
 
 
 class Piece(NamedTuple):

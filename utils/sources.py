@@ -296,7 +296,7 @@ def _document(
 
     try:
         if isinstance(record, bytes):
-            record = json.loads(str(record, "utf-8-sig"))
+            record = json.loads(record.decode().lstrip("\ufeff"))  # a byte order mark
         else:
             record = record.as_py()
     except (ValueError, RecursionError) as error:

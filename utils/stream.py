@@ -243,10 +243,10 @@ class Lane:
         state = state or {"places": [[0, 0, None, 0]] * count, **zero}
         self.corpus, self.index = corpus, index
         self.cursors = [Cursor(corpus, i, index, place) for i, place in enumerate(state["places"])]
-        self.tokens = list(state["tokens"])
+        self.tokens, self.weights = list(state["tokens"]), [s.weight for s in corpus.sources]
         self.counts = {key: state[key] for key in ("documents", "bad_records")}
         self.active = [
-            i for i, c in enumerate(self.cursors) if corpus.sources[i].weight > 0 and not c.spent
+            i for i, cursor in enumerate(self.cursors) if self.weights[i] > 0 and not cursor.spent
         ]
 
     def state(self) -> dict[str, Any]:
@@ -256,16 +256,16 @@ class Lane:
 
     def next(self) -> tuple[Any, Document, Source] | None:
         """The next encoded document, or None when every source has spent its epochs."""
-        weights = [source.weight for source in self.corpus.sources]
+        weights, tokens = self.weights, self.tokens
         while self.active:
-            share = sum(self.tokens[i] for i in self.active) / sum(weights[i] for i in self.active)
-            source = max(self.active, key=lambda i: weights[i] * share - self.tokens[i])
+            share = sum(tokens[i] for i in self.active) / sum(weights[i] for i in self.active)
+            source = max(self.active, key=lambda i: weights[i] * share - tokens[i])
             item = self.cursors[source].next(self.counts)
             if item is None:
                 self.active.remove(source)
                 continue
             encoded, document = item
-            self.tokens[source] += len(encoded)
+            tokens[source] += len(encoded)
             self.counts["documents"] += 1
             return encoded, document, self.corpus.sources[source]
         return None

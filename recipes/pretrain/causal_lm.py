@@ -141,6 +141,10 @@ def model_config(args: Arguments, tokenizer: Any = None) -> Any:
             f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
             f"{len(tokenizer)} tokens"
         )
+    heads = getattr(config, "num_attention_heads", 0)
+    groups = getattr(config, "num_key_value_heads", None) or 1
+    if heads % groups:
+        raise InputError(f"model.num_key_value_heads: {groups} does not divide the {heads} heads")
     positions = getattr(config, "max_position_embeddings", args.sequence_length)
     if args.sequence_length > positions:
         raise InputError(
