@@ -28,7 +28,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
 bench: $(SETUP)
-	$(BIN)/python benchmarks/stream.py --tokenizer data/tokenizers/bpe-8192
+	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.pretrain_causal_lm
 
 soak: $(SETUP)

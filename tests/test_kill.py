@@ -57,8 +57,8 @@ def kill(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usu
         What it met: "in a save", "before the first checkpoint", "later", or "" when the run had
         come to its end.
     """
-    if moment == "in a save":
-        last = int(checkpoints(output_dir)[-1].name[5:]) if checkpoints(output_dir) else 0
+    last = int(checkpoints(output_dir)[-1].name[5:]) if checkpoints(output_dir) else 0
+    if moment == "in a save" and last < STEPS:
         save = draw.randrange(last // SAVE_STEPS + 1, STEPS // SAVE_STEPS + 1) * SAVE_STEPS
         name = f".step-{save:08d}.partial"  # or a later one, should this be missed
         launch.wait_until(lambda: max(partial_checkpoints(output_dir), default="") >= name)

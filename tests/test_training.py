@@ -208,6 +208,15 @@ def test_a_run_that_has_come_to_its_end_says_so(disturbed, undisturbed):
     assert contents(first.folder) == before
 
 
+def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_end(disturbed, undisturbed):
+    first = disturbed()
+    counted = [r["step"] for r in metrics(first.folder) if "tokens_by_source" in r]
+    assert counted == [4, 8, 12]
+    (first.folder / "finished.json").unlink()
+    (first.folder / "model" / "model.safetensors").unlink()
+    assert result(disturbed()) == undisturbed
+
+
 def test_a_longer_run_is_the_continuation_of_a_shorter(disturbed):
     even = {
         "save_steps": 3,
