@@ -19,6 +19,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from recipes.pretrain.causal_lm import NextTokenLoss
 from utils import loss
@@ -216,12 +217,18 @@ def test_accumulation_and_micro_batches_do_not_change_the_numbers(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing_changes_nothing(dropout, pretrain, gradient_norms):
+def test_gradient_checkpointing_changes_no_number(dropout, pretrain, gradient_norms, monkeypatch):
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda *args, **kw: calls.append(None) or forward(*args, **kw)
+    )
     model = {**TINY_RUN["model"], "attention_dropout": dropout}
     plain = pretrain("plain", max_steps=4, model=model)
-    plain_norms = list(gradient_norms)
+    plain_norms, plain_calls = list(gradient_norms), len(calls)
     gradient_norms.clear()
     checkpointed = pretrain("checkpointed", max_steps=4, model=model, gradient_checkpointing=True)
+    # steps x micro-batches x layers are computed once more
+    assert len(calls) - plain_calls == plain_calls + 4 * 4 * 2
     for mine, other in zip(steps(plain.folder), steps(checkpointed.folder), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
     for mine, other in zip(plain_norms, gradient_norms, strict=True):

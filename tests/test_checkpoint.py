@@ -1,6 +1,7 @@
 """Checkpoints: what they hold, what is refused, and the Hugging Face models made of them."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -145,6 +146,24 @@ def test_what_cannot_be_written_leaves_nothing_behind(place, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """And then the name itself: a power failure leaves a whole checkpoint or none."""
+    folder = tmp_path / "step-00000001"
+    synced, named = set(), set()
+    fsync = os.fsync
+
+    def recording_fsync(descriptor):
+        (named if folder.exists() else synced).add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    model, optimizer = make_model()
+    checkpoint.save(folder, model, optimizer, {}, lambda path: (path / "more").write_text("1"))
+    assert len(list(folder.iterdir())) == 3
+    assert {path.stat().st_ino for path in (folder, *folder.iterdir())} == synced
+    assert {tmp_path.stat().st_ino} == named
+
+
 def test_a_checkpoint_is_never_replaced(tmp_path):
     """Replacing one would leave a moment without it."""
     model, optimizer = make_model()
@@ -237,8 +256,8 @@ CHANGES = {
     "width": ({"model.hidden_size": 64}, "model.hidden_size was 32 and is 64"),
     "depth": ({"model.num_hidden_layers": 3}, "model.num_hidden_layers was 2 and is 3"),
     "architecture": (
-        {"model.model_type": "mistral"},
-        "model.architectures was .*Llama.* and is .*Mistral.*",
+        {"model.model_type": "gpt_neox"},
+        "model.architectures was .*Llama.* and is .*NeoX.*",
     ),
     "lanes": ({"lanes": 16}, "the training data was .* and is .*"),
     "shuffling": ({"shuffle_documents": 99}, "the training data was .* and is .*"),

@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import (
     CAUSAL_LM,
@@ -96,8 +97,8 @@ class Runs:
         self.finish(self.reference)
         self.seconds = time.monotonic() - start
 
-    def start(self, output_dir: Path, script: str = CAUSAL_LM) -> Launch:
-        arguments = tiny_run(output_dir, *self.data, **self.settings)
+    def start(self, output_dir: Path, script: str = CAUSAL_LM, **settings) -> Launch:
+        arguments = tiny_run(output_dir, *self.data, **self.settings, **settings)
         return Launch(self.config, self.processes, arguments, self.log, script)
 
     def finish(self, output_dir: Path) -> str:
@@ -197,6 +198,38 @@ def test_a_stop_signal_at_any_moment_stops_all_processes_with_a_checkpoint(runs,
     assert result(output_dir) == result(runs.reference)
 
 
+def data_workers(launch: Launch) -> list[psutil.Process]:
+    return [
+        worker
+        for process in launch.processes
+        for worker in psutil.Process(process.pid).children()
+        if "resource_tracker" not in " ".join(worker.cmdline())
+    ]
+
+
+@pytest.mark.parametrize("runs", ["ZeRO-2"], indirect=True)
+def test_dead_data_workers_are_reported_and_do_not_hinder_a_stop(runs, tmp_path):
+    with runs.start(tmp_path, dataloader_num_workers=1) as launch:
+        launch.wait_for("step 4/")
+        workers = data_workers(launch)
+        workers[1].kill()
+        assert launch.wait() == [2, 2], launch.output()
+    assert launch.output().count("error: ") == 1
+    assert f"error: DataLoader worker (pid(s) {workers[1].pid}) exited" in launch.output()
+    last_step = steps(tmp_path)[-1]["step"]
+    assert checkpoints(tmp_path)[-1].name == f"step-{last_step:08d}"
+
+    with runs.start(tmp_path, dataloader_num_workers=1) as launch:
+        launch.wait_for(f"step {last_step + 1}/")
+        for worker in data_workers(launch):
+            worker.terminate()
+        launch.signal(signal.SIGTERM)
+        assert launch.wait() == [0, 0], launch.output()
+    assert "resume with: " in launch.output()
+    runs.finish(tmp_path)
+    assert result(tmp_path) == result(runs.reference)
+
+
 NAN = """
 loss, step = original(*arguments), (call - 1) // 2 + 1  # of two micro-batches
 if rank == 1 and step == 2:
@@ -241,6 +274,27 @@ def test_nan_on_one_process_is_skipped_by_all_and_stops_the_run_in_the_end(
         for path in folders[before - 1].glob("rank-*"):
             assert path.read_bytes() == (folders[after - 1] / path.name).read_bytes()
     assert state(folders[-1])["optimizer_step"] == 3
+
+
+def test_a_process_that_cannot_write_stops_all_with_the_last_good_checkpoint(
+    tmp_path, corpus_folder, tokenizer_folder
+):
+    code = """
+if rank == 1 and call == 2:
+    raise OSError(28, "No space left on device")
+return original(*arguments, **options)
+"""
+    script = script_with(tmp_path / "full.py", "utils.checkpoint.save_file", code)
+    folder, data = tmp_path / "run", (corpus_folder / "train-*.jsonl", tokenizer_folder)
+    arguments = tiny_run(folder, *data, max_steps=9, save_steps=3)
+    with Launch("zero1", 2, arguments, tmp_path / "log.txt", script) as launch:
+        assert launch.wait() == [2, 2], launch.output()
+    assert launch.output().count("error: ") == 1
+    assert "No space left on device. The last good checkpoint is" in launch.output()
+    assert [path.name for path in checkpoints(folder)] == ["step-00000003"]
+    assert not partial_checkpoints(folder)
+    assert "finished" in run("zero1", 2, arguments, tmp_path / "log.txt")
+    assert [record["step"] for record in steps(folder)] == list(range(1, 10))
 
 
 def test_a_broken_record_of_one_process_stops_all_with_a_checkpoint_and_one_message(

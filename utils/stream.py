@@ -322,11 +322,19 @@ class StepStream(torch.utils.data.IterableDataset):
                 multiprocessing_context="spawn" if workers else None,
             )
         )
+        if workers:
+            # that a worker has died is met where its rows are awaited, not anywhere in a step
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             while True:
                 rows: list[Row] = []
                 for _ in range(workers or 1):
-                    part = next(parts)
+                    try:
+                        part = next(parts)
+                    except RuntimeError as error:
+                        if not str(error).startswith("DataLoader worker"):
+                            raise
+                        raise InputError(f"{error}: was it out of memory?", one_rank=True) from None
                     if isinstance(part, InputError):
                         raise part
                     rows += part

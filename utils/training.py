@@ -385,11 +385,11 @@ class Training:
             for name, count in self.objective.counts(batch).items():
                 counts[name] += count
         stop, spent, failed, tokens, *totals = self._sum([*flags, float(tokens), *counts.values()])
-        if failed:
+        self.stopped = stop > 0
+        if failed and not self.stopped:  # what stops a run may have ended its data workers, too
             if self.step > 0:
                 self.save()
             raise self.data_error or SystemExit(2)  # the rank that met it says so
-        self.stopped = stop > 0
         if spent:
             self.ending = f"max_hours: {a.max_hours} have passed"
         elif tokens == 0:
