@@ -2,9 +2,10 @@
 
     python -m benchmarks.stream
 
-The peers take turns in one process, pinned to one core, over the same documents. Seconds are those
-of the process's own CPU time, so that other programs on the machine count as little as they can;
-how much longer the clock on the wall ran is printed, too. Results: benchmarks/results/stream.*
+The peers take turns of a quarter of a second in one process, pinned to one core, over the same
+documents. Seconds are those of the process's own CPU time, so that other programs on the machine
+count as little as they can; how much longer the clock on the wall ran is printed, too. Results:
+benchmarks/results/stream.md and .json.
 """
 
 import json
@@ -17,11 +18,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,6 +38,8 @@ from utils.packing import DocumentEncoder, packed_rows
 from utils.sources import Source, find_files
 from utils.stream import ENCODE_BATCH, Corpus, Row, StepStream, StreamArguments
 
+TURN = 2**18  # tokens
+
 
 @dataclass
 class Arguments:
@@ -46,7 +50,8 @@ class Arguments:
     sequence_length: int = 1024
     lanes: int = 64
     world_size: int = 8  # of the run whose first rank is started and resumed, beside one alone
-    turns: int = 9
+    rounds: int = 9
+    turns: int = 12  # of each peer in a round
     results: str = "benchmarks/results/stream"
 
 
@@ -60,81 +65,89 @@ def steps_of(
     return StepStream(corpus, rows_of, 1, 0, world_size, states).steps()
 
 
-def stream_turn(steps: Iterator[list[Row]], wanted: int) -> int:
+def stream(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
     """Tokens read, shuffled, mixed, tokenized and packed, with the state of each row."""
-    tokens = 0
-    while tokens < wanted:
-        tokens += sum(row.tokens for row in next(steps))
-    return tokens
+    for rows in steps_of(args, tokenizer, args.path):
+        yield sum(row.tokens for row in rows)
 
 
-def bare_turn(encode: DocumentEncoder, texts: list[str]) -> int:
-    """Tokens of texts that are in memory, by `tokenizers` alone."""
-    tokens = 0
-    for start in range(0, len(texts), ENCODE_BATCH):
-        batch = texts[start : start + ENCODE_BATCH]
-        for encoding in encode.backend.encode_batch_fast(batch, add_special_tokens=False):
-            tokens += len(encoding.ids) + 2  # begin and end
-    return tokens
+def bare(encode: DocumentEncoder, texts: Callable[[], Iterable[str]]) -> Iterator[int]:
+    """Tokens by `tokenizers` alone."""
+    while True:
+        for batch in batched(texts(), ENCODE_BATCH):
+            encodings = encode.backend.encode_batch_fast(batch, add_special_tokens=False)
+            yield sum(len(encoding.ids) + 2 for encoding in encodings)  # begin and end
 
 
-def datasets_turn(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of `datasets`: streamed, mapped in batches, not shuffled or packed."""
-    stream = datasets.load_dataset(
+def datasets_map(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """Tokens by `datasets`: streamed, and mapped in batches; neither shuffled nor packed."""
+    lines = datasets.load_dataset(
         "json", data_files=find_files(Source(args.path)), split="train", streaming=True
     )
-    columns = list(next(iter(stream)))
     as_text = {"add_special_tokens": False, "split_special_tokens": True}
-    mapped = stream.map(
+    mapped = lines.map(
         lambda batch: {"input_ids": tokenizer(batch["text"], **as_text).input_ids},
         batched=True,
-        remove_columns=columns,
+        remove_columns=list(next(iter(lines))),
     )
-    return sum(len(example["input_ids"]) + 2 for example in mapped)
+    while True:
+        for example in mapped:
+            yield len(example["input_ids"]) + 2
 
 
-def read_texts(args: Arguments) -> list[str]:
-    texts: list[str] = []
+def read_texts(args: Arguments) -> Iterator[str]:
     for file in find_files(Source(args.path)):
-        with open(file, "rb") as stream:
-            texts += [json.loads(line)["text"] for line in stream]
-    return texts
+        with open(file, "rb") as lines:
+            for line in lines:
+                yield json.loads(line)["text"]
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def measure_speeds(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    """Peer → (tokens, CPU seconds, wall seconds) of each turn."""
-    encode, texts = DocumentEncoder(tokenizer), read_texts(args)
-    wanted = bare_turn(encode, texts)
-    steps = steps_of(args, tokenizer, args.path)
-    next(steps)  # the files are open
-    peers: dict[str, Callable[[], int]] = {
-        "this stream": lambda: stream_turn(steps, wanted),
-        "`tokenizers`, texts in memory": lambda: bare_turn(encode, texts),
-        "`tokenizers`, reading JSON lines": lambda: bare_turn(encode, read_texts(args)),
-        "`datasets`, streaming and batched map": lambda: datasets_turn(args, tokenizer),
+    """Peer → (tokens, CPU seconds, wall seconds) of each round."""
+    encode, texts = DocumentEncoder(tokenizer), list(read_texts(args))
+    peers = {
+        "this stream": stream(args, tokenizer),
+        "`tokenizers`, texts in memory": bare(encode, lambda: texts),
+        "`tokenizers`, reading JSON lines": bare(encode, lambda: read_texts(args)),
+        "`datasets`, streaming and batched map": datasets_map(args, tokenizer),
     }
-    turns: dict[str, list] = {name: [] for name in peers}
-    for turn in range(args.turns):
-        for name, run in peers.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            tokens = run()
-            seconds = time.process_time() - cpu, time.perf_counter() - wall
-            turns[name].append((tokens, *seconds))
-            print(f"turn {turn + 1}: {name}: {tokens / seconds[0]:,.0f} tokens/s", flush=True)
-    steps.close()
-    return turns
+    for peer in peers.values():
+        next(peer)  # the files are open
+    rounds: dict[str, list] = {name: [] for name in peers}
+    for _ in range(args.rounds):
+        sums = {name: (0, 0.0, 0.0) for name in peers}
+        for _ in range(args.turns):
+            for name, peer in peers.items():
+                tokens, cpu, wall = 0, time.process_time(), time.perf_counter()
+                while tokens < TURN:
+                    tokens += next(peer)
+                spent = tokens, time.process_time() - cpu, time.perf_counter() - wall
+                sums[name] = tuple(a + b for a, b in zip(sums[name], spent, strict=True))
+        for name, (tokens, cpu, wall) in sums.items():
+            rounds[name].append((tokens, cpu, wall))
+            print(f"{name}: {tokens / cpu:,.0f} tokens/s ({wall / cpu:.1f})", flush=True)
+    for peer in peers.values():
+        peer.close()
+    return rounds
 
 
-def measure_resumes(args: Arguments, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[dict]:
+def measure_resumes(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """CPU seconds to the first step, new and in the middle, for each format and world size."""
-    found = []
+    encode, found = DocumentEncoder(tokenizer), []
+    middle = sum(map(len, encode(list(read_texts(args))))) // 2
     with TemporaryDirectory() as folder:
         for format in (".jsonl", ".jsonl.zst", ".parquet"):
             path = write_in_format(args, Path(folder) / format.strip("."), format)
             for world_size in (1, args.world_size):
-                states = states_in_the_middle(args, tokenizer, path, world_size, tokens // 2)
+                states = states_in_the_middle(args, tokenizer, path, world_size, middle)
                 measured: dict[str, list[float]] = {"new": [], "resumed": []}
-                for _ in range(args.turns):
+                for _ in range(args.rounds):
                     for name, given in (("new", None), ("resumed", states)):
                         start = time.process_time()
                         steps = steps_of(args, tokenizer, path, world_size, given)
@@ -184,8 +197,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     load = os.getloadavg()[0]
     speeds = measure_speeds(args, tokenizer)
-    tokens = speeds["`tokenizers`, texts in memory"][0][0]
-    resumes = measure_resumes(args, tokenizer, tokens)
+    resumes = measure_resumes(args, tokenizer)
     write_results(args, speeds, resumes, describe(cores, load))
 
 
@@ -208,21 +220,21 @@ def describe(cores: int | None, load: float) -> dict:
 
 
 def write_results(args: Arguments, speeds: dict, resumes: list[dict], facts: dict) -> None:
-    rates = {name: [t / cpu for t, cpu, _ in turns] for name, turns in speeds.items()}
-    bare = rates["`tokenizers`, texts in memory"]
+    rates = {name: [t / cpu for t, cpu, _ in rounds] for name, rounds in speeds.items()}
+    reference = rates["`tokenizers`, texts in memory"]
     lines = [
         "| | tokens/s, median | least to most | of bare `tokenizers` |",
         "| --- | ---: | ---: | ---: |",
     ]
     for name, values in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(values, bare, strict=True))
+        ratio = statistics.median(a / b for a, b in zip(values, reference, strict=True))
         spread = f"{min(values):,.0f} to {max(values):,.0f}"
         lines.append(f"| {name} | {statistics.median(values):,.0f} | {spread} | {ratio:.1%} |")
     waited = statistics.median(wall / cpu for _, cpu, wall in speeds["this stream"])
     tokens = speeds["this stream"][0][0]
     lines += [
         "",
-        f"{args.turns} turns of {tokens:,} tokens; the last column is the median of the turns' "
+        f"{args.rounds} rounds of {tokens:,} tokens; the last column is the median of the rounds' "
         f"ratios. On the wall, the stream took {waited:.2f} times its CPU seconds.",
         "",
         f"| {args.lanes} lanes of | ranks | first step, new | resumed in the middle | state |",
@@ -238,7 +250,7 @@ def write_results(args: Arguments, speeds: dict, resumes: list[dict], facts: dic
     print(f"\n{text}")
     described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     Path(f"{args.results}.md").write_text(f"{text}\n\n{described}\n")
-    result = {**facts, "turns": speeds, "resumes": resumes}
+    result = {**facts, "rounds": speeds, "resumes": resumes}
     Path(f"{args.results}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
