@@ -88,6 +88,7 @@ def datasets_map(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> Iterato
     mapped = lines.map(
         lambda batch: {"input_ids": tokenizer(batch["text"], **as_text).input_ids},
         batched=True,
+        batch_size=100,
         remove_columns=list(next(iter(lines))),
     )
     while True:

@@ -351,6 +351,25 @@ def test_packed_documents_do_not_see_each_other(model_type, attention):
     assert not losses[start:].any()  # padding
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])  # not tied, tied, with a bias
+def test_loss_and_gradients_are_those_of_the_logits_of_the_model(model_type, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 64 * 5)
+    model = tiny_model(model_type)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    batch = packed_batch([[5, 6, 7, 8, 9], list(range(20, 60)), [9, 8, 7]])
+    value = NextTokenLoss(model)(**batch)["loss"]
+    places = batch["position_ids"]
+    logits = model(batch["input_ids"], position_ids=places, use_cache=False).logits
+    expected = cross_entropy(logits[0], batch["shift_labels"][0], reduction="sum")
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(x, parameters) for x in (value, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import checkpoints, metrics, run, state, steps, tiny_run
+from launching import TINY_RUN, checkpoints, metrics, run, state, steps, tiny_run
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -19,7 +19,13 @@ CHAINS = {
     "ZeRO-3": [("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3", 1)],
     "all stages": [("multi_cpu", 2), ("zero3", 4), ("zero2", 1), ("zero1", 2)],
 }
-SETTINGS = {"warmup_steps": 12, "weight_decay": 0.5, "max_steps": LEGS[-1]}
+SETTINGS = {
+    "model": {**TINY_RUN["model"], "tie_word_embeddings": True},
+    "learning_rate": 1e-3,
+    "warmup_steps": 12,
+    "weight_decay": 0.5,
+    "max_steps": LEGS[-1],
+}
 SPLITS = [  # processes and sequences a micro-batch
     (None, 1, 2),
     ("multi_cpu", 2, 8),
@@ -63,12 +69,10 @@ def test_processes_and_stages_change_and_the_run_goes_on(chain, tmp_path, start,
     assert [record["step"] for record in found] == list(range(1, LEGS[-1] + 1))
     for key in ("step", "tokens", "learning_rate"):
         assert [record[key] for record in found] == [record[key] for record in expected]
-    np.testing.assert_allclose(
-        [record["loss"] for record in found], [r["loss"] for r in expected], rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        [record["grad_norm"] for record in found], [r["grad_norm"] for r in expected], rtol=1e-4
-    )
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose(
+            [record[key] for record in found], [record[key] for record in expected], rtol=1e-5
+        )
     # where every lane stands: the documents were the same ones, in the same order
     last, last_expected = state(checkpoints(tmp_path)[-1]), state(checkpoints(reference)[-1])
     assert last["stream"] == last_expected["stream"]
@@ -77,7 +81,7 @@ def test_processes_and_stages_change_and_the_run_goes_on(chain, tmp_path, start,
     weights = load_file(tmp_path / "model" / "model.safetensors")
     for name, expected_weight in load_file(reference / "model" / "model.safetensors").items():
         difference = np.linalg.norm(weights[name] - expected_weight)
-        assert difference < 1e-4 * np.linalg.norm(expected_weight), name
+        assert difference < 1e-5 * np.linalg.norm(expected_weight), name
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,17 @@ def test_bf16_resumes_bit_for_bit(config, tmp_path, start):
     assert "step-00000003" in output
     assert metrics(tmp_path) == undisturbed[0]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == undisturbed[1]
+
+
+@pytest.mark.parametrize("origin", ["model_name_or_path", "warm_start"])
+def test_other_weights_are_the_same_beginning_under_zero3(origin, tmp_path, start, reference):
+    beginnings = {
+        "model_name_or_path": reference / "model",
+        "warm_start": checkpoints(reference)[0],
+    }
+    settings = {**SETTINGS, "max_steps": 3, "warmup_steps": 0, origin: str(beginnings[origin])}
+    for config, processes in ((None, 1), ("zero3", 2)):
+        start(config, processes, tmp_path / f"{config}", **settings)
+    found, expected = ([r["loss"] for r in steps(tmp_path / f)] for f in ("zero3", "None"))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found[0] < steps(reference)[0]["loss"] - 0.5  # it has learnt something

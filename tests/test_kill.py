@@ -9,7 +9,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from launching import (
     CAUSAL_LM,
@@ -115,7 +114,8 @@ def script_with(path: Path, function: str, code: str) -> str:
     """
     module, _, name = function.rpartition(".")
     path.write_text(f"""
-import itertools, os, runpy, signal
+import itertools, os, runpy, signal, time
+import psutil
 import {module} as module
 original, calls, rank = module.{name}, itertools.count(1), int(os.environ.get("RANK", 0))
 def replacement(*arguments, **options):
@@ -139,95 +139,127 @@ def runs(request, tmp_path_factory, corpus_folder, tokenizer_folder) -> Runs:
     )
 
 
+HANG = """
+if rank == 0 and call == CALL:
+    print("here", flush=True)
+    time.sleep(600)
+return original(*arguments, **options)
+"""
+# what the first process comes to and does not leave, and the checkpoints, whole and partial, then
+HANGS = [
+    ("utils.training.collate", 5, [], []),  # a micro-batch of the second or third step
+    ("utils.checkpoint.save_file", 2, ["step-00000003"], [".step-00000006.partial"]),
+    ("utils.training.write_plots", 1, ["step-00000009", "step-00000012"], []),
+]
+
+
 def test_kills_leave_no_trace_in_metrics_and_weights(runs, tmp_path):
+    output_dir = tmp_path / "run"
+    for function, call, whole, partial in HANGS:
+        script = script_with(tmp_path / "hang.py", function, HANG.replace("CALL", str(call)))
+        with runs.start(output_dir, script) as launch:
+            launch.wait_for("here")
+            launch.kill()
+        assert [path.name for path in checkpoints(output_dir)] == whole
+        assert partial_checkpoints(output_dir) == partial
+    runs.finish(output_dir)
+    assert result(output_dir) == result(runs.reference)
+
+
+def test_kills_at_random_moments_leave_no_trace_in_metrics_and_weights(runs, tmp_path):
     draw = random.Random(0)
-    moments = ["before the first checkpoint", "in a save", "at any time", "at the end"]
-    met = []
-    for moment in moments:
+    for _ in range(2):
         with runs.start(tmp_path) as launch:
-            met.append(kill(launch, tmp_path, moment, draw, runs.seconds))
-    assert met[:2] == moments[:2]
-    output = runs.finish(tmp_path)
-    assert "continuing" in output
+            kill(launch, tmp_path, "at any time", draw, runs.seconds)
+    runs.finish(tmp_path)
     assert result(tmp_path) == result(runs.reference)
     assert not partial_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("runs", ["ZeRO-2"], indirect=True)
 def test_one_killed_process_ends_the_other_and_leaves_no_trace(runs, tmp_path):
-    with runs.start(tmp_path) as launch:
-        launch.wait_for("step 4/")
-        launch.processes[1].kill()
+    code = """
+if rank == 1 and call == 9:  # in the fifth step
+    os.kill(os.getpid(), signal.SIGKILL)
+return original(*arguments, **options)
+"""
+    script = script_with(tmp_path / "killed.py", "utils.training.collate", code)
+    output_dir = tmp_path / "run"
+    with runs.start(output_dir, script) as launch:
         statuses = launch.wait(60)
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] not in (0, -signal.SIGKILL)
-    runs.finish(tmp_path)
-    assert result(tmp_path) == result(runs.reference)
+    runs.finish(output_dir)
+    assert result(output_dir) == result(runs.reference)
 
 
-MOMENTS = {  # function → what the run does when it is called for the first time
-    "utils.engine.initialize_weights": "begins",
-    "utils.evaluation.evaluate_by_domain": "evaluates",
-    "utils.checkpoint.save_file": "saves",
-}
+TOLD = """
+if call == 1 and rank in RANKS:
+    os.kill(os.getpid(), signal.SIGNAL)
+return original(*arguments, **options)
+"""
+# what the run does when a signal comes, to the last process only or to all, and its last step
+SIGNALS = [
+    ("utils.engine.initialize_weights", "SIGTERM", "last", 0),
+    ("utils.evaluation.evaluate_by_domain", "SIGTERM", "last", 4),
+    ("utils.checkpoint.save_file", "SIGINT", "last", 6),
+    ("utils.loss.summed_cross_entropy", "SIGUSR1", "all", 7),
+    ("utils.checkpoint.save_file", "SIGTERM", "all", 9),
+]
 
 
 @pytest.mark.parametrize("runs", ["no DeepSpeed", "ZeRO-3"], indirect=True)
 def test_a_stop_signal_at_any_moment_stops_all_processes_with_a_checkpoint(runs, tmp_path):
     output_dir = tmp_path / "run"
-    # only the last process is told, and all stop
-    told = "if call == 1 and rank == LAST:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-    told = told.replace("LAST", str(runs.processes - 1)) + "return original(*arguments, **options)"
-    for function, doing in MOMENTS.items():
-        script = script_with(tmp_path / f"{doing}.py", function, told)
-        with runs.start(output_dir, script) as launch:
+    for function, name, ranks, last_step in SIGNALS:
+        told = {"last": [runs.processes - 1], "all": list(range(runs.processes))}[ranks]
+        code = TOLD.replace("RANKS", str(told)).replace("SIGNAL", name)
+        with runs.start(output_dir, script_with(tmp_path / "told.py", function, code)) as launch:
             assert launch.wait() == [0] * runs.processes, launch.output()
-            assert launch.output().count("resume with: ") == 1
-            last_step = steps(output_dir)[-1]["step"] if steps(output_dir) else 0
-            assert last_step == {"begins": 0, "evaluates": 4, "saves": 6}[doing]
-            assert f"stopped after step {last_step}" in launch.output()
-        if doing != "begins":
-            assert int(checkpoints(output_dir)[-1].name[5:]) == last_step
-    with runs.start(output_dir) as launch:
-        launch.wait_for("step 7/")
-        launch.signal(signal.SIGUSR1)
-        assert launch.wait() == [0] * runs.processes, launch.output()
-    assert "SIGUSR1: stopping after this step" in launch.output()
-    assert "resume with: " in launch.output()
+        assert f"stopped after step {last_step}; resume with: " in launch.output()
+        assert launch.output().count("resume with: ") == 1
+        found = [path.name for path in checkpoints(output_dir)][-1:]
+        assert found == ([f"step-{last_step:08d}"] if last_step else [])
     runs.finish(output_dir)
     assert result(output_dir) == result(runs.reference)
 
 
-def data_workers(launch: Launch) -> list[psutil.Process]:
-    return [
-        worker
-        for process in launch.processes
-        for worker in psutil.Process(process.pid).children()
-        if "resource_tracker" not in " ".join(worker.cmdline())
-    ]
+DATA_WORKERS = """
+if rank == 0 and call == CALL:
+    for worker in psutil.Process().children():
+        if "resource_tracker" not in " ".join(worker.cmdline()):
+            worker.send_signal(signal.SIGNAL)
+    if signal.SIGNAL == signal.SIGTERM:
+        os.kill(os.getpid(), signal.SIGTERM)
+return original(*arguments, **options)
+"""
 
 
 @pytest.mark.parametrize("runs", ["ZeRO-2"], indirect=True)
-def test_dead_data_workers_are_reported_and_do_not_hinder_a_stop(runs, tmp_path):
-    with runs.start(tmp_path, dataloader_num_workers=1) as launch:
-        launch.wait_for("step 4/")
-        workers = data_workers(launch)
-        workers[1].kill()
+def test_a_dead_data_worker_stops_all_processes_with_a_checkpoint(runs, tmp_path):
+    code = DATA_WORKERS.replace("CALL", "5").replace("SIGNAL", "SIGKILL")
+    script = script_with(tmp_path / "kill.py", "utils.training.collate", code)
+    output_dir = tmp_path / "run"
+    with runs.start(output_dir, script, dataloader_num_workers=1) as launch:
         assert launch.wait() == [2, 2], launch.output()
-    assert launch.output().count("error: ") == 1
-    assert f"error: DataLoader worker (pid(s) {workers[1].pid}) exited" in launch.output()
-    last_step = steps(tmp_path)[-1]["step"]
-    assert checkpoints(tmp_path)[-1].name == f"step-{last_step:08d}"
+    (error,) = (line for line in launch.output().splitlines() if line.startswith("error: "))
+    assert error.startswith("error: DataLoader worker (pid(s) ")
+    last_step = steps(output_dir)[-1]["step"]
+    assert checkpoints(output_dir)[-1].name == f"step-{last_step:08d}"
+    runs.finish(output_dir)
+    assert result(output_dir) == result(runs.reference)
 
-    with runs.start(tmp_path, dataloader_num_workers=1) as launch:
-        launch.wait_for(f"step {last_step + 1}/")
-        for worker in data_workers(launch):
-            worker.terminate()
-        launch.signal(signal.SIGTERM)
-        assert launch.wait() == [0, 0], launch.output()
-    assert "resume with: " in launch.output()
-    runs.finish(tmp_path)
-    assert result(tmp_path) == result(runs.reference)
+
+@pytest.mark.parametrize("runs", ["no DeepSpeed"], indirect=True)
+def test_a_stop_signal_to_data_workers_too_stops_the_run_with_a_checkpoint(runs, tmp_path):
+    code = DATA_WORKERS.replace("CALL", "17").replace("SIGNAL", "SIGTERM")  # in the fifth step
+    script = script_with(tmp_path / "told.py", "utils.loss.summed_cross_entropy", code)
+    output_dir = tmp_path / "run"
+    with runs.start(output_dir, script, dataloader_num_workers=1) as launch:
+        assert launch.wait() == [0], launch.output()
+    assert "stopped after step 5; resume with: " in launch.output()
+    runs.finish(output_dir)
+    assert result(output_dir) == result(runs.reference)
 
 
 NAN = """

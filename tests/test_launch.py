@@ -71,9 +71,17 @@ def test_the_smoke_config_runs_as_it_stands_under_zero2_and_as_plain_python(tmp_
 
 
 def test_a_wrong_key_is_said_once_by_the_launched_processes(tmp_path):
+    """Also where rank 0 is the last to meet it: the launcher ends all with the first."""
     folder = tmp_path / "run"
+    script = tmp_path / "late.py"
+    script.write_text(f"""
+import os, runpy, sys, time
+time.sleep(2 * (os.environ["RANK"] == "0"))
+sys.path[0] = {str(ROOT)!r}
+runpy.run_path({CAUSAL_LM!r}, run_name="__main__")
+""")
     options = ["--output_dir", str(folder), "--learning_rat", "1"]
-    with zero2(CAUSAL_LM, SMOKE, *options) as process:
+    with zero2(str(script), SMOKE, *options) as process:
         output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     message = "error: --learning_rat: unknown key 'learning_rat': the nearest valid one is"

@@ -80,8 +80,9 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_has_seen(folder):
     assert folder.records() == [{"step": 0}, {"step": 1}, {"step": 2}]
     folder.record({"step": 3})
     assert folder.records()[-1] == {"step": 3}
+    text = folder.metrics.read_text()
     folder.begin(TrainingArguments(), 10**6)  # a file that someone has shortened stays as it is
-    assert len(folder.records()) == 4
+    assert folder.metrics.read_text() == text
     folder.begin(TrainingArguments(), 0)
     assert folder.records() == []
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import STOP_SIGNALS
+from conftest import STOP_SIGNALS, make_documents, write_jsonl
 from launching import (
     ROOT,
     TINY_RUN,
@@ -448,6 +448,34 @@ def test_no_space_left(disturbed, undisturbed, monkeypatch):
         )
         assert [p.name for p in (ended.folder / "checkpoints").iterdir()] == ["step-00000004"]
         assert result(disturbed(folder)) == undisturbed
+
+
+def test_a_broken_record_in_the_midst_of_a_run(pretrain, tmp_path):
+    """What was trained until then is saved, and the remedy that is told works."""
+    data = tmp_path / "data.jsonl"
+    write_jsonl(data, [*make_documents("before", 60), {"text": 1}, *make_documents("after", 60)])
+    settings = {
+        "train_sources": [{"path": str(data)}],
+        "lanes": 1,
+        "shuffle_documents": 8,
+        "max_steps": 12,
+    }
+    stopped = pretrain(**settings)
+    assert stopped.status == 2
+    assert stopped.error == (
+        f"error: {data}, line 61: int, not text, in the field 'text' (it has: text); "
+        "--on_bad_record skip leaves such records out\n"
+    )
+    (last,) = checkpoints(stopped.folder)
+    done = len(steps(stopped.folder))
+    assert 0 < done < 12
+    assert last.name == f"step-{done:08d}"
+    ended = pretrain(**settings, on_bad_record="skip")
+    assert ended.status == 0
+    assert f"continuing {last}" in ended.output
+    assert f"warning: skipped {data}, line 61: int, not text" in ended.error
+    whole = pretrain("whole", **settings, on_bad_record="skip")
+    assert steps(ended.folder) == steps(whole.folder)
 
 
 # schedules, optimizer, initialisation

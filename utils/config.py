@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -32,6 +33,9 @@ from typing import Any
 import yaml
 
 Settings = typing.TypeVar("Settings")
+# seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
+# rank 0 has to have its say
+SILENCE = 5.0
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,6 +85,8 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
     except InputError as error:
         if error.one_rank or int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SILENCE)
         sys.stdout.flush()
         os._exit(2)  # other ranks may wait in a collective; their exit hooks would wait for ever
     except BrokenPipeError:
