@@ -23,10 +23,17 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from recipes.pretrain import causal_lm
 from utils.config import command, parse
+from utils.model import build_model, model_config
 from utils.packing import DocumentEncoder, collate, packed_rows
 from utils.run_folder import RunFolder
 from utils.stream import Corpus, StepStream
@@ -46,6 +53,11 @@ class Arguments:
 WARMUP = 2
 
 
+def build(args: causal_lm.Arguments, tokenizer) -> torch.nn.Module:
+    config = model_config(args, args.sequence_length, tokenizer)
+    return build_model(args, config, AutoModelForCausalLM, args.seed)
+
+
 def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
     """Tokens per second of the recipe itself, reading and tokenizing included."""
     with TemporaryDirectory() as folder:
@@ -53,7 +65,7 @@ def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
         encode = DocumentEncoder(tokenizer)
         corpus = Corpus(args.train_sources, encode, args, args.seed)
         training = Training(args, RunFolder(folder))
-        model = causal_lm.build_model(args, causal_lm.model_config(args, tokenizer))
+        model = build(args, tokenizer)
         training.prepare(
             causal_lm.NextTokenLoss(model),
             model,
@@ -94,7 +106,7 @@ def batches_of(args: causal_lm.Arguments, tokenizer) -> list[list[dict[str, torc
 def bare_turn(args: causal_lm.Arguments, tokenizer, steps) -> float:
     """Tokens per second of the loop that one writes by hand, with the whole logits."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = causal_lm.build_model(args, causal_lm.model_config(args, tokenizer)).to(device)
+    model = build(args, tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, args.mixed_precision == "bf16")
     model.train()
@@ -139,7 +151,7 @@ def trainer_turn(args: causal_lm.Arguments, tokenizer, steps) -> float:
 
     with TemporaryDirectory() as folder:
         trainer = Trainer(
-            causal_lm.build_model(args, causal_lm.model_config(args, tokenizer)),
+            build(args, tokenizer),
             TrainingArguments(
                 folder,
                 max_steps=len(steps),

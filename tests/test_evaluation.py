@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.pretrain.causal_lm import NextTokenLoss
 from utils.config import InputError
-from utils.evaluation import baselines, check_held_out, evaluate_by_domain, held_out_documents
+from utils.evaluation import baselines, evaluate_by_domain
 from utils.packing import DocumentEncoder
-from utils.sources import Source
+from utils.sources import Source, check_held_out, held_out_documents
 
 DOMAIN = "meta.redpajama_set_name"
 LENGTH = 32  # shorter than most documents: they are scored in pieces

@@ -5,6 +5,9 @@ import torch
 from launching import CAUSAL_LM, ROOT, run
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForPreTraining,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -25,6 +28,7 @@ def test_parameters_of_llama_2_7b():
     assert parameter_count(LLAMA_2_7B) == {
         "total": SEVEN_BILLION,
         "without_input_embeddings": SEVEN_BILLION - embedding,
+        "output_projection": embedding,
     }
 
 
@@ -33,6 +37,7 @@ def test_parameters_of_gpt2():
     assert parameter_count(GPT2Config()) == {
         "total": 124_439_808,
         "without_input_embeddings": 124_439_808 - 1024 * 768,
+        "output_projection": 50257 * 768,
     }
 
 
@@ -59,8 +64,19 @@ def test_parameters_equal_those_of_the_real_model(config_class, tied):
     assert counts["without_input_embeddings"] == counts["total"] - looked_up
 
 
+def test_parameters_and_flops_of_bert_base():
+    counts = parameter_count(BertConfig(), AutoModelForPreTraining)
+    looked_up = (512 + 2) * 768  # positions and types; the tied token embeddings multiply
+    assert counts["total"] == BertForPreTraining(BertConfig()).num_parameters() == 110_106_428
+    assert counts["without_input_embeddings"] == counts["total"] - looked_up
+    flops = flops_per_token(BertConfig(), 512, AutoModelForPreTraining, predicted=0.15)
+    projection = round(0.85 * 30_522 * 768)
+    rest = counts["without_input_embeddings"] - projection
+    assert flops == 6 * rest + 12 * 12 * 768 * 512
+
+
 def test_no_causal_language_model_is_said():
-    with pytest.raises(InputError, match="no causal language model of type 't5'"):
+    with pytest.raises(InputError, match="no model for CausalLM of type 't5'"):
         parameter_count(T5Config())
 
 

@@ -19,8 +19,9 @@ from conftest import make_documents, write_jsonl
 from utils import sources, stream
 from utils.config import InputError
 from utils.packing import IGNORE_INDEX, DocumentEncoder, packed_rows
+from utils.randomness import keyed_permutation
 from utils.sources import Document, Source
-from utils.stream import Corpus, Lane, Row, StepStream, StreamArguments, keyed_permutation
+from utils.stream import Corpus, Lane, Row, StepStream, StreamArguments
 
 FORMATS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
 LANES, LENGTH = 16, 48

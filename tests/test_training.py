@@ -371,8 +371,8 @@ def test_a_step_that_is_not_finite_changes_no_bit(factor, pretrain, spoil):
 def test_a_gradient_that_is_not_finite_is_skipped_too(pretrain, monkeypatch):
     backward, calls = Engine.backward, []
 
-    def spoiled(engine, loss):
-        backward(engine, loss)
+    def spoiled(engine, loss, is_last):
+        backward(engine, loss, is_last)
         calls.append(None)
         if len(calls) == 4 + 2:
             next(engine.model.parameters()).grad[0, 0] = float("inf")

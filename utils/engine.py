@@ -1,6 +1,5 @@
 """One way to update weights: DeepSpeed ZeRO 1 to 3, DistributedDataParallel or one process."""
 
-import hashlib
 import logging
 import math
 import os
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from utils import checkpoint
 from utils.config import InputError
+from utils.randomness import random_key
 
 
 def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator:
@@ -52,12 +52,6 @@ def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator
         project_dir=project_dir,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
     )
-
-
-def random_key(*parts: Any) -> int:
-    """A seed for torch from whatever it shall depend on."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def initialize_weights(model: PreTrainedModel, seed: int) -> None:
@@ -133,12 +127,19 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         """Add the gradient of a micro-batch; its mean over the ranks is what the step uses."""
         if self.deepspeed:
+            # the micro-batches of a step are counted here: they may change over a run
+            self.module.set_gradient_accumulation_boundary(is_last)
             self.module.backward(loss, scale_wrt_gas=False)
         else:
             self.accelerator.backward(loss)
+
+    def begin_step(self, micro_batches: int) -> None:
+        if self.deepspeed:
+            # offloading asks for it: a single micro-batch is not summed up in host memory
+            self.module.optimizer.gradient_accumulation_steps = micro_batches
 
     def accumulate(self) -> Any:
         """A context for all micro-batches of a step but the last."""

@@ -10,35 +10,9 @@ import numpy as np
 import torch
 
 from utils.config import InputError
-from utils.packing import IGNORE_INDEX, Piece, pack
-from utils.sources import BadRecord, Document, Shard, Source, find_files, read
+from utils.packing import IGNORE_INDEX, Piece, collate, pack
+from utils.sources import Document
 from utils.training import Training
-
-
-def held_out_documents(
-    sources: list[Source], limit: int | None, on_bad_record: str = "fail"
-) -> Iterator[Document]:
-    """The documents of the sources in the order of their files: of each source at most `limit`."""
-    for source in sources:
-        shards = (Shard(file, 0, 1) for file in find_files(source))
-        items = itertools.chain.from_iterable(read(shard, source) for shard in shards)
-        count = 0
-        for item in items:
-            if isinstance(item, BadRecord):
-                if on_bad_record == "fail":
-                    raise InputError(item.message)
-            elif item.text.strip():
-                yield item
-                count += 1
-                if count == limit:
-                    break
-
-
-def check_held_out(sources: list[Source]) -> None:
-    """Raises InputError unless every source begins with a document."""
-    for source in sources:
-        if next(held_out_documents([source], 1), None) is None:
-            raise InputError(f"source {source.path!r} is empty: no document to evaluate on")
 
 
 def evaluate_by_domain(
@@ -72,28 +46,34 @@ def evaluate_by_domain(
             domain[2] += len(document.text.encode())
             yield tokens, document.domain
 
-    rows = _rows(encoded(), sequence_length)
-    while True:
-        batch = list(itertools.islice(rows, batch_size))
-        more = training.any_rank(any(pieces for _, pieces in batch))
-        if training.stopped:
-            return None
-        if not more:
-            break
-        features = [row for row, _ in batch]
-        tensors = {
-            k: torch.from_numpy(np.stack([f[k] for f in features])).long() for k in features[0]
-        }
+    for tensors, contents in batches(training, _rows(encoded(), sequence_length), batch_size):
         losses = token_losses(tensors).double().cpu().numpy()
         counted = tensors["shift_labels"].numpy() != IGNORE_INDEX
-        for row, (_, pieces) in enumerate(batch):
+        for row, pieces in enumerate(contents):
             start = 0
             for piece in pieces:
                 domain, stop = sums[piece.tag], start + piece.tokens
                 domain[0] += float(losses[row, start:stop].sum())
                 domain[1] += int(counted[row, start:stop].sum())
                 start = stop
+    if training.stopped:
+        return None
     return _summary(training.gather(list(sums.items())))
+
+
+def batches(
+    training: Training, rows: Iterator[tuple[dict[str, np.ndarray], list]], batch_size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], list[list]]]:
+    """Rows, each with what it holds, to batches: as many on every rank, until none has any more.
+
+    Ends, with `training.stopped` set, when a signal has come.
+    """
+    while True:
+        batch = list(itertools.islice(rows, batch_size))
+        more = training.any_rank(any(contents for _, contents in batch))
+        if training.stopped or not more:
+            return
+        yield collate([row for row, _ in batch]), [contents for _, contents in batch]
 
 
 def _rows(

@@ -6,30 +6,36 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from utils.config import InputError
 
 
-def parameter_count(config: Any) -> dict[str, int]:
-    """The parameters of the causal language model that a transformers config describes.
+def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict[str, int]:
+    """The parameters of the language model that a transformers config describes.
 
     The model is built without storage, so the count is exact for every architecture; tied weights
     count once.
 
+    Args:
+        auto_model: AutoModelForCausalLM or another class of its kind.
+
     Returns:
-        "total", and "without_input_embeddings": less every embedding that is only looked up, by
-        token or by position. A matrix tied to the output projection multiplies there, and stays.
+        "total"; "without_input_embeddings": less every embedding that is only looked up, by token
+        or by position (a matrix tied to the output projection multiplies there, and stays); and
+        "output_projection": the matrix of the logits.
 
     Raises:
-        InputError: transformers has no causal language model for this config.
+        InputError: transformers has no such language model for this config.
     """
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"transformers has no causal language model of type {config.model_type!r}")
+    models = auto_model._model_mapping
+    if type(config) not in models:
+        kind = auto_model.__name__.removeprefix("AutoModelFor")
+        raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
     # not `from_config`: it would split the weights over the processes where ZeRO-3 is set up
     with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = models[type(config)](config)
     output = model.get_output_embeddings()
     lookups = {
         module.weight
@@ -41,18 +47,29 @@ def parameter_count(config: Any) -> dict[str, int]:
     return {
         "total": total,
         "without_input_embeddings": total - sum(weight.numel() for weight in lookups),
+        "output_projection": 0 if output is None else output.weight.numel(),
     }
 
 
-def flops_per_token(config: Any, sequence_length: int) -> int:
+def flops_per_token(
+    config: Any,
+    sequence_length: int,
+    auto_model: Any = AutoModelForCausalLM,
+    predicted: float = 1.0,
+) -> int:
     """Floating-point operations of forward and backward for one token: 6·N + 12·L·H·S.
 
     N is the parameters without the input embeddings, L the layers, H the hidden size and S the
     sequence length (PaLM, Chowdhery et al. 2022, appendix B, where the heads' width times their
     number is H). Recomputed activations are not counted, masked attention scores are, and so are
     all experts of a mixture.
+
+    Args:
+        predicted: the share of the tokens for which the output projection is computed.
     """
-    parameters = parameter_count(config)["without_input_embeddings"]
+    counts = parameter_count(config, auto_model)
+    skipped = round((1 - predicted) * counts["output_projection"])
+    parameters = counts["without_input_embeddings"] - skipped
     text = config.get_text_config()
     attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
     return 6 * parameters + attention
@@ -120,35 +137,44 @@ def memory_table(
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def plan(config: Any, arguments: Any) -> str:
+def plan(
+    config: Any,
+    arguments: Any,
+    phases: Sequence[tuple[int, int | None]],
+    auto_model: Any = AutoModelForCausalLM,
+    predicted: float = 1.0,
+) -> str:
     """What `--dry_run true` prints: parameters, tokens, steps, FLOPs, memory by ZeRO stage.
 
     Args:
         arguments: a `TrainingArguments`.
+        phases: (sequence length, steps) one after the other; None: no end is set.
+        predicted: as for `flops_per_token`.
     """
-    counts = parameter_count(config)
-    flops = flops_per_token(config, arguments.sequence_length)
-    step_tokens = arguments.global_batch_size * arguments.sequence_length
+    counts, batch = parameter_count(config, auto_model), arguments.global_batch_size
     lines = [
         f"model        {config.model_type}, {counts['total']:,} parameters "
         f"({counts['without_input_embeddings']:,} without the input embeddings)",
-        f"step         {arguments.global_batch_size:,} sequences x {arguments.sequence_length:,} "
-        f"= {step_tokens:,} tokens",
     ]
-    steps = arguments.total_steps
-    if steps is not None:
-        tokens = steps * step_tokens
-        lines.append(f"run          {steps:,} steps = {tokens:,} tokens")
-    lines.append(f"compute      {flops:,} FLOPs a token (6 N + 12 L H S), forward and backward")
-    if steps is not None:
-        days = tokens * flops / (0.4 * 989e12 * 86400)
-        lines.append(f"             {tokens * flops:.3g} FLOPs: {days:,.4g} H100 days at 40% MFU")
-    table = memory_table(counts["total"], arguments.mixed_precision)
+    total = 0.0
+    for length, steps in phases:
+        flops = flops_per_token(config, length, auto_model, predicted)
+        lines.append(
+            f"step         {batch:,} sequences x {length:,} = {batch * length:,} tokens, "
+            f"{flops:,} FLOPs a token (6 N + 12 L H S)"
+        )
+        if steps is not None:
+            tokens = steps * batch * length
+            total += tokens * flops
+            lines.append(f"run          {steps:,} steps = {tokens:,} tokens")
+    if total:
+        days = total / (0.4 * 989e12 * 86400)
+        lines.append(f"compute      {total:.3g} FLOPs: {days:,.4g} H100 days at 40% MFU")
     lines += [
         "",
         f"memory of weights + gradients + optimizer per GPU (mixed_precision: "
         f"{arguments.mixed_precision}), activations not counted:",
         "",
-        table,
+        memory_table(counts["total"], arguments.mixed_precision),
     ]
     return "\n".join(lines)

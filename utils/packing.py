@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from utils.config import InputError
-from utils.stream import Corpus, Lane, Row
+from utils.stream import Corpus, Lane, Row, count_tokens
 
 if TYPE_CHECKING:  # a data worker starts in half the time without it
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
-MAX_DOMAINS = 256  # each has a count in the state of every lane
 
 
 class DocumentEncoder:
@@ -119,19 +118,12 @@ def packed_rows(
             if item is None:
                 return
             tokens, document, source = item
-            name = source.name or source.path
-            key = name if name == document.domain else f"{name}/{document.domain}"
-            if key not in seen and len(seen) >= MAX_DOMAINS:
-                raise InputError(
-                    f"source {source.path!r}: domain_field {source.domain_field!r} has more than "
-                    f"{MAX_DOMAINS} values: name a field that sorts documents into a few kinds"
-                )
-            yield tokens, (before, key)
+            yield tokens, (before, source, document)
 
     for features, pieces in pack(documents(), sequence_length, state["offset"]):
         for piece in pieces:
-            key = piece.tag[1]
-            seen[key] = seen.get(key, 0) + piece.tokens
+            _, source, document = piece.tag
+            count_tokens(seen, source, document, piece.tokens)
         if not pieces or pieces[-1].is_last:
             after = {"lane": lane.state(), "offset": 0}  # the next document is not asked for yet
         else:
@@ -151,7 +143,8 @@ def check_packing(
     Not every model of transformers masks its attention by the position ids, though it takes them.
 
     Args:
-        token_losses: batch → the loss of each position, of shape (rows, sequence_length).
+        token_losses: input_ids and position_ids → the loss of each position, all of shape (rows,
+            sequence_length).
         tolerance: for a loss that is not to change, beside those that are.
     """
     rows, sequence_length = shape
@@ -160,11 +153,10 @@ def check_packing(
     others = tokens.clone()
     others[:, :middle] = (tokens[:, :middle] + vocabulary // 2) % vocabulary
     places = torch.arange(sequence_length)
-    batch = {
-        "shift_labels": tokens.roll(-1, 1),
-        "position_ids": torch.where(places < middle, places, places - middle).expand(shape),
-    }
-    before, after = (token_losses({"input_ids": x, **batch}) for x in (tokens, others))
+    places = torch.where(places < middle, places, places - middle).expand(shape)
+    before, after = (
+        token_losses({"input_ids": x, "position_ids": places}) for x in (tokens, others)
+    )
     first, second = (after - before).abs().split([middle, sequence_length - middle], dim=1)
     if middle and second.max() > tolerance * first.max():
         raise InputError(

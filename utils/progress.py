@@ -3,6 +3,7 @@
 import os
 import shlex
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ class Progress:
 
     Args:
         seconds: of training so far, `tokens` of all ranks so far; neither begins at 0 on a resume.
-        flops_per_token: 6 N + 12 L H S; 0 when it is not known.
+        flops_per_token: of the step with this number, 6 N + 12 L H S; 0 when it is not known.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class Progress:
         step: int,
         tokens: int,
         seconds: float,
-        flops_per_token: float,
+        flops_per_token: Callable[[int], float],
         device: torch.device,
         world_size: int,
     ):
@@ -47,8 +48,9 @@ class Progress:
             f"lr {record['learning_rate']:.2e}",
             f"{rate:,.0f} tokens/s",
         ]
-        if self.peak_flops and self.flops_per_token:
-            record["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
+        flops = self.flops_per_token(step)
+        if self.peak_flops and flops:
+            record["mfu"] = round(rate * flops / self.peak_flops, 4)
             parts.append(f"MFU {record['mfu']:.1%} of dense bf16")
         if self.total_steps:
             a_step = (time.monotonic() - self.start) / (step - self.first_step)

@@ -7,6 +7,7 @@ ranges, never downloaded whole first.
 
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -206,6 +207,32 @@ def read(
         unit = {".parquet": "row", ".jsonl": "byte"}.get(os.path.splitext(shard.file)[1], "line")
         after = "" if position is None else f", after {unit} {position}"
         raise OSError(f"{shard.file}{after}: {error}") from error
+
+
+def held_out_documents(
+    sources: list[Source], limit: int | None, on_bad_record: str = "fail"
+) -> Iterator[Document]:
+    """The documents of the sources in the order of their files: of each source at most `limit`."""
+    for source in sources:
+        shards = (Shard(file, 0, 1) for file in find_files(source))
+        items = itertools.chain.from_iterable(read(shard, source) for shard in shards)
+        count = 0
+        for item in items:
+            if isinstance(item, BadRecord):
+                if on_bad_record == "fail":
+                    raise InputError(item.message)
+            elif item.text.strip():
+                yield item
+                count += 1
+                if count == limit:
+                    break
+
+
+def check_held_out(sources: list[Source]) -> None:
+    """Raises InputError unless every source begins with a document."""
+    for source in sources:
+        if next(held_out_documents([source], 1), None) is None:
+            raise InputError(f"source {source.path!r} is empty: no document to evaluate on")
 
 
 def describe_position(file: str, position: int) -> str:

@@ -7,7 +7,6 @@ So the global batch of a step depends on the data settings, the seed and the ste
 number of processes, of workers, of micro-batches, or of interruptions.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -24,11 +23,13 @@ import numpy as np
 import torch
 
 from utils.config import InputError
+from utils.randomness import keyed_permutation
 from utils.sources import BadRecord, Document, Source, cut_into_shards, find_checked_files, read
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
 BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
+MAX_DOMAINS = 256  # each has a count in the state of every lane
 
 
 @dataclass
@@ -65,15 +66,6 @@ class Row(NamedTuple):
     features: dict[str, np.ndarray]
     state: dict[str, Any]
     tokens: int  # of documents; what is left of the row is padding
-
-
-@functools.lru_cache(maxsize=64)  # a lane asks for the order of its shards with every chunk
-def keyed_permutation(count: int, *key: Any) -> list[int]:
-    """A permutation of range(count) that is a function of the key alone, on every platform."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    # the raw output of a NumPy bit generator is guaranteed not to change between versions
-    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
-    return np.argsort(draws, kind="stable").tolist()
 
 
 class Corpus:
@@ -269,6 +261,22 @@ class Lane:
             self.counts["documents"] += 1
             return encoded, document, self.corpus.sources[source]
         return None
+
+
+def count_tokens(seen: dict[str, int], source: Source, document: Document, tokens: int) -> None:
+    """Add to the tokens seen of a document's source and domain.
+
+    Raises:
+        InputError: more domains than the state of a lane can hold.
+    """
+    name = source.name or source.path
+    key = name if name == document.domain else f"{name}/{document.domain}"
+    if key not in seen and len(seen) >= MAX_DOMAINS:
+        raise InputError(
+            f"source {source.path!r}: domain_field {source.domain_field!r} has more than "
+            f"{MAX_DOMAINS} values: name a field that sorts documents into a few kinds"
+        )
+    seen[key] = seen.get(key, 0) + tokens
 
 
 class StepStream(torch.utils.data.IterableDataset):

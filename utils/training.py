@@ -17,6 +17,7 @@ import os
 import signal
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,10 +29,11 @@ from transformers import get_scheduler
 
 from utils import checkpoint
 from utils.config import InputError
-from utils.engine import Engine, random_key, start_processes
+from utils.engine import Engine, start_processes
 from utils.export import export
 from utils.packing import collate
 from utils.progress import Progress, command_line, seconds_since_command
+from utils.randomness import random_key
 from utils.report import write_card, write_plots
 from utils.run_folder import RunFolder
 from utils.stream import StepStream
@@ -90,7 +92,7 @@ class Training:
         stream: Callable[[dict[int, dict]], StepStream],
         fixed: dict[str, Any],
         write_model_files: Callable[[Path], None],
-        flops_per_token: float = 0.0,
+        flops_per_token: Callable[[int], float] = lambda step: 0.0,
     ) -> None:
         """Build the engine and the optimizer; continue from the newest checkpoint, if any.
 
@@ -99,6 +101,7 @@ class Training:
             stream: the rows of this rank, from the states of its lanes.
             fixed: what must not change over the life of a run.
             write_model_files: writes configuration and tokenizer into a checkpoint folder.
+            flops_per_token: of the step with this number, for the utilization; 0: not known.
         """
         a = self.arguments
         self.objective = objective
@@ -152,7 +155,7 @@ class Training:
                     rows = next(self.rows)
                 except InputError as error:
                     rows, self.data_error = [], error
-                size = a.per_device_batch_size
+                size = a.micro_batch_size(self.step)
                 features = [row.features for row in rows]
                 batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
                 tokens, counts = self._agree(sum(row.tokens for row in rows), batches)
@@ -254,12 +257,13 @@ class Training:
         if self.counted_step == self.step:
             return
         self.counted_step = self.step
-        seen: dict[str, int] = {}
-        for state in self.gather(list(self.stream_states.values())):
-            for name, tokens in state["seen"].items():
-                seen[name] = seen.get(name, 0) + tokens
-        if self.is_main:
-            self.folder.record({"step": self.step, "tokens_by_source": dict(sorted(seen.items()))})
+        states = self.gather(list(self.stream_states.values()))
+        record: dict[str, Any] = {"step": self.step}
+        for name, key in {"tokens_by_source": "seen", "sequence_counts": "counts"}.items():
+            if totals := sum((Counter(state.get(key, {})) for state in states), Counter()):
+                record[name] = dict(sorted(totals.items()))
+        if self.is_main and len(record) > 1:
+            self.folder.record(record)
 
     def conclude(self, title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]) -> None:
         """Write the export, the plots and the card, and say where they are and what came out."""
@@ -286,6 +290,7 @@ class Training:
         a = self.arguments
         rate = a.learning_rate * self.learning_rate_factor(self.step)
         self.engine.set_learning_rate(rate)
+        self.engine.begin_step(len(batches))
         usual = self.recent_losses
         limit = math.inf
         if len(usual) >= 20:
@@ -311,7 +316,7 @@ class Training:
                     # the engine skips: no rank waits for the accelerator to decide
                     loss = loss * torch.where(good, 1.0, math.nan)
                 # the engine takes the mean over the ranks, where the sum is wanted
-                self.engine.backward(loss * self.world_size)
+                self.engine.backward(loss * self.world_size, is_last)
             self.engine.step(is_last)
         losses = dict(zip(counts, means.tolist(), strict=True))
         loss = sum(losses.values())

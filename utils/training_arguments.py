@@ -74,12 +74,7 @@ class TrainingArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.global_batch_size % (processes * self.per_device_batch_size):
-            raise InputError(
-                f"global_batch_size: {self.global_batch_size} is not divisible by {processes} "
-                f"processes x per_device_batch_size {self.per_device_batch_size}"
-            )
+        self.check_batch(self.per_device_batch_size)
         if self.total_steps is None and not self.lr_scheduler_type.startswith("constant"):
             raise InputError(
                 f"lr_scheduler_type: {self.lr_scheduler_type} needs max_steps or max_tokens"
@@ -88,6 +83,21 @@ class TrainingArguments:
             raise InputError(
                 f"warmup_steps: {self.warmup_steps} is more than the run's {self.total_steps} steps"
             )
+
+    def check_batch(self, per_device_batch_size: int) -> None:
+        """Raises InputError unless micro-batches of that size make up the global batch."""
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if per_device_batch_size < 1 or self.global_batch_size % (
+            processes * per_device_batch_size
+        ):
+            raise InputError(
+                f"global_batch_size: {self.global_batch_size} is not divisible by {processes} "
+                f"processes x per_device_batch_size {per_device_batch_size}"
+            )
+
+    def micro_batch_size(self, step: int) -> int:
+        """Sequences a micro-batch of the step after `step` steps."""
+        return self.per_device_batch_size
 
     @property
     def total_steps(self) -> int | None:

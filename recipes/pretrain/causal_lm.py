@@ -19,23 +19,21 @@ import hashlib
 import inspect
 import os
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
-from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM
 
 from utils.config import InputError, command, parse
-from utils.engine import initialize_weights
-from utils.evaluation import baselines, check_held_out, evaluate_by_domain, held_out_documents
+from utils.evaluation import baselines, evaluate_by_domain
 from utils.loss import check_head, summed_cross_entropy, token_cross_entropy
 from utils.memory import flops_per_token, parameter_count, plan
+from utils.model import ModelArguments, build_model, load_tokenizer, model_config
 from utils.packing import IGNORE_INDEX, DocumentEncoder, check_packing, packed_rows
 from utils.run_folder import RunFolder
-from utils.sources import Source
+from utils.sources import Source, check_held_out, held_out_documents
 from utils.stream import Corpus, StepStream, StreamArguments
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
@@ -49,15 +47,9 @@ print(generate("def ", max_new_tokens=60)[0]["generated_text"])
 
 
 @dataclass
-class Arguments(TrainingArguments, StreamArguments):
+class Arguments(TrainingArguments, StreamArguments, ModelArguments):
     """Pretrain a causal language model on a stream of raw text."""
 
-    tokenizer: str | None = None  # a folder or Hub name; null: that of model_name_or_path
-    model_name_or_path: str | None = None  # continue from these weights; null: from scratch
-    # From scratch: the architecture, as transformers' config classes name its settings. The
-    # vocabulary and the special tokens come from the tokenizer unless they are given.
-    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
-    attn_implementation: str | None = None  # sdpa, eager, flex_attention or flash_attention_2
     train_sources: list[Source] = field(default_factory=list)
     validation_sources: list[Source] = field(default_factory=list)  # each read once
     test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
@@ -71,8 +63,7 @@ class Arguments(TrainingArguments, StreamArguments):
         self.check_lanes(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
         if self.eval_documents is not None and self.eval_documents < 1:
             raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
-        if self.tokenizer is None and self.model_name_or_path is None:
-            raise InputError("tokenizer: give a folder or Hub name")
+        self.check_model()
 
 
 class NextTokenLoss(torch.nn.Module):
@@ -103,76 +94,14 @@ class NextTokenLoss(torch.nn.Module):
         return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}
 
 
-def load_tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
-
-
-def model_config(args: Arguments, tokenizer: Any = None) -> Any:
-    """The configuration of the model to be trained, checked against the tokenizer."""
-    settings = dict(args.model)
-    if tokenizer is None and "vocab_size" not in settings:
-        tokenizer = load_tokenizer(args.tokenizer or args.model_name_or_path)
-    if tokenizer is not None:
-        settings = {
-            "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64 suits the hardware
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        } | settings
-    try:
-        if args.model_name_or_path:
-            config = AutoConfig.from_pretrained(args.model_name_or_path)
-        else:
-            config = AutoConfig.for_model(**settings)
-            known = type(config)().to_dict().keys() | config.attribute_map.keys()
-            if unknown := args.model.keys() - known:
-                (near,) = get_close_matches(min(unknown), known, 1, 0)
-                raise InputError(
-                    f"model: {config.model_type} has no setting {min(unknown)!r}: "
-                    f"the nearest valid one is {near!r}"
-                )
-    except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"model: {shorten(str(error), 300)}") from None
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
-            f"{len(tokenizer)} tokens"
-        )
-    heads = getattr(config, "num_attention_heads", 0)
-    groups = getattr(config, "num_key_value_heads", None) or 1
-    if heads % groups:
-        raise InputError(f"model.num_key_value_heads: {groups} does not divide the {heads} heads")
-    positions = getattr(config, "max_position_embeddings", args.sequence_length)
-    if args.sequence_length > positions:
-        raise InputError(
-            f"sequence_length: {args.sequence_length} is more than the model's "
-            f"max_position_embeddings of {positions}"
-        )
-    return config
-
-
-def build_model(args: Arguments, config: Any) -> torch.nn.Module:
-    options = {"dtype": torch.float32, "attn_implementation": args.attn_implementation}
-    try:
-        if args.model_name_or_path:
-            model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **options)
-        else:
-            model = AutoModelForCausalLM.from_config(config, **options)
-            initialize_weights(model, args.seed)
-            config.architectures = [type(model).__name__]
-    except (ImportError, OSError, ValueError) as error:
-        raise InputError(f"model: {shorten(str(error), 300)}") from None
+def check_model(model: torch.nn.Module) -> None:
     takes = inspect.signature(model.base_model.forward).parameters
     if "position_ids" not in takes or getattr(model, "_is_stateful", False):
         raise InputError(
-            f"model: {config.model_type} cannot keep packed documents apart: "
+            f"model: {model.config.model_type} cannot keep packed documents apart: "
             "it is recurrent, or takes no position_ids"
         )
     check_head(model)
-    return model
 
 
 def token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -181,6 +110,11 @@ def token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Te
     with torch.no_grad(), training.accelerator.autocast():
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         return training.engine.module(**batch, per_token=True)
+
+
+def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    labels = pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    return token_losses(training, {**batch, "shift_labels": labels})
 
 
 def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, Any] | None:
@@ -218,10 +152,11 @@ def write_samples(training: Training, model, tokenizer, encode, prompts: list[st
 def main() -> None:
     args = parse(Arguments)
     if args.dry_run:
-        print(plan(model_config(args), args))
+        config = model_config(args, args.sequence_length)
+        print(plan(config, args, [(args.sequence_length, args.total_steps)]))
         return
-    tokenizer = load_tokenizer(args.tokenizer or args.model_name_or_path)
-    config = model_config(args, tokenizer)
+    tokenizer = load_tokenizer(args)
+    config = model_config(args, args.sequence_length, tokenizer)
     encode = DocumentEncoder(tokenizer)
     corpus = Corpus(args.train_sources, encode, args, args.seed)
     check_held_out(args.validation_sources + args.test_sources)
@@ -229,8 +164,10 @@ def main() -> None:
     if folder.is_finished(args.limits):
         return
 
+    flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
-    model = build_model(args, config)
+    model = build_model(args, config, AutoModelForCausalLM, args.seed)
+    check_model(model)
     objective = NextTokenLoss(model)
     training.prepare(
         objective,
@@ -252,10 +189,10 @@ def main() -> None:
             "global_batch_size": args.global_batch_size,
         },
         write_model_files=lambda path: [x.save_pretrained(path) for x in (config, tokenizer)],
-        flops_per_token=flops_per_token(config, args.sequence_length),
+        flops_per_token=lambda step: flops,
     )
     check_packing(
-        partial(token_losses, training),
+        partial(next_token_losses, training),
         (args.per_device_batch_size, args.sequence_length),
         config.vocab_size,
         tolerance=1e-3 if args.mixed_precision == "no" else 2e-2,

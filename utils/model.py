@@ -1,0 +1,108 @@
+"""Tokenizer, configuration and model of a run: from scratch, or on from given weights."""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from textwrap import shorten
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from utils.config import InputError
+from utils.engine import initialize_weights
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    tokenizer: str | None = None  # a folder or Hub name; null: that of model_name_or_path
+    model_name_or_path: str | None = None  # continue from these weights; null: from scratch
+    # From scratch: the architecture, as transformers' config classes name its settings. The
+    # vocabulary and the special tokens come from the tokenizer unless they are given.
+    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
+    attn_implementation: str | None = None  # sdpa, eager, flex_attention or flash_attention_2
+
+    def check_model(self) -> None:
+        if self.tokenizer is None and self.model_name_or_path is None:
+            raise InputError("tokenizer: give a folder or Hub name")
+
+
+def load_tokenizer(arguments: ModelArguments) -> Any:
+    name = arguments.tokenizer or arguments.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
+
+
+def model_config(arguments: ModelArguments, sequence_length: int, tokenizer: Any = None) -> Any:
+    """The configuration of the model, checked against the tokenizer and the sequence length.
+
+    Args:
+        tokenizer: where it is not given, it is loaded if the settings leave something to it.
+    """
+    settings, given = dict(arguments.model), arguments.model_name_or_path
+    if tokenizer is None and (given or "vocab_size" not in settings):
+        tokenizer = load_tokenizer(arguments)
+    try:
+        if given:
+            config = AutoConfig.from_pretrained(given)
+        else:
+            if "model_type" not in settings:
+                raise InputError("model: model_type is missing: llama, bert or another")
+            defaults = type(AutoConfig.for_model(settings["model_type"]))()
+            known = defaults.to_dict().keys() | defaults.attribute_map.keys()
+            if unknown := settings.keys() - known:
+                (near,) = get_close_matches(min(unknown), known, 1, 0)
+                raise InputError(
+                    f"model: {defaults.model_type} has no setting {min(unknown)!r}: "
+                    f"the nearest valid one is {near!r}"
+                )
+            if tokenizer is not None:
+                special = {k: getattr(tokenizer, k) for k in SPECIAL_TOKENS if k in known}
+                # a multiple of 64 suits the hardware
+                special["vocab_size"] = -(-len(tokenizer) // 64) * 64
+                settings = special | settings
+            config = AutoConfig.for_model(**settings)
+    except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise InputError(f"model: {shorten(str(error), 300)}") from None
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
+            f"{len(tokenizer)} tokens"
+        )
+    heads = getattr(config, "num_attention_heads", 0)
+    groups = getattr(config, "num_key_value_heads", None) or 1
+    if heads % groups:
+        raise InputError(f"model.num_key_value_heads: {groups} does not divide the {heads} heads")
+    positions = getattr(config, "max_position_embeddings", sequence_length)
+    if sequence_length > positions:
+        raise InputError(
+            f"sequence_length: {sequence_length} is more than the model's "
+            f"max_position_embeddings of {positions}"
+        )
+    return config
+
+
+def build_model(
+    arguments: ModelArguments, config: Any, auto_model: Any, seed: int
+) -> PreTrainedModel:
+    """The model in fp32: from given weights, or initialised as a function of the seed.
+
+    Args:
+        auto_model: AutoModelForCausalLM or another class of its kind.
+    """
+    options = {"dtype": torch.float32, "attn_implementation": arguments.attn_implementation}
+    try:
+        if arguments.model_name_or_path:
+            return auto_model.from_pretrained(arguments.model_name_or_path, **options)
+        model = auto_model.from_config(config, **options)
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(f"model: {shorten(str(error), 300)}") from None
+    initialize_weights(model, seed)
+    config.architectures = [type(model).__name__]
+    return model
