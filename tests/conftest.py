@@ -11,8 +11,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (
+    AutoTokenizer,
+    BertTokenizerFast,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # threads for tensors as small as these only wait for each other
@@ -29,6 +42,22 @@ def make_documents(name: str, count: int, seed: int = 0) -> list[dict]:
     return [
         {
             "text": f"{name} {number}: {' '.join(draw.choices(WORDS, k=draw.randint(3, 120)))}\n",
+            "meta": {"redpajama_set_name": draw.choice(DOMAINS)},
+        }
+        for number in range(count)
+    ]
+
+
+def make_prose(name: str, count: int, seed: int = 0) -> list[dict]:
+    """Records of 1 to 12 sentences of 2 to 12 words."""
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, 12))).capitalize() + "."
+
+    return [
+        {
+            "text": f"{name} {number}. " + " ".join(sentence() for _ in range(draw.randint(1, 12))),
             "meta": {"redpajama_set_name": draw.choice(DOMAINS)},
         }
         for number in range(count)
@@ -79,6 +108,36 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Pa
 
 
 @pytest.fixture(scope="session")
+def prose_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl (300 documents of sentences) and validation.jsonl (40)."""
+    folder = tmp_path_factory.mktemp("prose")
+    for seed, (name, count) in enumerate([("train", 300), ("validation", 40)]):
+        write_jsonl(folder / f"{name}.jsonl", make_prose(name, count, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wordpiece_folder(tmp_path_factory: pytest.TempPathFactory, prose_folder: Path) -> Path:
+    """An uncased WordPiece of 300 tokens, special ones included, as `AutoTokenizer` reads it."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    lines = (prose_folder / "train.jsonl").read_text().splitlines()
+    backend.train_from_iterator([json.loads(line)["text"] for line in lines], trainer)
+    folder = tmp_path_factory.mktemp("wordpiece")
+    BertTokenizerFast(tokenizer_object=backend, do_lower_case=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wordpiece(wordpiece_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(wordpiece_folder)
+
+
+@pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tokenizer_folder)
 
@@ -93,33 +152,21 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def pretrain(
-    corpus_folder: Path,
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture,
-) -> Iterator[Callable[..., Ended]]:
-    """pretrain(name, **settings): the causal LM recipe in this process, without its slow plots."""
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Iterator[Callable]:
+    """call(main, words, folder): a recipe in this process, without its slow plots."""
     from accelerate.state import AcceleratorState
-    from launching import tiny_run
 
-    from recipes.pretrain import causal_lm
     from utils import training
     from utils.config import command
 
     def leave(status: int) -> None:
         raise SystemExit(status)
 
-    def run(name: str = "run", config: Path | None = None, **settings: Any) -> Ended:
-        folder = Path(settings.pop("output_dir", tmp_path / name))
-        tokenizer = settings.pop("tokenizer", tokenizer_folder)
-        words = tiny_run(folder, corpus_folder / "train-0.jsonl", tokenizer, **settings)
-        words = words if config is None else [str(config), *words]
-        monkeypatch.setattr(sys, "argv", ["causal_lm.py", *words])
+    def run(main: Callable[[], None], words: list[str], folder: Path) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            command(causal_lm.main)
+            command(main)
         AcceleratorState._reset_state(True)
         return Ended(end.value.code, *capfd.readouterr(), folder)
 
@@ -129,3 +176,40 @@ def pretrain(
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def pretrain(
+    call: Callable, corpus_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> Callable[..., Ended]:
+    """pretrain(name, **settings): the causal LM recipe."""
+    from launching import tiny_run
+
+    from recipes.pretrain import causal_lm
+
+    def run(name: str = "run", config: Path | None = None, **settings: Any) -> Ended:
+        folder = Path(settings.pop("output_dir", tmp_path / name))
+        tokenizer = settings.pop("tokenizer", tokenizer_folder)
+        words = tiny_run(folder, corpus_folder / "train-0.jsonl", tokenizer, **settings)
+        return call(causal_lm.main, words if config is None else [str(config), *words], folder)
+
+    return run
+
+
+@pytest.fixture
+def pretrain_bert(
+    call: Callable, prose_folder: Path, wordpiece_folder: Path, tmp_path: Path
+) -> Callable[..., Ended]:
+    """pretrain_bert(name, **settings): the BERT recipe."""
+    from launching import TINY_BERT, tiny_run
+
+    from recipes.pretrain import bert
+
+    def run(name: str = "run", **settings: Any) -> Ended:
+        folder = Path(settings.pop("output_dir", tmp_path / name))
+        settings = TINY_BERT | settings
+        tokenizer = settings.pop("tokenizer", wordpiece_folder)
+        words = tiny_run(folder, prose_folder / "train.jsonl", tokenizer, **settings)
+        return call(bert.main, words, folder)
+
+    return run

@@ -42,11 +42,25 @@ TINY_RUN = {
     "lr_scheduler_type": "constant_with_warmup",
     "report_to": [],
 }
+BERT = "recipes/pretrain/bert.py"
+TINY_BERT = {
+    "model": {
+        "model_type": "bert",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+}
 TIMINGS = ("tokens_per_second", "mfu")
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         "torch",
+        "transformers.models.bert.modeling_bert",
         "transformers.models.llama.modeling_llama",
         "accelerate.commands.launch",
         "deepspeed",

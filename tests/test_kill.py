@@ -105,8 +105,8 @@ class Runs:
         return run(self.config, self.processes, arguments, self.log)
 
 
-def script_with(path: Path, function: str, code: str) -> str:
-    """A script that runs the recipe with a function of utils replaced.
+def script_with(path: Path, function: str, code: str, recipe: str = CAUSAL_LM) -> str:
+    """A script that runs a recipe with a function of utils replaced.
 
     Args:
         code: the body of the new function, with `original`, `arguments`, `options`, `rank` and
@@ -122,7 +122,7 @@ def replacement(*arguments, **options):
     call = next(calls)
 {textwrap.indent(code, "    ")}
 module.{name} = replacement
-runpy.run_path("{CAUSAL_LM}", run_name="__main__")
+runpy.run_path("{recipe}", run_name="__main__")
 """)
     return str(path)
 

@@ -260,7 +260,10 @@ class Training:
         states = self.gather(list(self.stream_states.values()))
         record: dict[str, Any] = {"step": self.step}
         for name, key in {"tokens_by_source": "seen", "sequence_counts": "counts"}.items():
-            if totals := sum((Counter(state.get(key, {})) for state in states), Counter()):
+            totals: Counter[str] = Counter()
+            for state in states:
+                totals.update(state.get(key, {}))
+            if totals:
                 record[name] = dict(sorted(totals.items()))
         if self.is_main and len(record) > 1:
             self.folder.record(record)

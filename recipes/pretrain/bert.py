@@ -16,6 +16,7 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 
 import hashlib
 import inspect
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -143,6 +144,14 @@ class MaskedLoss(torch.nn.Module):
         self.first_position = 0 if padding is None else padding + 1  # RoBERTa counts from 2
         model.base_model.register_forward_hook(self._keep_targets)
 
+    def check_length(self, sequence_length: int) -> None:
+        positions = getattr(self.config, "max_position_embeddings", math.inf)
+        if self.first_position + sequence_length > positions:
+            raise InputError(
+                f"sequence_length: {sequence_length} and the model's first position "
+                f"{self.first_position} are more than its max_position_embeddings of {positions}"
+            )
+
     def forward(self, input_ids, labels, sequence_ids, pair_labels, per_target=False, **optional):
         """All of shape (rows, sequence_length); see `utils.example_rows.features`.
 
@@ -245,6 +254,7 @@ def main() -> None:
     training = Training(args, folder)
     model = build_model(args, config, auto_model, args.seed)
     objective = MaskedLoss(model, args.objective, args.packing)
+    objective.check_length(args.sequence_length)
     phases, per_lane = args.all_phases(), args.global_batch_size // args.lanes
     flops = {
         phase.sequence_length: flops_per_token(config, phase.sequence_length, auto_model, predicted)
