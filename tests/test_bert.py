@@ -305,6 +305,10 @@ def test_evaluation_and_pseudo_perplexity_are_those_of_a_plain_loop(
     expected = math.exp(np.mean(losses))
     (shown,) = re.findall(r"pseudo perplexity of the test documents: ([\d.]+)", ended.output)
     assert float(shown) == pytest.approx(expected, rel=1e-4)
+    (record,) = (r for r in metrics(ended.folder) if "test_loss" in r)
+    assert record["test_pseudo_perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert {*record["test_pseudo_perplexity_by_domain"]} == {"Book", "Code", "Web"}
+    assert 0 <= record["test_nsp_accuracy_by_domain"]["Code"] <= 1
 
 
 REFUSED = [

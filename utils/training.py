@@ -225,6 +225,11 @@ class Training:
         if patience is not None and self.evaluations_since_best >= patience:
             self.ending = f"the evaluation loss has not improved {patience} times"
 
+    def record_test(self, results: dict[str, Any]) -> None:
+        """Log what was measured at the end of the run: eval_loss as test_loss, and so on."""
+        named = {f"test_{name.removeprefix('eval_')}": value for name, value in results.items()}
+        self.log({"step": self.step, **named})
+
     def save(self) -> None:
         """Write checkpoints/step-…: what was trained on so far, and nothing that was prefetched."""
         if self.saved_step == self.step:

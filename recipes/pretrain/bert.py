@@ -322,6 +322,7 @@ def main() -> None:
             results = None if more is None else results | more
         if results is None:
             return training.stop()
+        training.record_test(results)
         facts |= {
             f"{name.removeprefix('eval_').replace('_', ' ')} of the test documents": f"{value:.4f}"
             for name, value in results.items()

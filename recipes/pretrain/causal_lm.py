@@ -214,6 +214,7 @@ def main() -> None:
         results = evaluate(training, args.test_sources, encode, args)
         if results is None:
             return training.stop()
+        training.record_test(results)
         facts["bits per byte of the test documents"] = f"{results['eval_bits_per_byte']:.4f}"
         if args.baselines and training.is_main:
             test = held_out_documents(args.test_sources, args.eval_documents)
