@@ -312,7 +312,7 @@ def test_evaluation_and_pseudo_perplexity_are_those_of_a_plain_loop(
 
 
 REFUSED = [
-    ({"objective": "mlm_nsp", "model": {"model_type": "roberta"}}, "objective: mlm_nsp needs a"),
+    ({"objective": "mlm_nsp", "model": {"model_type": "roberta"}}, "objective: roberta has no head for pairs"),
     ({"objective": "mlm", "model": {"model_type": "deberta-v2"}}, "deberta-v2 does not keep the"),
     ({"model": {"model_type": "llama"}}, "Unrecognized configuration class|no model"),
     (
@@ -346,7 +346,7 @@ REFUSED = [
     ({"mlm_probability": 0}, "mlm_probability: 0 leaves nothing to learn"),
     ({"mlm_probability": 1.5}, "mlm_probability must lie between 0 and 1, not 1.5"),
     ({"mask_replace_prob": 0.95}, "shares of the masked tokens: 0.95 and 0.1 are not"),
-    ({"tokenizer": "BPE"}, "has no mask_token: masked language modelling needs one made for"),
+    ({"tokenizer": "BPE"}, "has no mask_token, which masked language modelling needs"),
     ({"train_sources": [{"path": "ONE"}]}, "holds only one: set objective: mlm"),
     (
         {"train_sources": [{"path": "SINGLE"}]},

@@ -150,8 +150,10 @@ def test_tokenizers_that_cannot_be_streamed(tokenizer_folder):
     tokenizer.eos_token = None
     with pytest.raises(InputError) as error:
         DocumentEncoder(tokenizer)
-    assert str(error.value) == f"{tokenizer_folder}: the tokenizer has no eos_token"
-    with pytest.raises(InputError, match="the tokenizer has no eos_token"):
+    assert str(error.value) == (
+        f"tokenizer: {tokenizer_folder} has no eos_token, which causal language modelling needs"
+    )
+    with pytest.raises(InputError, match="has no eos_token, which"):
         DocumentEncoder(BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}))
 
 

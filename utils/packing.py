@@ -6,7 +6,6 @@ row. `shift_labels[i]` is the token after `input_ids[i]` in the same document, -
 a document cut in two loses no target. `position_ids` restart with every document and every row.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 
 from utils.config import InputError
 from utils.stream import Corpus, Lane, Row, count_tokens
+from utils.tokenization import TextEncoder
 
 if TYPE_CHECKING:  # a data worker starts in half the time without it
     from transformers import PreTrainedTokenizerBase
@@ -22,33 +22,16 @@ if TYPE_CHECKING:  # a data worker starts in half the time without it
 IGNORE_INDEX = -100
 
 
-class DocumentEncoder:
-    """Texts → int32 token ids. Special tokens that stand in a text are read as plain text.
-
-    Raises:
-        InputError: the tokenizer has no end token, or is not a fast one.
-    """
+class DocumentEncoder(TextEncoder):
+    """Texts → [begin] + int32 token ids + [end]."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise InputError(f"{tokenizer.name_or_path}: streaming needs a fast tokenizer")
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token")
-        end = tokenizer.eos_token_id
-        self.begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.end = end
-        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.backend.encode_special_tokens = True  # which is not pickled with it
+        super().__init__(tokenizer, "eos_token", purpose="causal language modelling")
+        self.end = tokenizer.eos_token_id
+        self.begin = self.end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        documents = ([self.begin, *encoding.ids, self.end] for encoding in encodings)
+        documents = ([self.begin, *encoding.ids, self.end] for encoding in self.encode(texts))
         return [np.fromiter(tokens, np.int32, len(tokens)) for tokens in documents]
 
 

@@ -4,14 +4,13 @@ A sentence here is what BERT calls one: a stretch of text, cut where a sentence 
 ends. Stretches of more than 400 characters (tables, code) are cut at a line's end or a blank.
 """
 
-import copy
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.config import InputError
+from utils.tokenization import TextEncoder
 
 if TYPE_CHECKING:  # a data worker starts in half the time without it
     from transformers import PreTrainedTokenizerBase
@@ -57,35 +56,16 @@ class Sentences:
         return self.ends[end - 1] - (self.ends[start - 1] if start else 0)
 
 
-class SentenceEncoder:
-    """Texts → `Sentences`. Special tokens that stand in a text are read as plain text.
-
-    Raises:
-        InputError: the tokenizer has no mask, cls or sep token, or is not a fast one.
-    """
+class SentenceEncoder(TextEncoder):
+    """Texts → `Sentences`."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise InputError(f"{tokenizer.name_or_path}: streaming needs a fast tokenizer")
-        for name in ("mask_token", "cls_token", "sep_token"):
-            if getattr(tokenizer, name) is None:
-                raise InputError(
-                    f"tokenizer: {tokenizer.name_or_path} has no {name}: masked language modelling "
-                    "needs one made for encoders (recipes/corpus/train_tokenizer.py, wordpiece)"
-                )
-        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.backend.encode_special_tokens = True  # which is not pickled with it
+        needed = ("mask_token", "cls_token", "sep_token")
+        super().__init__(tokenizer, *needed, purpose="masked language modelling")
 
     def __call__(self, texts: list[str]) -> list[Sentences]:
         cut = [cut_into_sentences(text) for text in texts]
-        flat = [sentence for sentences in cut for sentence in sentences]
-        encodings = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
+        encodings = iter(self.encode([sentence for sentences in cut for sentence in sentences]))
         documents = []
         for sentences in cut:
             tokens: list[int] = []

@@ -14,9 +14,6 @@ sentence-order prediction) or RoBERTa (MLM alone), on one process, eight GPUs, s
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
-import hashlib
-import inspect
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,6 +26,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from utils.config import InputError, command, parse
+from utils.encoders import (
+    block_diagonal_mask,
+    check_encoder,
+    first_position,
+    optional_inputs,
+)
 from utils.example_rows import check_examples, example_rows
 from utils.masked_evaluation import evaluate_masked, pseudo_perplexity
 from utils.masking import ExampleMaker, MaskingArguments
@@ -122,35 +125,8 @@ class MaskedLoss(torch.nn.Module):
         self.model, self.config, self.packing = model, model.config, packing
         self.terms = objective.split("_")  # mlm, and nsp or sop
         self.names = tuple(f"{term}_loss" for term in self.terms)
-        takes = {*inspect.signature(model.base_model.forward).parameters}
-        if packing and "position_ids" not in takes:
-            raise InputError(
-                f"model: {self.config.model_type} takes no position_ids, which packed rows need: "
-                "set packing: false"
-            )
-        heads = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        if len(self.terms) > 1 and not heads & {"seq_relationship", "sop_classifier"}:
-            raise InputError(
-                f"objective: {objective} needs a model with a head for pairs (bert, albert); "
-                f"{self.config.model_type} has none: set objective: mlm"
-            )
-        # where all types are the same, the models know which
-        few_types = getattr(self.config, "type_vocab_size", 0) < 2
-        self.optional = {"position_ids", "token_type_ids"} & takes - (
-            {"token_type_ids"} if few_types else set()
-        )
-        embeddings = getattr(model.base_model, "embeddings", None)
-        padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-        self.first_position = 0 if padding is None else padding + 1  # RoBERTa counts from 2
+        self.optional, self.first_position = optional_inputs(model), first_position(model)
         model.base_model.register_forward_hook(self._keep_targets)
-
-    def check_length(self, sequence_length: int) -> None:
-        positions = getattr(self.config, "max_position_embeddings", math.inf)
-        if self.first_position + sequence_length > positions:
-            raise InputError(
-                f"sequence_length: {sequence_length} and the model's first position "
-                f"{self.first_position} are more than its max_position_embeddings of {positions}"
-            )
 
     def forward(self, input_ids, labels, sequence_ids, pair_labels, per_target=False, **optional):
         """All of shape (rows, sequence_length); see `utils.example_rows.features`.
@@ -159,12 +135,16 @@ class MaskedLoss(torch.nn.Module):
             {term_loss: its sum over the targets}, or if `per_target` {term: (the loss of each
             target, whether the most likely class is right)}, in the order of the rows.
         """
+        if self.packing:
+            attention_mask = block_diagonal_mask(sequence_ids, self.config, self.model.dtype)
+        else:
+            attention_mask = (sequence_ids > 0).long()
         self.targets = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
         self.firsts = (pair_labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
         optional["position_ids"] = optional["position_ids"] + self.first_position
         output = self.model(
             input_ids=input_ids,
-            attention_mask=self._attention_mask(sequence_ids),
+            attention_mask=attention_mask,
             **{name: optional[name] for name in self.optional},
         )
         pairs = output.get("seq_relationship_logits", output.get("sop_logits"))
@@ -183,20 +163,6 @@ class MaskedLoss(torch.nn.Module):
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         labels = zip(self.names, (batch["labels"], batch["pair_labels"]), strict=False)
         return {name: int((values != IGNORE_INDEX).sum()) for name, values in labels}
-
-    def _attention_mask(self, sequence_ids: torch.Tensor) -> Any:
-        """Block-diagonal, additive: as booleans it would be wrong on eager attention."""
-        if not self.packing:
-            return (sequence_ids > 0).long()
-        blocks = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
-        dtype = self.model.dtype
-        mask = torch.where(blocks, 0.0, torch.finfo(dtype).min).to(dtype)
-        if "sliding_attention" not in (getattr(self.config, "layer_types", None) or ()):
-            return mask
-        place = torch.arange(blocks.shape[-1], device=blocks.device)
-        is_near = (place[:, None] - place[None, :]).abs() <= self.config.sliding_window
-        near = mask.masked_fill(~is_near, torch.finfo(dtype).min)
-        return {"full_attention": mask, "sliding_attention": near}
 
     def _keep_targets(self, base_model: torch.nn.Module, _: Any, output: Any) -> Any:
         """Of the hidden states, what the heads are to see."""
@@ -253,8 +219,8 @@ def main() -> None:
 
     training = Training(args, folder)
     model = build_model(args, config, auto_model, args.seed)
+    check_encoder(model, args.sequence_length, args.objective != "mlm", args.packing)
     objective = MaskedLoss(model, args.objective, args.packing)
-    objective.check_length(args.sequence_length)
     phases, per_lane = args.all_phases(), args.global_batch_size // args.lanes
     flops = {
         phase.sequence_length: flops_per_token(config, phase.sequence_length, auto_model, predicted)
@@ -275,7 +241,7 @@ def main() -> None:
         fixed={
             "seed": args.seed,
             "the training data": corpus.fingerprint(),
-            "the tokenizer": hashlib.sha256(encode.backend.to_str().encode()).hexdigest()[:16],
+            "the tokenizer": encode.fingerprint(),
             "model": config.to_diff_dict() | {"transformers_version": "any"},
             # the last phase may be made longer
             "phases": [asdict(phase) for phase in phases[:-1]],
@@ -288,7 +254,7 @@ def main() -> None:
         flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
     )
     if args.packing:
-        shape = (args.micro_batch_size(0), phases[0].sequence_length)
+        shape = (1, phases[0].sequence_length)
         tolerance = 1e-3 if args.mixed_precision == "no" else 2e-2
         try:
             check_packing(partial(position_losses, training), shape, config.vocab_size, tolerance)

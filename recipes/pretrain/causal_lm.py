@@ -15,7 +15,6 @@ One CPU process, two, one GPU, eight GPUs with ZeRO-2, several nodes with ZeRO-3
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
-import hashlib
 import inspect
 import os
 from dataclasses import dataclass, field
@@ -183,7 +182,7 @@ def main() -> None:
         fixed={
             "seed": args.seed,
             "the training data": corpus.fingerprint(),
-            "the tokenizer": hashlib.sha256(encode.backend.to_str().encode()).hexdigest()[:16],
+            "the tokenizer": encode.fingerprint(),
             "model": config.to_diff_dict() | {"transformers_version": "any"},
             "sequence_length": args.sequence_length,
             "global_batch_size": args.global_batch_size,
