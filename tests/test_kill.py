@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import math
 import random
 import signal
 import textwrap
@@ -299,7 +298,7 @@ def test_nan_on_one_process_is_skipped_by_all_and_stops_the_run_in_the_end(
     records = steps(tmp_path)
     assert [r["step"] for r in records] == list(range(1, 9))
     assert [r["step"] for r in records if r.get("skipped")] == [2, 4, 6, 7, 8]
-    assert [r["step"] for r in records if not math.isfinite(r["loss"])] == [2]
+    assert [r["step"] for r in records if r["loss"] is None] == [2]
     # a skipped step leaves weights and moments as they were
     folders = checkpoints(tmp_path)
     for before, after in ((1, 2), (3, 4), (5, 6), (6, 7)):

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,6 @@ import pytest
 from utils.config import InputError, parse
 from utils.run_folder import RunFolder, written_aside
 from utils.training_arguments import TrainingArguments
-
-LIMITS = {"max_steps": 5}
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def folder(tmp_path):
 
 def test_nothing_is_written_before_the_run_begins(tmp_path):
     folder = RunFolder(str(tmp_path / "a" / "run"))
-    assert not folder.is_finished(LIMITS)
+    assert not folder.is_finished(TrainingArguments(max_steps=5), [])
     assert folder.newest_checkpoint() is None
     assert folder.metrics_size() == 0
     assert folder.records() == []
@@ -87,6 +86,13 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_has_seen(folder):
     assert folder.records() == []
 
 
+def test_what_is_not_finite_is_null(folder):
+    folder.record({"step": 1, "loss": float("nan"), "by_domain": {"a": float("inf"), "b": 2.5}})
+    assert folder.metrics.read_text() == (
+        '{"step": 1, "loss": null, "by_domain": {"a": null, "b": 2.5}}\n'
+    )
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_no_space_left_for_metrics(folder):
     folder.metrics = Path("/dev/full")
@@ -96,19 +102,25 @@ def test_no_space_left_for_metrics(folder):
 
 
 def test_a_finished_run_says_so(folder, capsys, monkeypatch):
-    assert not folder.is_finished(LIMITS)
-    folder.finish(5, "all 5 steps are done", LIMITS)
-    assert folder.is_finished(LIMITS)
+    settings = TrainingArguments(max_steps=5)
+    assert not folder.is_finished(settings, ["data"])
+    folder.finish(5, "all 5 steps are done", settings, ["data"])
+    assert folder.is_finished(settings, ["data"])
     assert capsys.readouterr().out == f"{folder.path} is finished at step 5: all 5 steps are done\n"
-    assert not folder.is_finished({"max_steps": 9})
+    # where it stands, and how it was asked to begin, do not matter
+    assert folder.is_finished(replace(settings, output_dir="b", resume="never"), ["data"])
+    assert not folder.is_finished(replace(settings, max_steps=9), ["data"])
+    assert not folder.is_finished(replace(settings, weight_decay=0.2), ["data"])
+    assert not folder.is_finished(settings, ["other data"])
+    capsys.readouterr()
     monkeypatch.setenv("RANK", "1")
-    assert folder.is_finished(LIMITS)
+    assert folder.is_finished(settings, ["data"])
     assert capsys.readouterr().out == ""
     (folder.path / "finished.json").write_text("")
-    assert not folder.is_finished(LIMITS)
-    folder.finish(5, "all 5 steps are done", LIMITS)
+    assert not folder.is_finished(settings, ["data"])
+    folder.finish(5, "all 5 steps are done", settings, ["data"])
     folder.begin(TrainingArguments(), 0)
-    assert not folder.is_finished(LIMITS)
+    assert not folder.is_finished(TrainingArguments(max_steps=5), [])
 
 
 def test_half_written_checkpoints_are_removed(folder):

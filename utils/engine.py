@@ -98,7 +98,10 @@ class Engine:
         if self.deepspeed:
             self._fill_deepspeed_config()
         if arguments.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # as transformers 5.20 and later call it, and as those before did
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(model, name) for name in names if hasattr(model, name))
+            enable({"use_reentrant": False})
         if arguments.torch_compile:
             model.base_model.compile()  # what objectives call
         optimizer = torch.optim.AdamW(
@@ -202,9 +205,9 @@ class Engine:
             raise InputError("DeepSpeed without ZeRO: launch with multi_gpu.yaml or multi_cpu.yaml")
         processes = self.accelerator.num_processes
         config["train_micro_batch_size_per_gpu"] = a.per_device_batch_size
-        config["gradient_accumulation_steps"] = a.global_batch_size // (
-            processes * a.per_device_batch_size
-        )
+        micro_batches = a.global_batch_size // (processes * a.per_device_batch_size)
+        config["gradient_accumulation_steps"] = micro_batches
+        self.accelerator.gradient_accumulation_steps = micro_batches
         config["gradient_clipping"] = a.max_grad_norm
         config["steps_per_print"] = 2**62
         if a.mixed_precision == "bf16":

@@ -47,7 +47,7 @@ def example_rows(
     lane = Lane(corpus, lane_index, state["lane"])
     row, resume_row, example = state["window_row"], state["row"], state["example"]
     seen, counts = dict(state["seen"]), dict(state["counts"])
-    is_spent = False
+    is_spent, unheard = False, {}
     while True:
         before, window_row = lane.state(), row
         length = _length_at(phases, row)
@@ -61,7 +61,7 @@ def example_rows(
         # so that long examples are not always the first
         order = keyed_permutation(len(examples), corpus.seed, "rows", lane_index, window_row)
         rows = fit([examples[i] for i in order], length, packing)
-        unheard = _document_counts(documents, examples, make_examples)
+        _add(unheard, _document_counts(documents, examples, make_examples))
         while rows or is_spent:
             if length != (length := _length_at(phases, row)):
                 rows = fit([example for group in rows for example in group], length, packing)

@@ -90,6 +90,7 @@ class ExampleMaker:
         self.mask_token = tokenizer.mask_token_id
         special = {*tokenizer.all_special_ids}
         self.ordinary = np.array([i for i in range(len(tokenizer)) if i not in special], np.int32)
+        self.unknown = tokenizer.unk_token_id  # the one special token that stands in texts
         self.words = WordStarts(tokenizer) if arguments.whole_word_masking else None
 
     def __call__(
@@ -123,7 +124,8 @@ class ExampleMaker:
                 if alone:
                     segments = self._stretch(draw, document, start, length - 2)
                 else:
-                    other = random_document(draw, index)
+                    is_nsp = self.arguments.objective == "mlm_nsp"
+                    other = random_document(draw, index) if is_nsp else None
                     segments = self._pair(draw, document, start, length - 3, other)
                 yield self._example(draw, segments, index)
                 start, number = segments.end, number + 1
@@ -194,7 +196,9 @@ class ExampleMaker:
             input_ids[len(first) + 2 : -1] = second
             types[len(first) + 2 :] = 1
         is_text[[0, len(first) + 1, -1]] = False
-        input_ids, labels = self._mask(draw, input_ids, is_text)
+        # an unknown token stands for what cannot be predicted
+        is_open = is_text if self.unknown is None else is_text & (input_ids != self.unknown)
+        input_ids, labels = self._mask(draw, input_ids, is_open)
         borrowed = int(is_text.sum()) - segments.own
         return Example(
             input_ids,
@@ -208,18 +212,18 @@ class ExampleMaker:
         )
 
     def _mask(
-        self, draw: Draws, tokens: np.ndarray, is_text: np.ndarray
+        self, draw: Draws, tokens: np.ndarray, is_open: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(input ids, labels): each word or token of the text is masked with the same chance."""
+        """(input ids, labels): each word or token that is open to it has the same chance."""
         a = self.arguments
         # the number of the unit (word or token) that each token belongs to; they fall together
-        units = (is_text if self.words is None else self.words(tokens, is_text)).cumsum() - 1
+        units = (is_open if self.words is None else self.words(tokens, is_open)).cumsum() - 1
         count = int(units[-1]) + 1
         # as many as the rate says: what is left of a whole number is drawn
         chosen = int(count * a.mlm_probability + draw.uniform(1)[0])
         is_chosen = np.zeros(count + 1, bool)
         is_chosen[np.argsort(draw.uniform(count), kind="stable")[:chosen]] = True
-        selected = np.flatnonzero(is_chosen[units] & is_text)
+        selected = np.flatnonzero(is_chosen[units] & is_open)
         labels = np.full(len(tokens), IGNORE_INDEX, np.int32)
         labels[selected] = tokens[selected]
         kind, other = draw.uniform(2 * len(selected)).reshape(2, -1)
@@ -246,24 +250,33 @@ class WordStarts:
         if prefix:
             self.begins = np.array([not token.startswith(prefix) for token in tokens])
         else:
-            self.begins = np.array([token[:1] in "Ġ▁ĊĉčĠ" for token in tokens])
-            self.first = np.array([_kind(token[:1]) for token in tokens])
-            self.last = np.array([_kind(token[-1:]) for token in tokens])
+            is_bytes = "Ġ" in tokens
+            self.begins = np.array([token[:1] in ("Ġ", "▁") for token in tokens])
+            self.first = np.array([_kind(token[:1], is_bytes) for token in tokens])
+            self.last = np.array([_kind(token[-1:], is_bytes) for token in tokens])
 
-    def __call__(self, tokens: np.ndarray, is_text: np.ndarray) -> np.ndarray:
-        """Of shape (tokens,); the first token of a segment always begins a word."""
+    def __call__(self, tokens: np.ndarray, is_open: np.ndarray) -> np.ndarray:
+        """Of shape (tokens,); only what is open to masking, and after what is not, begins one."""
         begins = self.begins[tokens]
         if not self.by_prefix:
-            begins[1:] |= self.first[tokens[1:]] != self.last[tokens[:-1]]
-        begins[1:] |= ~is_text[:-1]
-        return begins & is_text
+            last = self.last[tokens[:-1]]
+            # a blank belongs to what follows it
+            begins[1:] |= (self.first[tokens[1:]] != last) & (last != BLANK)
+        begins[1:] |= ~is_open[:-1]
+        return begins & is_open
 
 
-def _kind(sign: str) -> int:
-    """Letters 0 (bytes of letters beyond ASCII too), digits 1, others 2."""
-    if sign.isdigit():
-        return 1
-    return 0 if sign.isalpha() else 2
+LETTER, DIGIT, SPACE, BLANK, OTHER = range(5)
+
+
+def _kind(sign: str, is_bytes: bool) -> int:
+    """Of a character of a token; byte-level BPE spells bytes by stand-ins (GPT-2's encoder.py)."""
+    if sign in ("Ġ", "▁"):
+        return BLANK
+    if is_bytes and len(sign) == 1 and ord(sign) > 126:
+        # in this order: the bytes 0 to 32 and 127, then those of letters beyond ASCII
+        return SPACE if 256 <= ord(sign) <= 289 else LETTER
+    return DIGIT if sign.isdigit() else LETTER if sign.isalpha() else OTHER
 
 
 def _fitting(first: int, second: int, room: int) -> tuple[int, int]:

@@ -3,7 +3,9 @@
 config.yaml  metrics.jsonl  checkpoints/  model/  README.md  plots/  finished.json
 """
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -43,13 +45,16 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         return checkpoint.newest(self.path)
 
-    def is_finished(self, limits: dict[str, Any]) -> bool:
-        """Whether the run has come to its end, within these limits, and written everything."""
+    def is_finished(self, settings: Any, data: Any) -> bool:
+        """Whether a run of these settings on these data has come to its end here.
+
+        Where anything differs it has not: what is continued then, or refused, is a checkpoint.
+        """
         try:
             end = json.loads((self.path / "finished.json").read_text())
         except (OSError, ValueError):
             return False
-        if end["limits"] != limits:
+        if end["run"] != _identity(settings, data):
             return False
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.path} is finished at step {end['step']}: {end['reason']}")
@@ -67,10 +72,11 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl; what is not finite is null there, as JSON has it."""
+        line = json.dumps({name: _finite(value) for name, value in values.items()})
         try:
             with self.metrics.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(line + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.metrics}: {error.strerror}") from None
 
@@ -88,9 +94,24 @@ class RunFolder:
                 break
         return records
 
-    def finish(self, step: int, reason: str, limits: dict[str, Any]) -> None:
+    def finish(self, step: int, reason: str, settings: Any, data: Any) -> None:
+        end = {"step": step, "reason": reason, "run": _identity(settings, data)}
         with written_aside(self.path / "finished.json") as file:
-            file.write_text(json.dumps({"step": step, "reason": reason, "limits": limits}))
+            file.write_text(json.dumps(end))
+
+
+def _identity(settings: Any, data: Any) -> Any:
+    """Settings and data as JSON gives them back, but for what does not change a run."""
+    values = dataclasses.asdict(settings)
+    for name in ("output_dir", "resume"):
+        values.pop(name, None)
+    return json.loads(json.dumps([values, data]))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

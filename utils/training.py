@@ -287,7 +287,7 @@ class Training:
             export(self.folder.newest_checkpoint(), path / "model", dtype[a.mixed_precision])
             plots = write_plots(self.folder)
             card = write_card(self.folder, title, pipeline_tag, usage, facts)
-            self.folder.finish(self.step, self.ending, a.limits)
+            self.folder.finish(self.step, self.ending, a, self.fixed["the training data"])
             lines = ["finished", *(f"  {k}: {v}" for k, v in facts.items())]
             lines += [f"model: {path / 'model'}", f"card:  {card}", *(f"plot:  {p}" for p in plots)]
             print("\n".join(lines), flush=True)

@@ -214,7 +214,7 @@ def main() -> None:
     check_examples(args.train_sources, encode, args.objective)
     check_held_out(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)
-    if folder.is_finished(args.limits):
+    if folder.is_finished(args, corpus.fingerprint()):
         return
 
     training = Training(args, folder)

@@ -160,7 +160,7 @@ def main() -> None:
     corpus = Corpus(args.train_sources, encode, args, args.seed)
     check_held_out(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)
-    if folder.is_finished(args.limits):
+    if folder.is_finished(args, corpus.fingerprint()):
         return
 
     flops = flops_per_token(config, args.sequence_length)

@@ -1,0 +1,383 @@
+"""Speed and memory of the BERT recipe beside transformers.Trainer, on the same text.
+
+    python -m benchmarks.pretrain_bert
+
+All predict masked tokens with the same model and optimizer, and take the same number of rows a
+step and a micro-batch. The recipe reads, tokenizes, masks and packs while it trains; for Trainer,
+whose collator masks and pads, the text is tokenized beforehand. What counts is useful tokens: not
+padding. The peers take turns in one process; the peak of their memory is measured in a fresh
+process each. Results: benchmarks/results/pretrain_bert.md and .json.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from recipes.pretrain import bert
+from utils.config import command, parse
+from utils.example_rows import example_rows
+from utils.masking import ExampleMaker
+from utils.model import build_model, load_tokenizer, model_config
+from utils.randomness import keyed_permutation
+from utils.run_folder import RunFolder
+from utils.sentences import SentenceEncoder
+from utils.sources import Source, held_out_documents
+from utils.stream import Corpus, StepStream
+from utils.training import Training
+
+RECIPE = "this recipe, reading and tokenizing"
+PADDED = "Trainer, documents padded to the longest"
+BLOCKS = "Trainer, concatenated blocks"
+GOALS = {PADDED: {"speed": 2.0, "memory": 0.6}, BLOCKS: {"speed": 1.15}}
+WARMUP = 2  # steps of a turn that are not timed
+MEMORY_STEPS = 4
+MEBIBYTE = 2**20
+
+# step, useful tokens so far; also before the first step, with 0, 0
+Observer = Callable[[int, int], None]
+
+
+@dataclass
+class Arguments:
+    """Measure the BERT recipe beside transformers.Trainer with padding and with blocks."""
+
+    model: dict[str, Any] = field(
+        default_factory=lambda: {
+            "model_type": "bert",
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+        }
+    )
+    tokenizer: str = "data/tokenizers/wordpiece-8192"
+    train_path: str = "data/sample/train-*.jsonl"
+    sequence_length: int = 512
+    global_batch_size: int = 16  # rows a step
+    per_device_batch_size: int = 8  # rows a micro-batch
+    steps: int = 4  # of a turn, after two that are not timed
+    turns: int = 5
+    results: str = "benchmarks/results/pretrain_bert"
+
+    def recipe(self, seed: int) -> bert.Arguments:
+        return bert.Arguments(
+            seed=seed,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            train_sources=[Source(self.train_path)],
+            objective="mlm",
+            sequence_length=self.sequence_length,
+            global_batch_size=self.global_batch_size,
+            per_device_batch_size=self.per_device_batch_size,
+            # a lane tokenizes dozens of rows at once: with many lanes, before the clock starts
+            lanes=1,
+            lr_scheduler_type="constant",
+            learning_rate=1e-4,
+            logging_steps=10**9,
+            report_to=[],
+        )
+
+
+def build(args: bert.Arguments, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    config = model_config(args, args.sequence_length, tokenizer)
+    return build_model(args, config, AutoModelForMaskedLM, args.seed)
+
+
+def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:
+    tokenizer = load_tokenizer(args)
+    corpus = Corpus(args.train_sources, SentenceEncoder(tokenizer), args, args.seed)
+    make_examples = ExampleMaker(tokenizer, args)
+    phases = [(args.sequence_length, 1)]  # the last one goes on
+    with TemporaryDirectory() as folder:
+        args.output_dir = folder
+        training = Training(args, RunFolder(folder))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # a benchmark has nothing to save
+        model = build(args, tokenizer)
+        training.prepare(
+            bert.MaskedLoss(model, args.objective, args.packing),
+            model,
+            stream=partial(
+                StepStream,
+                corpus,
+                partial(example_rows, corpus, make_examples, phases, args.packing),
+                args.global_batch_size,
+                0,
+                1,
+            ),
+            fixed={},
+            write_model_files=lambda path: None,
+        )
+        observe(0, 0)
+        for step in training.steps():
+            observe(step, training.tokens)
+            if step == steps:
+                break  # nothing is saved
+
+
+def train_padded(args: bert.Arguments, steps: int, observe: Observer) -> None:
+    """Whole documents, cut to the length; a micro-batch is padded to its longest."""
+    tokenizer = load_tokenizer(args)
+    cut = {"truncation": True, "max_length": args.sequence_length}
+    rows = [encoded(tokenizer, text, **cut) for text in texts(args, steps)]
+    train_trainer(args, tokenizer, rows, steps, observe)
+
+
+def train_blocks(args: bert.Arguments, steps: int, observe: Observer) -> None:
+    """Documents one after the other, cut into full rows (`group_texts` of run_mlm.py)."""
+    tokenizer, length = load_tokenizer(args), args.sequence_length
+    documents = [encoded(tokenizer, text) for text in texts(args, steps)]
+    joined = {name: [*chain(*(d[name] for d in documents))] for name in documents[0]}
+    total = len(joined["input_ids"]) // length * length
+    rows = [
+        {name: values[start : start + length] for name, values in joined.items()}
+        for start in range(0, total, length)
+    ]
+    train_trainer(args, tokenizer, rows, steps, observe)
+
+
+def texts(args: bert.Arguments, steps: int) -> list[str]:
+    """Documents drawn from the corpus: twice the rows that are needed, which may be shorter."""
+    everything = [
+        document.text for document in held_out_documents(args.train_sources, None, "fail")
+    ]
+    order = keyed_permutation(len(everything), args.seed, "benchmark")
+    return [everything[i] for i in islice(order, 2 * steps * args.global_batch_size)]
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> dict[str, list[int]]:
+    return dict(
+        tokenizer(
+            text,
+            return_special_tokens_mask=True,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+    )
+
+
+def train_trainer(
+    args: bert.Arguments,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, list[int]]],
+    steps: int,
+    observe: Observer,
+) -> None:
+    useful = 0
+
+    class CountingTrainer(Trainer):
+        def training_step(self, model, inputs, *rest):
+            nonlocal useful
+            useful += int(inputs["attention_mask"].sum())
+            return super().training_step(model, inputs, *rest)
+
+    class Observed(TrainerCallback):
+        def on_train_begin(self, arguments, state, control, **kwargs):
+            observe(0, 0)
+
+        def on_step_end(self, arguments, state, control, **kwargs):
+            observe(state.global_step, useful)
+
+    with TemporaryDirectory() as folder:
+        CountingTrainer(
+            build(args, tokenizer),
+            TrainingArguments(
+                folder,
+                seed=args.seed,
+                max_steps=steps,
+                per_device_train_batch_size=args.per_device_batch_size,
+                gradient_accumulation_steps=args.global_batch_size // args.per_device_batch_size,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="constant",
+                optim="adamw_torch_fused",
+                weight_decay=args.weight_decay,
+                adam_beta1=args.adam_beta1,
+                adam_beta2=args.adam_beta2,
+                adam_epsilon=args.adam_epsilon,
+                max_grad_norm=args.max_grad_norm,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=torch.cuda.is_available(),
+                remove_unused_columns=False,  # the collator asks for special_tokens_mask
+            ),
+            data_collator=DataCollatorForLanguageModeling(
+                tokenizer, mlm_probability=args.mlm_probability
+            ),
+            train_dataset=rows,
+            callbacks=[Observed],
+        ).train()
+
+
+PEERS = {RECIPE: train_recipe, PADDED: train_padded, BLOCKS: train_blocks}
+
+
+def measure_speed(arguments: Arguments, name: str, seed: int) -> dict[str, float]:
+    marks = {}
+
+    def observe(step: int, tokens: int) -> None:
+        marks[step] = time.perf_counter(), tokens
+
+    last = WARMUP + arguments.steps
+    PEERS[name](arguments.recipe(seed), last, observe)
+    seconds, tokens = (b - a for a, b in zip(marks[WARMUP], marks[last], strict=True))
+    return {"seconds": seconds, "tokens": tokens}
+
+
+def measure_memory(arguments: Arguments, name: str) -> int:
+    """Bytes at the peak of a few steps, less those that were in use before the first.
+
+    On a CPU it is the resident memory of the process (VmHWM of Linux, set back before the first
+    step; `ru_maxrss` would begin with what imports and data took at their worst).
+    """
+    found = {}
+
+    def observe(step: int, tokens: int) -> None:
+        if step == 0:
+            reset_peak()
+        if step in (0, MEMORY_STEPS):
+            found[step] = peak_bytes()
+
+    PEERS[name](arguments.recipe(0), MEMORY_STEPS, observe)
+    return found[MEMORY_STEPS] - found[0]
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    arguments = parse(Arguments)
+    facts = describe("benchmarks.pretrain_bert", ("torch", "transformers", "accelerate"))
+    memory = {}
+    for name in PEERS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            memory[name] = fresh.submit(measure_memory, arguments, name).result()
+        print(f"{name}: {memory[name] / MEBIBYTE:,.0f} MiB", flush=True)
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
+    for seed in range(arguments.turns):
+        for name in PEERS:
+            turns[name].append(measure_speed(arguments, name, seed))
+            rate = turns[name][-1]["tokens"] / turns[name][-1]["seconds"]
+            print(f"turn {seed + 1}: {name}: {rate:,.0f} useful tokens/s", flush=True)
+    write_results(arguments, turns, memory, facts)
+
+
+def describe(module: str, packages: tuple[str, ...]) -> dict[str, Any]:
+    """Command, hardware, versions, commit and date of a measurement."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    hardware = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        hardware = (
+            f"{names[0].partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} cores, "
+            f"{torch.get_num_threads()} threads; load before the start: {os.getloadavg()[0]:.1f}"
+        )
+    return {
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "commit": commit.stdout.strip(),
+        "date": str(date.today()),
+    }
+
+
+def write_results(
+    arguments: Arguments, turns: dict[str, list], memory: dict[str, int], facts: dict[str, Any]
+) -> None:
+    slots = arguments.steps * arguments.global_batch_size * arguments.sequence_length
+    speeds = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
+    ratios = {
+        name: {
+            "speed": statistics.median(
+                a / b for a, b in zip(speeds[RECIPE], speeds[name], strict=True)
+            ),
+            "memory": memory[RECIPE] / memory[name],
+        }
+        for name in PEERS
+    }
+    lines = [
+        "| | useful tokens/s, median | least to most | useful tokens of a row | peak memory "
+        "| speed of the recipe | memory of the recipe |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, values in speeds.items():
+        useful = sum(turn["tokens"] for turn in turns[name]) / len(turns[name]) / slots
+        lines.append(
+            f"| {name} | {statistics.median(values):,.0f} "
+            f"| {min(values):,.0f} to {max(values):,.0f} "
+            f"| {useful * arguments.sequence_length:.0f} of {arguments.sequence_length} "
+            f"| {memory[name] / MEBIBYTE:,.0f} MiB "
+            f"| {ratios[name]['speed']:.2f} x | {ratios[name]['memory']:.2f} x |"
+        )
+    lines += [
+        "",
+        "The last columns are ratios to the row's peer; that of the speed is the median of the "
+        f"turns' ratios. Peak memory is what {MEMORY_STEPS} steps in a fresh process added to that "
+        "of before the first step: gradients, optimizer and activations, and not weights, imports "
+        "and data. In the recipe's it includes what reading and tokenizing need.",
+        "",
+        *(
+            f"- {measure} of the recipe, {peer}: {ratios[peer][measure]:.2f} x; goal: at "
+            f"{'least' if measure == 'speed' else 'most'} {goal}"
+            for peer, goals in GOALS.items()
+            for measure, goal in goals.items()
+        ),
+    ]
+    text = "\n".join(lines)
+    print(f"\n{text}")
+    facts |= {
+        name: getattr(arguments, name)
+        for name in ("model", "sequence_length", "global_batch_size", "per_device_batch_size")
+    }
+    facts |= {"steps": arguments.steps, "turns": arguments.turns}
+    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    Path(f"{arguments.results}.md").write_text(f"{text}\n\n{described}\n")
+    result = {**facts, "turn": turns, "peak_memory_bytes": memory, "ratios": ratios}
+    Path(f"{arguments.results}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    command(main)
