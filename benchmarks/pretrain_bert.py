@@ -48,7 +48,7 @@ from utils.randomness import keyed_permutation
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, held_out_documents
-from utils.stream import Corpus, StepStream
+from utils.stream import Corpus
 from utils.training import Training
 
 RECIPE = "this recipe, reading and tokenizing"
@@ -120,20 +120,9 @@ def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # a benchmark has nothing to save
         model = build(args, tokenizer)
-        training.prepare(
-            bert.MaskedLoss(model, args.objective, args.packing),
-            model,
-            stream=partial(
-                StepStream,
-                corpus,
-                partial(example_rows, corpus, make_examples, phases, args.packing),
-                args.global_batch_size,
-                0,
-                1,
-            ),
-            fixed={},
-            write_model_files=lambda path: None,
-        )
+        objective = bert.MaskedLoss(model, args.objective, args.packing)
+        rows_of = partial(example_rows, corpus, make_examples, phases, args.packing)
+        training.prepare(objective, model, tokenizer, corpus, rows_of)
         observe(0, 0)
         for step in training.steps():
             observe(step, training.tokens)

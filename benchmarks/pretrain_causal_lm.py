@@ -66,20 +66,8 @@ def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
         corpus = Corpus(args.train_sources, encode, args, args.seed)
         training = Training(args, RunFolder(folder))
         model = build(args, tokenizer)
-        training.prepare(
-            causal_lm.NextTokenLoss(model),
-            model,
-            stream=partial(
-                StepStream,
-                corpus,
-                partial(packed_rows, corpus, args.sequence_length),
-                args.global_batch_size // args.lanes,
-                0,
-                1,
-            ),
-            fixed={},
-            write_model_files=lambda path: None,
-        )
+        rows_of = partial(packed_rows, corpus, args.sequence_length)
+        training.prepare(causal_lm.NextTokenLoss(model), model, tokenizer, corpus, rows_of)
         for step in training.steps():
             if step == WARMUP:
                 start, tokens = time.perf_counter(), training.tokens

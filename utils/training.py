@@ -1,7 +1,7 @@
 """The part of training that every recipe shares: processes, steps, guards, cadence, checkpoints.
 
     training = Training(args, folder)
-    training.prepare(objective, model, stream)  # resumes when there is something to resume
+    training.prepare(objective, model, tokenizer, corpus, rows_of)  # resumes if it can
     for step in training.steps():
         if training.evaluates():
             training.record_evaluation(…)
@@ -11,6 +11,7 @@ An objective is a module whose `forward(**batch)` returns named sums of losses, 
 the whole global batch: however it is split over ranks and micro-batches, it is the same number.
 """
 
+import copy
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from utils import checkpoint
 from utils.config import InputError
@@ -36,7 +37,7 @@ from utils.progress import Progress, command_line, seconds_since_command
 from utils.randomness import random_key
 from utils.report import write_card, write_plots
 from utils.run_folder import RunFolder
-from utils.stream import StepStream
+from utils.stream import Corpus, Row, StepStream
 from utils.training_arguments import TrainingArguments
 
 # what a checkpoint keeps of a `Training`
@@ -88,25 +89,34 @@ class Training:
     def prepare(
         self,
         objective: torch.nn.Module,
-        model: torch.nn.Module,
-        stream: Callable[[dict[int, dict]], StepStream],
-        fixed: dict[str, Any],
-        write_model_files: Callable[[Path], None],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        rows_of: Callable[[int, dict | None], Iterator[Row]],
+        fixed: dict[str, Any] | None = None,
         flops_per_token: Callable[[int], float] = lambda step: 0.0,
     ) -> None:
         """Build the engine and the optimizer; continue from the newest checkpoint, if any.
 
         Args:
             objective: holds the model; see the module's docstring.
-            stream: the rows of this rank, from the states of its lanes.
-            fixed: what must not change over the life of a run.
-            write_model_files: writes configuration and tokenizer into a checkpoint folder.
+            rows_of: (lane, its state or None) → the rows of the lane.
+            fixed: what else must not change over the life of a run.
             flops_per_token: of the step with this number, for the utilization; 0: not known.
         """
         a = self.arguments
-        self.objective = objective
+        self.objective, self.flops_per_token = objective, flops_per_token
+        self.model_files = (copy.deepcopy(model.config), tokenizer)
+        fixed = {
+            "seed": a.seed,
+            "the training data": corpus.fingerprint(),
+            "the tokenizer": corpus.encode.fingerprint(),
+            "model": model.config.to_diff_dict() | {"transformers_version": "any"},
+            "sequence_length": a.sequence_length,
+            "global_batch_size": a.global_batch_size,
+            **(fixed or {}),
+        }
         self.fixed = json.loads(json.dumps(fixed))  # as it comes back from a checkpoint
-        self.write_model_files, self.flops_per_token = write_model_files, flops_per_token
         self.engine = Engine(self.accelerator, objective, model, a)
         try:
             schedule = get_scheduler(
@@ -123,7 +133,10 @@ class Training:
             self._resume(newest)
         elif a.warm_start:
             self.engine.load(Path(a.warm_start))
-        self.rows = stream(self.stream_states).steps()
+        per_lane = a.global_batch_size // corpus.arguments.lanes
+        self.rows = StepStream(
+            corpus, rows_of, per_lane, self.rank, self.world_size, self.stream_states
+        ).steps()
 
     def steps(self) -> Iterator[int]:
         """Train; after a step, and at the end of the run, the caller may evaluate.
@@ -245,7 +258,7 @@ class Training:
             "stream": states,
         }
         try:
-            self.engine.save(folder, state, self.write_model_files)
+            self.engine.save(folder, state, self._write_model_files)
         except checkpoint.CheckpointError as error:
             last = self.folder.newest_checkpoint()
             raise InputError(
@@ -256,6 +269,10 @@ class Training:
         if self.is_main:
             checkpoint.prune(self.folder.path, a.keep_last, a.keep_every)
             print(f"saved {folder}", flush=True)
+
+    def _write_model_files(self, folder: Path) -> None:
+        for part in self.model_files:
+            part.save_pretrained(folder)
 
     def _log_tokens_by_source(self) -> None:
         """Once a step, though a stopped run may come here again."""

@@ -41,7 +41,7 @@ from utils.packing import IGNORE_INDEX, check_packing
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, check_held_out, held_out_documents
-from utils.stream import Corpus, StepStream, StreamArguments
+from utils.stream import Corpus, StreamArguments
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
 
@@ -230,27 +230,15 @@ def main() -> None:
     training.prepare(
         objective,
         model,
-        stream=partial(
-            StepStream,
-            corpus,
-            partial(example_rows, corpus, make_examples, rows, args.packing),
-            per_lane,
-            training.rank,
-            training.world_size,
-        ),
+        tokenizer,
+        corpus,
+        rows_of=partial(example_rows, corpus, make_examples, rows, args.packing),
         fixed={
-            "seed": args.seed,
-            "the training data": corpus.fingerprint(),
-            "the tokenizer": encode.fingerprint(),
-            "model": config.to_diff_dict() | {"transformers_version": "any"},
             # the last phase may be made longer
             "phases": [asdict(phase) for phase in phases[:-1]],
-            "sequence_length": args.sequence_length,
-            "global_batch_size": args.global_batch_size,
             "packing": args.packing,
             **args.masking(),
         },
-        write_model_files=lambda path: [x.save_pretrained(path) for x in (config, tokenizer)],
         flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
     )
     if args.packing:

@@ -33,7 +33,7 @@ from utils.model import ModelArguments, build_model, load_tokenizer, model_confi
 from utils.packing import IGNORE_INDEX, DocumentEncoder, check_packing, packed_rows
 from utils.run_folder import RunFolder
 from utils.sources import Source, check_held_out, held_out_documents
-from utils.stream import Corpus, StepStream, StreamArguments
+from utils.stream import Corpus, StreamArguments
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
 
@@ -168,27 +168,9 @@ def main() -> None:
     model = build_model(args, config, AutoModelForCausalLM, args.seed)
     check_model(model)
     objective = NextTokenLoss(model)
+    rows_of = partial(packed_rows, corpus, args.sequence_length)
     training.prepare(
-        objective,
-        model,
-        stream=partial(
-            StepStream,
-            corpus,
-            partial(packed_rows, corpus, args.sequence_length),
-            args.global_batch_size // args.lanes,
-            training.rank,
-            training.world_size,
-        ),
-        fixed={
-            "seed": args.seed,
-            "the training data": corpus.fingerprint(),
-            "the tokenizer": encode.fingerprint(),
-            "model": config.to_diff_dict() | {"transformers_version": "any"},
-            "sequence_length": args.sequence_length,
-            "global_batch_size": args.global_batch_size,
-        },
-        write_model_files=lambda path: [x.save_pretrained(path) for x in (config, tokenizer)],
-        flops_per_token=lambda step: flops,
+        objective, model, tokenizer, corpus, rows_of, flops_per_token=lambda step: flops
     )
     check_packing(
         partial(next_token_losses, training),
