@@ -30,6 +30,8 @@ lint: $(INSTALLED)
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.pretrain_causal_lm
+	$(BIN)/python -m benchmarks.pretrain_bert
+	$(BIN)/python -m benchmarks.bert_probe
 
 soak: $(SETUP)
 	$(BIN)/python tests/soak.py

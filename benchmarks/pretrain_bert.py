@@ -74,6 +74,7 @@ class Arguments:
             "intermediate_size": 1024,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
+            "vocab_size": 30522,  # BERT's own: what is read fills a part of it
         }
     )
     tokenizer: str = "data/tokenizers/wordpiece-8192"

@@ -215,6 +215,8 @@ def test_a_run_in_phases_learns_and_resumes(pretrain_bert, prose_folder, tmp_pat
     assert 0 < counts["pairs"] < counts["sequences"]
     assert min(counts[key] for key in ("documents", "tokens_borrowed", "tokens_cut")) > 0
 
+    assert f"tokens cut: {counts['tokens_cut']:,}" in ended.output
+
     found = checkpoints(ended.folder)
     assert [int(folder.name[5:]) for folder in found] == [15, 30, 45, 60, 75, 80]
     for folder in (found[0], found[3], found[4]):  # in the first phase, between, in the second

@@ -54,7 +54,7 @@ class RunFolder:
             end = json.loads((self.path / "finished.json").read_text())
         except (OSError, ValueError):
             return False
-        if end["run"] != _identity(settings, data):
+        if end.get("run") != _identity(settings, data):
             return False
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.path} is finished at step {end['step']}: {end['reason']}")

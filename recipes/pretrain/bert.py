@@ -282,6 +282,8 @@ def main() -> None:
             for name, value in results.items()
             if isinstance(value, float)
         }
+    logged = (r["sequence_counts"] for r in reversed(folder.records()) if "sequence_counts" in r)
+    facts |= {name.replace("_", " "): f"{count:,}" for name, count in next(logged, {}).items()}
     training.conclude("Encoder", "fill-mask", USAGE, facts)
 
 
