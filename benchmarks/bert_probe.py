@@ -58,7 +58,9 @@ class Arguments:
     num_processes: int = 2  # that pretrain
     output_dir: str = "runs/bert_probe"  # of the runs: seed-0, seed-1, …
     sample: str = "data/sample"  # the folder of the labelled documents
-    probe_documents: int = 2000  # all of validation.jsonl, and the rest drawn from train-*.jsonl
+    # labelled documents that fit the probe, drawn from train-*.jsonl; it is tested on those of
+    # validation.jsonl and test.jsonl, which no run has seen
+    probe_documents: list[int] = field(default_factory=lambda: [250, 1000, 4000])
     max_length: int = 128  # tokens of a document that the encoder sees
     C: float = 1.0  # inverse strength of the probe's regularisation
     results: str = "benchmarks/results/bert_probe"
@@ -78,12 +80,15 @@ def read_labelled(pattern: str) -> Labelled:
     return Labelled(texts, [document.domain for document in chosen])
 
 
-def probe_documents(args: Arguments) -> Labelled:
-    validation = read_labelled(f"{args.sample}/validation.jsonl")
+def split(args: Arguments) -> tuple[Labelled, Labelled]:
+    """The documents that fit the probe, in a random order, and those that test it."""
     train = read_labelled(f"{args.sample}/train-*.jsonl")
-    drawn = keyed_permutation(len(train.texts), "probe")
-    drawn = drawn[: max(0, args.probe_documents - len(validation.texts))]
-    return Labelled(*(a + [b[i] for i in drawn] for a, b in zip(validation, train, strict=True)))
+    drawn = keyed_permutation(len(train.texts), "probe")[: max(args.probe_documents)]
+    held_out = [read_labelled(f"{args.sample}/{name}.jsonl") for name in ("validation", "test")]
+    return (
+        Labelled(*([part[i] for i in drawn] for part in train)),
+        Labelled(*(a + b for a, b in zip(*held_out, strict=True))),
+    )
 
 
 def pretrain(args: Arguments, seed: int) -> Path:
@@ -133,35 +138,39 @@ def features(encoder: PreTrainedModel, tokenizer, texts: list[str], max_length: 
 
 def probe(
     args: Arguments, encoder: PreTrainedModel, tokenizer, train: Labelled, test: Labelled
-) -> dict[str, float]:
-    inputs = [features(encoder, tokenizer, part.texts, args.max_length) for part in (train, test)]
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=args.C, max_iter=5000))
-    return scores(test, classifier.fit(inputs[0], train.packages).predict(inputs[1]))
+) -> dict[int, dict[str, float]]:
+    """The scores of the probe by the number of documents that fit it."""
+    fitted, tested = (features(encoder, tokenizer, x.texts, args.max_length) for x in (train, test))
+    found = {}
+    for count in args.probe_documents:
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=args.C, max_iter=5000))
+        classifier.fit(fitted[:count], train.packages[:count])
+        found[count] = scores(test.packages, classifier.predict(tested))
+    return found
 
 
-def scores(test: Labelled, predicted: list[str]) -> dict[str, float]:
+def scores(packages: list[str], predicted: list[str]) -> dict[str, float]:
     return {
-        "accuracy": float(accuracy_score(test.packages, predicted)),
-        "macro_f1": float(f1_score(test.packages, predicted, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(packages, predicted)),
+        "macro F1": float(f1_score(packages, predicted, average="macro", zero_division=0)),
     }
 
 
 def main() -> None:
     args = parse(Arguments)
     logging.set_verbosity_error()  # that an encoder leaves the heads of its export aside
-    if not args.seeds:
-        raise InputError("seeds: give at least one")
+    if not args.seeds or not args.probe_documents:
+        raise InputError("seeds and probe_documents: give at least one of each")
     facts = describe("benchmarks.bert_probe", ("torch", "transformers", "scikit-learn"))
-    train, test = probe_documents(args), read_labelled(f"{args.sample}/test.jsonl")
+    train, test = split(args)
     ((majority, _),) = Counter(train.packages).most_common(1)
     facts |= {
         "config": args.config,
         "processes": args.num_processes,
-        "documents": f"{len(train.texts)} to fit the probe, {len(test.texts)} to test it",
-        "packages": dict(sorted(Counter(test.packages).items())),
+        "documents that test the probe": len(test.texts),
+        "their packages": dict(sorted(Counter(test.packages).items())),
     }
-    found = {"majority": scores(test, [majority] * len(test.texts)), "pretrained": {}}
-    found["untrained"] = {}
+    found: dict[str, dict] = {"pretrained": {}, "untrained": {}}
     for seed in args.seeds:
         folder = pretrain(args, seed)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -170,45 +179,39 @@ def main() -> None:
         for kind, encoder in encoders.items():
             found[kind][seed] = probe(args, encoder, tokenizer, train, test)
             print(f"seed {seed}, {kind}: {found[kind][seed]}", flush=True)
-    write_results(args, majority, found, facts)
+    guess = scores(test.packages, [majority] * len(test.packages))
+    write_results(args, majority, guess, found, facts)
 
 
-def write_results(args: Arguments, majority: str, found: dict, facts: dict) -> None:
-    names = {"accuracy": "accuracy", "macro_f1": "macro F1"}
+def write_results(
+    args: Arguments, majority: str, guess: dict, found: dict[str, dict], facts: dict
+) -> None:
     lines = [
-        "| seed | " + " | ".join(f"{x}, pretrained | untrained | margin" for x in names.values()),
-        "| --- | " + " | ".join(["---: | ---: | ---:"] * len(names)),
+        "| labelled documents | score | pretrained | untrained | margin | margin of each seed |",
+        "| ---: | --- | ---: | ---: | ---: | --- |",
     ]
-    columns: dict[str, dict[str, list[float]]] = {}
-    for name in names:
-        kinds = {k: [x[name] for x in found[k].values()] for k in ("pretrained", "untrained")}
-        margins = [a - b for a, b in zip(*kinds.values(), strict=True)]
-        columns[name] = {**kinds, "margin": margins}
-    for index, seed in enumerate(args.seeds):
-        cells = [f"{values[index]:.1%}" for kinds in columns.values() for values in kinds.values()]
-        lines.append(f"| {seed} | " + " | ".join(cells))
-    means = [
-        f"{statistics.fmean(values):.1%} ± {spread(values):.1%}"
-        for kinds in columns.values()
-        for values in kinds.values()
-    ]
-    lines.append("| mean ± standard deviation | " + " | ".join(means))
-    lines = [f"{line} |" for line in lines]
-    guess = found["majority"]
+    for count in args.probe_documents:
+        for name in guess:
+            kinds = [[x[count][name] for x in of_seed.values()] for of_seed in found.values()]
+            margins = [a - b for a, b in zip(*kinds, strict=True)]
+            cells = [f"{statistics.fmean(x):.1%} ± {spread(x):.1%}" for x in (*kinds, margins)]
+            each = ", ".join(f"{margin:.1%}" for margin in margins)
+            lines.append(f"| {count:,} | {name} | {' | '.join(cells)} | {each} |")
+    seeds = ", ".join(map(str, args.seeds))
     lines += [
         "",
-        f"Always {majority}, the package that is most frequent where the probe is fitted: accuracy "
-        f"{guess['accuracy']:.1%}, macro F1 {guess['macro_f1']:.1%}. The probe is a logistic "
-        f"regression (C = {args.C}) on the standardised mean of the last hidden states of the "
-        f"first {args.max_length} tokens; the names of the packages were taken out of the texts. "
-        "Some of the documents that fit it were seen in pretraining, without their labels; those "
-        "that test it were not.",
+        f"Mean ± standard deviation over the seeds {seeds}. Always {majority}, the most frequent "
+        f"package: accuracy {guess['accuracy']:.1%}, macro F1 {guess['macro F1']:.1%}. The probe "
+        f"is a logistic regression (C = {args.C}) on the standardised mean of the last hidden "
+        f"states of the first {args.max_length} tokens; the names of the packages were taken out "
+        "of the texts. Some of the documents that fit it were seen in pretraining, without their "
+        "labels; those that test it were not.",
     ]
     text = "\n".join(lines)
     print(f"\n{text}")
     described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     Path(f"{args.results}.md").write_text(f"{text}\n\n{described}\n")
-    result = {**facts, "scores": found, "columns": columns}
+    result = {**facts, "majority": guess, "scores": found}
     Path(f"{args.results}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

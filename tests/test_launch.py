@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from launching import CAUSAL_LM, ROOT, checkpoints, metrics, steps, tiny_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from launching import BERT, CAUSAL_LM, ROOT, checkpoints, metrics, steps, tiny_run
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from utils.config import InputError, parse
 
@@ -68,6 +68,20 @@ def test_the_smoke_config_runs_as_it_stands_under_zero2_and_as_plain_python(tmp_
     with torch.no_grad():
         loss = model(**tokens, labels=tokens.input_ids).loss
     assert loss < 0.9 * math.log(len(tokenizer))  # it has learnt something
+
+
+def test_the_smoke_config_of_bert_runs_as_it_stands(tmp_path):
+    config = "recipes/pretrain/configs/bert_smoke.yaml"
+    with zero2(BERT, config, "--output_dir", str(tmp_path)) as process:
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert output.count("saved ") == 3
+    for path in ("config.yaml", "README.md", "plots/loss.png", "plots/learning_rate.png"):
+        assert (tmp_path / path).stat().st_size
+    evaluations = [record for record in metrics(tmp_path) if "eval_mlm_loss" in record]
+    assert [record["step"] for record in evaluations] == [15, 30]
+    assert evaluations[-1]["eval_mlm_loss"] < 0.8 * math.log(8192)  # it has learnt something
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
 
 
 def test_a_wrong_key_is_said_once_by_the_launched_processes(tmp_path):

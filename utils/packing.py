@@ -31,8 +31,13 @@ class DocumentEncoder(TextEncoder):
         self.begin = self.end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        documents = ([self.begin, *encoding.ids, self.end] for encoding in self.encode(texts))
-        return [np.fromiter(tokens, np.int32, len(tokens)) for tokens in documents]
+        documents = []
+        for encoding in self.encode(texts):
+            ids = encoding.ids
+            tokens = np.empty(len(ids) + 2, np.int32)
+            tokens[0], tokens[1:-1], tokens[-1] = self.begin, ids, self.end
+            documents.append(tokens)
+        return documents
 
 
 class Piece(NamedTuple):

@@ -128,28 +128,33 @@ class MaskedLoss(torch.nn.Module):
         self.optional, self.first_position = optional_inputs(model), first_position(model)
         model.base_model.register_forward_hook(self._keep_targets)
 
-    def forward(self, input_ids, labels, sequence_ids, pair_labels, per_target=False, **optional):
-        """All of shape (rows, sequence_length); see `utils.example_rows.features`.
+    def forward(self, per_target: bool = False, **batch: torch.Tensor) -> dict[str, Any]:
+        """
+        Args:
+            batch: of shape (rows, sequence_length), as `utils.example_rows.features` names them.
 
         Returns:
             {term_loss: its sum over the targets}, or if `per_target` {term: (the loss of each
             target, whether the most likely class is right)}, in the order of the rows.
         """
         if self.packing:
-            attention_mask = block_diagonal_mask(sequence_ids, self.config, self.model.dtype)
-        else:
-            attention_mask = (sequence_ids > 0).long()
-        self.targets = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-        self.firsts = (pair_labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-        optional["position_ids"] = optional["position_ids"] + self.first_position
+            mask = block_diagonal_mask(batch["sequence_ids"], self.config, self.model.dtype)
+        else:  # columns of nothing but padding are left out
+            longest = max(1, int((batch["sequence_ids"] > 0).sum(1).max()))
+            batch = {name: values[:, :longest] for name, values in batch.items()}
+            mask = (batch["sequence_ids"] > 0).long()
+        labels, pair_labels = batch["labels"].flatten(), batch["pair_labels"].flatten()
+        self.targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        self.firsts = (pair_labels != IGNORE_INDEX).nonzero().squeeze(1)
+        batch["position_ids"] = batch["position_ids"] + self.first_position
         output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            **{name: optional[name] for name in self.optional},
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            **{name: batch[name] for name in self.optional},
         )
         pairs = output.get("seq_relationship_logits", output.get("sop_logits"))
         logits = [output.get("prediction_logits", output.get("logits"))[0], pairs]
-        classes = [labels.flatten()[self.targets], pair_labels.flatten()[self.firsts]]
+        classes = [labels[self.targets], pair_labels[self.firsts]]
         scores = zip(self.terms, logits, classes, strict=False)
         if per_target:
             return {
