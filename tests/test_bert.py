@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_prose, write_jsonl
 from launching import checkpoints, metrics, state, steps
+from safetensors.numpy import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -246,7 +247,8 @@ def test_what_must_not_change_is_refused(pretrain_bert):
         refused = pretrain_bert(**{**settings, **changes})
         assert refused.status == 2
         assert message in refused.error
-    # a longer last phase goes on
+    # micro-batches of another size, and a longer last phase, go on
+    longer[0] = {**longer[0], "per_device_batch_size": 8}
     ended = pretrain_bert(**{**settings, "phases": longer, "max_steps": 90, "max_hours": 2e-9})
     assert ended.status == 0, ended.error
 
@@ -276,6 +278,31 @@ def test_the_export_loads_everywhere(model_type, pretrain_bert, wordpiece):
     place = (batch["input_ids"][0] == wordpiece.mask_token_id).nonzero().item()
     assert best["token"] == logits[0, place].argmax().item()
     assert best["score"] == pytest.approx(logits[0, place].softmax(0).max().item(), rel=1e-5)
+
+
+def test_weights_go_on_with_another_objective(pretrain_bert):
+    """The export is of the class that was trained, not of the one that the weights came from."""
+    objectives = ["mlm", "mlm_nsp", "mlm"]
+    classes = ["BertForMaskedLM", "BertForPreTraining", "BertForMaskedLM"]
+    settings = {}
+    for number, (objective, name) in enumerate(zip(objectives, classes, strict=True)):
+        ended = pretrain_bert(f"{number}", objective=objective, max_steps=1, **settings)
+        assert ended.status == 0, ended.error
+        folder = ended.folder / "model"
+        assert json.loads((folder / "config.json").read_text())["architectures"] == [name]
+        names = load_file(folder / "model.safetensors")
+        assert ("cls.seq_relationship.weight" in names) == (objective == "mlm_nsp")
+        settings = {"model_name_or_path": str(folder)}
+
+
+def test_losses_of_one_length_are_not_compared_with_those_of_another(pretrain_bert, prose_folder):
+    settings = {**PHASES, "validation_sources": validation(prose_folder), "eval_steps": 5}
+    settings |= {"phases": [{**PHASES["phases"][0], "steps": 20}, {**PHASES["phases"][1]}]}
+    ended = pretrain_bert(**{**settings, "max_steps": 40, "save_steps": 1, "keep_last": 99})
+    assert ended.status == 0, ended.error
+    counters = [state(folder)["counters"] for folder in checkpoints(ended.folder)]
+    assert [len(c["recent_losses"]) for c in counters][17:23] == [18, 19, 0, 1, 2, 3]
+    assert counters[18]["best_eval_loss"] < math.inf == counters[19]["best_eval_loss"]
 
 
 def test_evaluation_and_pseudo_perplexity_are_those_of_a_plain_loop(
@@ -315,7 +342,10 @@ def test_evaluation_and_pseudo_perplexity_are_those_of_a_plain_loop(
 
 REFUSED = [
     ({"objective": "mlm_nsp", "model": {"model_type": "roberta"}}, "roberta has no head for pairs"),
-    ({"objective": "mlm", "model": {"model_type": "deberta-v2"}}, "deberta-v2 does not keep the"),
+    (
+        {"objective": "mlm", "model": {"model_type": "deberta-v2"}},
+        "deberta-v2 cannot be trained on packed rows",
+    ),
     ({"model": {"model_type": "llama"}}, "Unrecognized configuration class|no model"),
     (
         {"phases": [{"sequence_length": 32, "steps": 3}], "max_steps": 4},
@@ -345,6 +375,16 @@ REFUSED = [
         {"sequence_length": 64, "objective": "mlm", "model.model_type": "roberta"},
         "sequence_length: 64 and the model's first position 1 are more than",
     ),
+    ({"pseudo_perplexity_documents": 2}, "pseudo_perplexity_documents: give test_sources"),
+    (
+        {"attn_implementation": "flash_attention_2"},
+        "attn_implementation: flash_attention_2 takes no mask of packed rows: set sdpa",
+    ),
+    (
+        {"phases": [{"sequence_length": 32, "steps": 0}], "max_steps": 0},
+        "phases: steps must be at least 1, not 0",
+    ),
+    ({"train_sources": [{"path": "TOKENLESS"}], "objective": "mlm"}, "hold nothing that the token"),
     ({"mlm_probability": 0}, "mlm_probability: 0 leaves nothing to learn"),
     ({"mlm_probability": 1.5}, "mlm_probability must lie between 0 and 1, not 1.5"),
     ({"mask_replace_prob": 0.95}, "shares of the masked tokens: 0.95 and 0.1 are not"),
@@ -352,7 +392,7 @@ REFUSED = [
     ({"train_sources": [{"path": "ONE"}]}, "holds only one: set objective: mlm"),
     (
         {"train_sources": [{"path": "SINGLE"}]},
-        "mlm_nsp needs documents of two sentences or more; the first 30 of .* have one each",
+        "mlm_nsp needs documents of two sentences or more; the first 30 of .* have one at most",
     ),
     ({"train_sources": [{"path": "BLANK"}]}, "is empty: no document in"),
 ]
@@ -362,11 +402,13 @@ REFUSED = [
 def test_bad_input(settings, message, pretrain_bert, tokenizer_folder, tmp_path):
     write_jsonl(tmp_path / "one.jsonl", make_prose("one", 1, seed=4))
     write_jsonl(tmp_path / "single.jsonl", [{"text": f"Only one {i}"} for i in range(30)])
+    write_jsonl(tmp_path / "tokenless.jsonl", [{"text": "\u200b"}] * 3)
     write_jsonl(tmp_path / "blank.jsonl", [{"text": ""}, {"text": " \n\t"}])
     places = {
         "BPE": str(tokenizer_folder),
         "ONE": str(tmp_path / "one.jsonl"),
         "SINGLE": str(tmp_path / "single.jsonl"),
+        "TOKENLESS": str(tmp_path / "tokenless.jsonl"),
         "BLANK": str(tmp_path / "blank.jsonl"),
     }
     text = json.dumps(settings)

@@ -1,7 +1,10 @@
 """BERT runs that are killed, or whose processes and ZeRO stages change, over a change of phase."""
 
+import json
+
 import numpy as np
 import pytest
+from conftest import make_prose
 from launching import BERT, TINY_BERT, Launch, checkpoints, metrics, run, state, steps, tiny_run
 from safetensors.numpy import load_file
 from test_kill import STAGES, partial_checkpoints, result, script_with
@@ -24,7 +27,6 @@ CHAINS = {
     "ZeRO-2": [("zero2", 1), ("zero2", 2), ("zero2", 4), ("zero2", 1)],
     "ZeRO-3": [("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3", 1)],
 }
-LEGS = (10, 20, 40, 56)  # the first change of launch is before that of the phase
 
 
 LEGS = (10, 20, 30)  # the steps at which the launch changes; the phase changes at 14
@@ -130,6 +132,22 @@ def test_kills_leave_no_trace_in_metrics_and_weights(stage, tmp_path, launch, fi
     finish(config, processes, output_dir)
     assert result(output_dir) == result(undisturbed)
     assert not partial_checkpoints(output_dir)
+
+
+def test_a_broken_held_out_record_stops_all_processes_with_one_message(
+    tmp_path, prose_folder, wordpiece_folder
+):
+    """Though it is in the share of the second alone."""
+    records = [json.dumps(record) for record in make_prose("held out", 99)]
+    file = tmp_path / "broken.jsonl"
+    file.write_text("\n".join([*records, "{"]))
+    settings = {**TINY_BERT, "max_steps": 1, "validation_sources": [{"path": str(file)}]}
+    words = tiny_run(tmp_path / "run", prose_folder / "train.jsonl", wordpiece_folder, **settings)
+    with Launch("multi_cpu", 2, words, tmp_path / "log.txt", BERT) as running:
+        assert running.wait() == [2, 2], running.output()
+    (error,) = (x for x in running.output().splitlines() if x.startswith("error: "))
+    assert error.startswith(f"error: {file}, line 100: not JSON")
+    assert "Traceback" not in running.output()
 
 
 def test_evaluations_do_not_depend_on_the_processes(

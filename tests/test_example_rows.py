@@ -559,5 +559,5 @@ def test_a_corpus_of_single_sentences_has_no_pairs(wordpiece, tmp_path, objectiv
         check(wordpiece, tmp_path, texts, objective)
     assert str(error.value) == (
         f"objective: {objective} needs documents of two sentences or more; the first {found} of "
-        f"{tmp_path}/0, {tmp_path}/1 have one each: set objective: mlm, or give other documents"
+        f"{tmp_path}/0, {tmp_path}/1 have one at most: set objective: mlm, or give other documents"
     )

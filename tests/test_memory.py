@@ -4,7 +4,9 @@ import pytest
 import torch
 from launching import CAUSAL_LM, ROOT, run
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForPreTraining,
     BertConfig,
     BertForPreTraining,
@@ -29,6 +31,7 @@ def test_parameters_of_llama_2_7b():
         "total": SEVEN_BILLION,
         "without_input_embeddings": SEVEN_BILLION - embedding,
         "output_projection": embedding,
+        "computed_again": 0,
     }
 
 
@@ -38,6 +41,7 @@ def test_parameters_of_gpt2():
         "total": 124_439_808,
         "without_input_embeddings": 124_439_808 - 1024 * 768,
         "output_projection": 50257 * 768,
+        "computed_again": 0,
     }
 
 
@@ -73,6 +77,16 @@ def test_parameters_and_flops_of_bert_base():
     projection = round(0.85 * 30_522 * 768)
     rest = counts["without_input_embeddings"] - projection
     assert flops == 6 * rest + 12 * 12 * 768 * 512
+
+
+def test_layers_that_share_their_weights_compute_as_often_as_they_are_used():
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    shape |= {"num_hidden_layers": 12, "vocab_size": 64, "embedding_size": 768}
+    flops = [
+        flops_per_token(AlbertConfig(**shape, num_hidden_groups=groups), 128, AutoModelForMaskedLM)
+        for groups in (1, 12)
+    ]
+    assert flops[0] == flops[1]
 
 
 def test_no_causal_language_model_is_said():

@@ -69,9 +69,16 @@ def batches(
     Ends, with `training.stopped` set, when a signal has come.
     """
     while True:
-        batch = list(itertools.islice(rows, batch_size))
-        more = training.any_rank(any(contents for _, contents in batch))
-        if training.stopped or not more:
+        failure = None
+        try:
+            batch = list(itertools.islice(rows, batch_size))
+        except InputError as error:  # of one rank's share of the documents
+            failure, batch = error, []
+        if training.any_rank(failure is not None):
+            if failure is None:
+                raise SystemExit(2)  # the rank that met it says so
+            raise InputError(str(failure), one_rank=True)
+        if training.stopped or not training.any_rank(any(contents for _, contents in batch)):
             return
         yield collate([row for row, _ in batch]), [contents for _, contents in batch]
 

@@ -21,6 +21,7 @@ from utils.stream import Corpus, Lane, Row, count_tokens
 
 WINDOW_TOKENS = 2**14
 CHECKED_DOCUMENTS = 1000  # of a source, at most
+EMPTY_DOCUMENTS = 10_000  # without a token, in a row: there is something else wrong
 
 
 def example_rows(
@@ -91,21 +92,25 @@ def check_examples(sources: list[Source], encode: SentenceEncoder, objective: st
 
     Looks at the first documents of each source, until there are two, and one makes a pair.
     """
-    if objective == "mlm":
-        return
-    found, has_pair = 0, False
+    found, has_text, has_pair = 0, False, False
     for document in held_out_documents(sources, CHECKED_DOCUMENTS, "skip"):
         (sentences,) = encode([document.text])
-        found, has_pair = found + 1, has_pair or len(sentences.ends) >= 2
-        if has_pair and (found >= 2 or objective != "mlm_nsp"):
+        found += 1
+        has_text, has_pair = has_text or len(sentences) > 0, has_pair or len(sentences.ends) >= 2
+        is_enough = {"mlm": has_text, "mlm_sop": has_pair, "mlm_nsp": has_pair and found >= 2}
+        if is_enough[objective]:
             return
     paths = ", ".join(source.path for source in sources)
+    if not has_text:
+        raise InputError(
+            f"the first {found} documents of {paths} hold nothing that the tokenizer knows"
+        )
     if found == 1 and has_pair:
         problem = f"mlm_nsp takes random next segments from other documents; {paths} holds only one"
     else:
         problem = (
             f"{objective} needs documents of two sentences or more; the first {found} of {paths} "
-            "have one each"
+            "have one at most"
         )
     raise InputError(f"objective: {problem}: set objective: mlm, or give other documents")
 
@@ -164,13 +169,20 @@ def _length_at(phases: Sequence[tuple[int, int]], row: int) -> int:
 
 def _take_window(lane: Lane, tokens: int) -> list[tuple]:
     """The next documents of the lane: two at least, so that there is a random next segment."""
-    window, size = [], 0
+    window, size, empty = [], 0, 0
     while size < tokens or len(window) < 2:
         item = lane.next()
         if item is None:
             break
         window.append(item)
         size += len(item[0])
+        empty = 0 if len(item[0]) else empty + 1
+        if empty == EMPTY_DOCUMENTS:
+            raise InputError(
+                f"source {item[2].path!r}: {empty:,} documents in a row, the last in "
+                f"{item[1].file}, hold nothing that the tokenizer knows",
+                one_rank=True,
+            )
     return window
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.config import InputError
 from utils.evaluation import batches
 from utils.example_rows import features, fit
 from utils.masking import Example, ExampleMaker
@@ -49,9 +50,13 @@ def evaluate_masked(
         ):
             yield example, window[example.document].domain
 
-    sums = _score(training, documents, examples, scores, sequence_length, packing)
+    windows = iter(lambda: list(itertools.islice(documents, WINDOW_DOCUMENTS)), [])
+    sums = _score(training, windows, examples, scores, sequence_length, packing)
     if sums is None:
         return None
+    for term in make_examples.arguments.objective.split("_"):
+        if term not in sums:
+            raise InputError(f"nothing to evaluate on: no held-out document has a target of {term}")
     results: dict[str, Any] = {"eval_loss": 0.0}
     for term, by_domain in sums.items():
         loss, right, count = sum(by_domain.values())
@@ -97,9 +102,12 @@ def pseudo_perplexity(
             for place in range(1, len(tokens) + 1):
                 yield make_examples.with_one_masked(tokens, place), document.domain
 
-    sums = _score(training, chosen(), examples, scores, sequence_length, packing)
+    windows = ([document] for document in chosen())
+    sums = _score(training, windows, examples, scores, sequence_length, packing)
     if sums is None:
         return None
+    if not sums:
+        raise InputError("nothing to evaluate on: no held-out document has a token")
     by_domain = sums["mlm"]
     loss, _, count = sum(by_domain.values())
     return {
@@ -112,7 +120,7 @@ def pseudo_perplexity(
 
 def _score(
     training: Training,
-    documents: Iterator[Document],
+    windows: Iterator[list[Document]],
     examples: Callable[[list[Document], int], Iterator[tuple[Example, str]]],
     scores: Scores,
     length: int,
@@ -123,8 +131,8 @@ def _score(
 
     def rows() -> Iterator[tuple[dict[str, np.ndarray], list[int]]]:
         """Every rank takes every world_size-th window; then empty rows, for ever."""
-        windows = enumerate(iter(lambda: list(itertools.islice(documents, WINDOW_DOCUMENTS)), []))
-        for index, window in itertools.islice(windows, training.rank, None, training.world_size):
+        mine = itertools.islice(enumerate(windows), training.rank, None, training.world_size)
+        for index, window in mine:
             made = list(examples(window, index))
             numbers = {id(e): domains.setdefault(d, len(domains)) for e, d in made}
             for group in fit([example for example, _ in made], length, packing):
@@ -150,14 +158,14 @@ def _score(
             sums[term] = np.pad(before, [(0, 0), (0, len(domains) - before.shape[1])]) + added
     if training.stopped:
         return None
-    mine = [
+    found = [
         (term, name, values[:, number])
         for term, values in sums.items()
         for name, number in domains.items()
         if number < values.shape[1]
     ]
     totals: dict[str, dict[str, np.ndarray]] = {}
-    for term, name, values in sorted(training.gather(mine), key=lambda item: item[:2]):
+    for term, name, values in sorted(training.gather(found), key=lambda item: item[:2]):
         if values[2]:
             by_domain = totals.setdefault(term, {})
             by_domain[name] = by_domain.get(name, 0) + values

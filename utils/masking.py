@@ -9,17 +9,15 @@ Lan et al. 2020 (sentence-order prediction), Wettig et al. 2023 (other rates tha
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
 from utils.packing import IGNORE_INDEX
 from utils.randomness import Draws
 from utils.sentences import Sentences
-
-if TYPE_CHECKING:  # a data worker starts in half the time without it
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -84,7 +82,7 @@ class Segments(NamedTuple):
 class ExampleMaker:
     """Documents → examples of at most a given length."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", arguments: MaskingArguments):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: MaskingArguments):
         self.arguments = arguments
         self.first, self.separator = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.mask_token = tokenizer.mask_token_id
@@ -243,7 +241,7 @@ class WordStarts:
     There a word begins with a blank, and where letters, digits and other signs meet.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
         self.by_prefix = bool(prefix)

@@ -23,8 +23,9 @@ def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict
 
     Returns:
         "total"; "without_input_embeddings": less every embedding that is only looked up, by token
-        or by position (a matrix tied to the output projection multiplies there, and stays); and
-        "output_projection": the matrix of the logits.
+        or by position (a matrix tied to the output projection multiplies there, and stays);
+        "output_projection": the matrix of the logits; "computed_again": where layers share their
+        weights (ALBERT), what each use after the first would add.
 
     Raises:
         InputError: transformers has no such language model for this config.
@@ -48,7 +49,17 @@ def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict
         "total": total,
         "without_input_embeddings": total - sum(weight.numel() for weight in lookups),
         "output_projection": 0 if output is None else output.weight.numel(),
+        "computed_again": _computed_again(model),
     }
+
+
+def _computed_again(model: torch.nn.Module) -> int:
+    groups = getattr(model.config, "num_hidden_groups", None)
+    if not groups:
+        return 0
+    shared = [p for name, p in model.named_parameters() if "layer_groups" in name]
+    uses = model.config.num_hidden_layers / groups
+    return round((uses - 1) * sum(parameter.numel() for parameter in shared))
 
 
 def flops_per_token(
@@ -69,7 +80,7 @@ def flops_per_token(
     """
     counts = parameter_count(config, auto_model)
     skipped = round((1 - predicted) * counts["output_projection"])
-    parameters = counts["without_input_embeddings"] - skipped
+    parameters = counts["without_input_embeddings"] + counts["computed_again"] - skipped
     text = config.get_text_config()
     attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
     return 6 * parameters + attention

@@ -99,10 +99,13 @@ def build_model(
     options = {"dtype": torch.float32, "attn_implementation": arguments.attn_implementation}
     try:
         if arguments.model_name_or_path:
-            return auto_model.from_pretrained(arguments.model_name_or_path, **options)
-        model = auto_model.from_config(config, **options)
+            model = auto_model.from_pretrained(arguments.model_name_or_path, **options)
+        else:
+            model = auto_model.from_config(config, **options)
     except (ImportError, OSError, ValueError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
-    initialize_weights(model, seed)
-    config.architectures = [type(model).__name__]
+    if not arguments.model_name_or_path:
+        initialize_weights(model, seed)
+    # that of the given weights may be another head's
+    model.config.architectures = [type(model).__name__]
     return model

@@ -7,17 +7,15 @@ a document cut in two loses no target. `position_ids` restart with every documen
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
 from utils.stream import Corpus, Lane, Row, count_tokens
 from utils.tokenization import TextEncoder
-
-if TYPE_CHECKING:  # a data worker starts in half the time without it
-    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 
@@ -25,7 +23,7 @@ IGNORE_INDEX = -100
 class DocumentEncoder(TextEncoder):
     """Texts → [begin] + int32 token ids + [end]."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer, "eos_token", purpose="causal language modelling")
         self.end = tokenizer.eos_token_id
         self.begin = self.end if tokenizer.bos_token_id is None else tokenizer.bos_token_id

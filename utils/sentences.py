@@ -6,14 +6,11 @@ ends. Stretches of more than 400 characters (tables, code) are cut at a line's e
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from utils.tokenization import TextEncoder
-
-if TYPE_CHECKING:  # a data worker starts in half the time without it
-    from transformers import PreTrainedTokenizerBase
 
 MAX_CHARACTERS = 400
 # not before a small letter, which goes on after an abbreviation
@@ -59,7 +56,7 @@ class Sentences:
 class SentenceEncoder(TextEncoder):
     """Texts → `Sentences`."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         needed = ("mask_token", "cls_token", "sep_token")
         super().__init__(tokenizer, *needed, purpose="masked language modelling")
 

@@ -2,13 +2,12 @@
 
 import copy
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
-
-if TYPE_CHECKING:  # a data worker starts in half the time without it
-    from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
 
 class TextEncoder:
@@ -18,7 +17,7 @@ class TextEncoder:
         InputError: the tokenizer is not a fast one, or has none of a special token that is needed.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *needed: str, purpose: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *needed: str, purpose: str):
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise InputError(f"{tokenizer.name_or_path}: streaming needs a fast tokenizer")
         for name in needed:
@@ -35,7 +34,7 @@ class TextEncoder:
         vars(self).update(state)
         self.backend.encode_special_tokens = True  # which is not pickled with it
 
-    def encode(self, texts: list[str]) -> "list[Encoding]":
+    def encode(self, texts: list[str]) -> list[Encoding]:
         return self.backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def fingerprint(self) -> str:

@@ -238,6 +238,11 @@ class Training:
         if patience is not None and self.evaluations_since_best >= patience:
             self.ending = f"the evaluation loss has not improved {patience} times"
 
+    def forget_losses(self) -> None:
+        """What comes is not to be compared with what was: in spikes, in early stopping."""
+        self.recent_losses = []
+        self.best_eval_loss, self.evaluations_since_best = math.inf, 0
+
     def record_test(self, results: dict[str, Any]) -> None:
         """Log what was measured at the end of the run: eval_loss as test_loss, and so on."""
         named = {f"test_{name.removeprefix('eval_')}": value for name, value in results.items()}

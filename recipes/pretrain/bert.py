@@ -15,7 +15,7 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 """
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from textwrap import shorten
@@ -82,7 +82,9 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
         if self.phases:
             self.sequence_length = lengths[-1]
             steps = [phase.steps for phase in self.phases]
-            if sum(steps) != self.max_steps or min(steps) < 1:
+            if min(steps) < 1:
+                raise InputError(f"phases: steps must be at least 1, not {min(steps)}")
+            if sum(steps) != self.max_steps:
                 raise InputError(
                     f"phases: {' + '.join(map(str, steps))} steps do not add up to max_steps "
                     f"{self.max_steps}"
@@ -99,6 +101,13 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
         self.check_model()
         if self.eval_documents is not None and self.eval_documents < 1:
             raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
+        if self.pseudo_perplexity_documents and not self.test_sources:
+            raise InputError("pseudo_perplexity_documents: give test_sources, of which they are")
+        if self.packing and (self.attn_implementation or "").startswith("flash"):
+            raise InputError(
+                f"attn_implementation: {self.attn_implementation} takes no mask of packed rows: "
+                "set sdpa or eager, or packing: false"
+            )
 
     def all_phases(self) -> list[Phase]:
         return self.phases or [Phase(self.sequence_length, self.total_steps or 1)]
@@ -155,14 +164,14 @@ class MaskedLoss(torch.nn.Module):
         pairs = output.get("seq_relationship_logits", output.get("sop_logits"))
         logits = [output.get("prediction_logits", output.get("logits"))[0], pairs]
         classes = [labels[self.targets], pair_labels[self.firsts]]
-        scores = zip(self.terms, logits, classes, strict=False)
+        found = zip(self.terms, logits, classes, strict=False)
         if per_target:
             return {
                 term: (cross_entropy(x.float(), y, reduction="none"), x.argmax(1) == y)
-                for term, x, y in scores
+                for term, x, y in found
             }
         return {
-            f"{term}_loss": cross_entropy(x.float(), y, reduction="sum") for term, x, y in scores
+            f"{term}_loss": cross_entropy(x.float(), y, reduction="sum") for term, x, y in found
         }
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -209,7 +218,8 @@ def main() -> None:
     predicted = args.mlm_probability
     if args.dry_run:
         config = model_config(args, args.sequence_length)
-        phases = [(phase.sequence_length, phase.steps) for phase in args.all_phases()]
+        phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
+        phases = phases or [(args.sequence_length, args.total_steps)]
         print(plan(config, args, phases, auto_model, predicted))
         return
     tokenizer = load_tokenizer(args)
@@ -240,7 +250,7 @@ def main() -> None:
         rows_of=partial(example_rows, corpus, make_examples, rows, args.packing),
         fixed={
             # the last phase may be made longer
-            "phases": [asdict(phase) for phase in phases[:-1]],
+            "phases": [[phase.sequence_length, phase.steps] for phase in phases[:-1]],
             "packing": args.packing,
             **args.masking(),
         },
@@ -251,10 +261,12 @@ def main() -> None:
         tolerance = 1e-3 if args.mixed_precision == "no" else 2e-2
         try:
             check_packing(partial(position_losses, training), shape, config.vocab_size, tolerance)
-        except (InputError, RuntimeError, ValueError) as error:
+        except (torch.OutOfMemoryError, torch.distributed.DistBackendError):
+            raise
+        except Exception as error:  # models fail in ways of their own on a mask they do not expect
             raise InputError(
-                f"model: {config.model_type} does not keep the sequences of a row apart "
-                f"({shorten(str(error), 100)}): set packing: false"
+                f"model: {config.model_type} cannot be trained on packed rows "
+                f"({type(error).__name__}: {shorten(str(error), 100)}): set packing: false"
             ) from None
     evaluation = (encode, make_examples, partial(scores, training))
     for step in training.steps():
@@ -267,6 +279,8 @@ def main() -> None:
                 )
                 results = evaluate_masked(training, documents, *evaluation, length, args.packing)
             training.record_evaluation(results)
+        if args.phase_at(step) != args.phase_at(step - 1):
+            training.forget_losses()  # those of another length
     if training.stopped:
         return
 
