@@ -42,13 +42,13 @@ from transformers import (
 from recipes.pretrain import bert
 from utils.config import command, parse
 from utils.example_rows import example_rows
+from utils.lanes import Corpus
 from utils.masking import ExampleMaker
 from utils.model import build_model, load_tokenizer, model_config
 from utils.randomness import keyed_permutation
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, held_out_documents
-from utils.stream import Corpus
 from utils.training import Training
 
 RECIPE = "this recipe, reading and tokenizing"

@@ -33,10 +33,11 @@ from transformers import (
 
 from recipes.pretrain import causal_lm
 from utils.config import command, parse
+from utils.lanes import Corpus
 from utils.model import build_model, model_config
 from utils.packing import DocumentEncoder, collate, packed_rows
 from utils.run_folder import RunFolder
-from utils.stream import Corpus, StepStream
+from utils.stream import StepStream
 from utils.training import Training
 
 

@@ -34,9 +34,10 @@ import zstandard
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.config import command, parse
+from utils.lanes import ENCODE_BATCH, Corpus, StreamArguments
 from utils.packing import DocumentEncoder, packed_rows
 from utils.sources import Source, find_files
-from utils.stream import ENCODE_BATCH, Corpus, Row, StepStream, StreamArguments
+from utils.stream import Row, StepStream
 
 TURN = 2**18  # tokens
 

@@ -24,9 +24,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from recipes.pretrain.causal_lm import NextTokenLoss
 from utils import loss
 from utils.engine import Engine
+from utils.lanes import Corpus, StreamArguments
 from utils.packing import IGNORE_INDEX, DocumentEncoder, collate, pack, packed_rows
 from utils.sources import Source
-from utils.stream import Corpus, StepStream, StreamArguments
+from utils.stream import StepStream
 
 STEPS = 12
 COSINE = {

@@ -15,11 +15,12 @@ from transformers import BertTokenizer
 from utils import example_rows as module
 from utils.config import InputError
 from utils.example_rows import check_examples, example_rows, features, fit
+from utils.lanes import Corpus, Lane, StreamArguments
 from utils.masking import Example, ExampleMaker, MaskingArguments
 from utils.packing import IGNORE_INDEX
 from utils.sentences import SentenceEncoder
 from utils.sources import Source
-from utils.stream import Corpus, Lane, Row, StepStream, StreamArguments
+from utils.stream import Row, StepStream
 
 OBJECTIVES = ["mlm_nsp", "mlm_sop", "mlm"]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

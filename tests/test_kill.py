@@ -21,8 +21,8 @@ from launching import (
     tiny_run,
 )
 
+from utils.lanes import Corpus, StreamArguments
 from utils.sources import Source
-from utils.stream import Corpus, StreamArguments
 
 STEPS, SAVE_STEPS = 12, 3
 SETTINGS = {

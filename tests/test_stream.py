@@ -16,12 +16,13 @@ import torch
 import zstandard
 from conftest import make_documents, write_jsonl
 
-from utils import sources, stream
+from utils import lanes, sources
 from utils.config import InputError
+from utils.lanes import Corpus, Lane, StreamArguments
 from utils.packing import IGNORE_INDEX, DocumentEncoder, packed_rows
 from utils.randomness import keyed_permutation
 from utils.sources import Document, Source
-from utils.stream import Corpus, Lane, Row, StepStream, StreamArguments
+from utils.stream import Row, StepStream
 
 FORMATS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
 LANES, LENGTH = 16, 48
@@ -496,7 +497,7 @@ def test_a_broken_file_is_skipped_and_counted_once(tmp_path, monkeypatch):
     documents = drain(expected)
     assert 60 < len(documents) < 80
     assert expected.state()["bad_records"] == 2
-    monkeypatch.setattr(stream, "OPEN_READERS", 1)
+    monkeypatch.setattr(lanes, "OPEN_READERS", 1)
     lane = make_lane(mixture, on_bad_record="skip")
     assert drain(lane) == documents
     assert lane.state() == expected.state()
@@ -517,7 +518,7 @@ def test_readers_are_few_and_closing_them_changes_nothing(
 ):
     expected = list(map(plain, Run(mixture, tokenizer).steps(20)))
     for limit in (1, 5):
-        monkeypatch.setattr(stream, "OPEN_READERS", limit)
+        monkeypatch.setattr(lanes, "OPEN_READERS", limit)
         corpus = Run(mixture, tokenizer).corpus()
         assert open_files(tmp_path) == 0
         steps = StepStream(corpus, partial(packed_rows, corpus, LENGTH), 2, 0, 1).steps()

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from utils.config import InputError
+from utils.lanes import Corpus, Lane, count_tokens
 from utils.masking import Example, ExampleMaker
 from utils.packing import IGNORE_INDEX
 from utils.randomness import keyed_permutation
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, held_out_documents
-from utils.stream import Corpus, Lane, Row, count_tokens
+from utils.stream import Row
 
 WINDOW_TOKENS = 2**14
 CHECKED_DOCUMENTS = 1000  # of a source, at most

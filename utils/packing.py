@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
-from utils.stream import Corpus, Lane, Row, count_tokens
+from utils.lanes import Corpus, Lane, count_tokens
+from utils.stream import Row
 from utils.tokenization import TextEncoder
 
 IGNORE_INDEX = -100

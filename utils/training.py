@@ -32,12 +32,13 @@ from utils import checkpoint
 from utils.config import InputError
 from utils.engine import Engine, start_processes
 from utils.export import export
+from utils.lanes import Corpus
 from utils.packing import collate
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.randomness import random_key
 from utils.report import write_card, write_plots
 from utils.run_folder import RunFolder
-from utils.stream import Corpus, Row, StepStream
+from utils.stream import Row, StepStream
 from utils.training_arguments import TrainingArguments
 
 # what a checkpoint keeps of a `Training`

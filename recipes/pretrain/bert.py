@@ -33,6 +33,7 @@ from utils.encoders import (
     optional_inputs,
 )
 from utils.example_rows import check_examples, example_rows
+from utils.lanes import Corpus, StreamArguments
 from utils.masked_evaluation import evaluate_masked, pseudo_perplexity
 from utils.masking import ExampleMaker, MaskingArguments
 from utils.memory import flops_per_token, parameter_count, plan
@@ -41,7 +42,6 @@ from utils.packing import IGNORE_INDEX, check_packing
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, check_held_out, held_out_documents
-from utils.stream import Corpus, StreamArguments
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
 

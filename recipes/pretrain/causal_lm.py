@@ -27,13 +27,13 @@ from transformers import AutoModelForCausalLM
 
 from utils.config import InputError, command, parse
 from utils.evaluation import baselines, evaluate_by_domain
+from utils.lanes import Corpus, StreamArguments
 from utils.loss import check_head, summed_cross_entropy, token_cross_entropy
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import ModelArguments, build_model, load_tokenizer, model_config
 from utils.packing import IGNORE_INDEX, DocumentEncoder, check_packing, packed_rows
 from utils.run_folder import RunFolder
 from utils.sources import Source, check_held_out, held_out_documents
-from utils.stream import Corpus, StreamArguments
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
 

@@ -1,0 +1,263 @@
+"""The order of the documents: a corpus dealt to lanes, each with a place of a few numbers.
+
+A lane reads its shards, shuffles them by chunk, mixes its sources by tokens and encodes, on its
+own. What it gives next depends on the data settings, the seed and its place alone.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from utils.config import InputError
+from utils.randomness import keyed_permutation
+from utils.sources import BadRecord, Document, Source, cut_into_shards, find_checked_files, read
+
+ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
+OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
+BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
+MAX_DOMAINS = 256  # each has a count in the state of every lane
+
+
+@dataclass
+class StreamArguments:
+    """How documents become an order. All of it is fixed for the life of a run."""
+
+    # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
+    # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.
+    lanes: int = 64
+    shuffle_documents: int = 512  # a chunk of this many documents, or of …
+    shuffle_bytes: int = 2**21  # … this many bytes, whichever comes first, is permuted
+    on_bad_record: Literal["fail", "skip"] = "fail"  # broken records and files; skip also counts
+    dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
+
+    def check_lanes(self, global_batch_size: int, processes: int) -> None:
+        """Raises InputError when lanes do not fit the batch, or the processes the lanes."""
+        if self.lanes < 1 or global_batch_size % self.lanes:
+            raise InputError(
+                f"lanes: {self.lanes} do not fit: global_batch_size {global_batch_size} "
+                "must be a multiple of lanes"
+            )
+        if self.lanes % processes:
+            raise InputError(
+                f"lanes: {self.lanes} cannot be dealt to {processes} processes: launch a number "
+                f"that divides {self.lanes}, or begin a run with lanes "
+                f"{math.lcm(self.lanes, processes)}"
+            )
+
+
+class Corpus:
+    """The sources, cut into shards; shared by the lanes of a process.
+
+    Args:
+        encode: texts → one sequence of token ids (or whatever has a length in tokens) each.
+
+    Raises:
+        InputError: nothing to read, a source without its text field, weights that sum to nothing.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        encode: Callable[[list[str]], Sequence],
+        arguments: StreamArguments,
+        seed: int,
+    ):
+        self.sources, self.encode, self.arguments, self.seed = sources, encode, arguments, seed
+        self.files = find_checked_files(sources, arguments.on_bad_record == "skip")
+        self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
+        self._bad_records = 0
+        self._readers: OrderedDict[Cursor, None] = OrderedDict()
+
+    def fingerprint(self) -> list[Any]:
+        """What the order of the documents depends on, besides the seed: for comparing two runs."""
+        a = self.arguments
+        # a file on the Hub is named by its commit; a local one by its size
+        files = [
+            [os.path.basename(file), os.path.getsize(file)] if os.path.exists(file) else file
+            for file in itertools.chain(*self.files)
+        ]
+        described = [[s.weight, s.epochs, s.text_field, s.domain_field] for s in self.sources]
+        digest = hashlib.blake2b(json.dumps([described, files]).encode(), digest_size=8)
+        return [digest.hexdigest(), a.lanes, a.shuffle_documents, a.shuffle_bytes]
+
+    def shards_of(self, source: int, epoch: int, lane: int) -> list[int]:
+        """Indices of a lane's shards of one epoch, in the order in which it reads them."""
+        order = keyed_permutation(len(self.shards[source]), self.seed, "shards", source, epoch)
+        return order[lane :: self.arguments.lanes]
+
+    def opened(self, cursor: "Cursor") -> None:
+        """Note the use of a reader, and close the least recently used beyond the limit."""
+        self._readers[cursor] = None
+        self._readers.move_to_end(cursor)
+        while len(self._readers) > OPEN_READERS:
+            self._readers.popitem(last=False)[0].close()
+
+    def report(self, problem: BadRecord | OSError) -> None:
+        """Stop at a broken record or file, or say that it is skipped."""
+        self._bad_records += 1
+        if self.arguments.on_bad_record == "skip" and self._bad_records > BAD_RECORDS_SHOWN:
+            return
+        message = problem.message if isinstance(problem, BadRecord) else str(problem)
+        if self.arguments.on_bad_record == "fail":
+            raise InputError(
+                f"{message}; --on_bad_record skip leaves such records out", one_rank=True
+            )
+        last = "; more are only counted" if self._bad_records == BAD_RECORDS_SHOWN else ""
+        print(f"warning: skipped {message}{last}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        while self._readers:
+            self._readers.popitem()[0].close()
+
+
+class Cursor:
+    """The place of one lane in one source: (epoch, shard, start of the chunk, documents taken)."""
+
+    def __init__(self, corpus: Corpus, source: int, lane: int, place: list[int | None]):
+        self.corpus, self.source, self.lane = corpus, source, lane
+        self.epochs, self.path = corpus.sources[source].epochs, corpus.sources[source].path
+        self.epoch, self.shard, self.start, self.taken = place
+        self.reader: Iterator | None = None
+        self.chunk: list[Document] | None = None
+        self.position = self.start  # where the next chunk starts
+        self.shard_ended = False  # with the current chunk
+        self.bad_records = self.empty_epochs = 0  # in the current chunk; in a row
+        self.encoded: list = []
+        self.encode_batch = 1  # grows, so that the first row does not wait for many documents
+
+    @property
+    def place(self) -> list[int | None]:
+        return [self.epoch, self.shard, self.start, self.taken]
+
+    @property
+    def spent(self) -> bool:
+        return self.epochs is not None and self.epoch >= self.epochs
+
+    def next(self, counts: dict[str, int]) -> tuple[Any, Document] | None:
+        """The next encoded document, or None when the epochs of the source are spent."""
+        while self.chunk is None or self.taken >= len(self.chunk):
+            if self.chunk is not None:
+                counts["bad_records"] += self.bad_records
+                self._leave_chunk()
+            if self.spent:
+                return None
+            self._read_chunk()
+        if not self.encoded:
+            ahead = self.chunk[self.taken : self.taken + self.encode_batch]
+            self.encoded = list(self.corpus.encode([document.text for document in ahead]))[::-1]
+            self.encode_batch = min(2 * self.encode_batch, ENCODE_BATCH)
+        document = self.chunk[self.taken]
+        self.taken += 1
+        return self.encoded.pop(), document
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+            self.reader = None
+
+    def _read_chunk(self) -> None:
+        """Read the documents from `start` on; there may be none."""
+        corpus, limits = self.corpus, self.corpus.arguments
+        index = corpus.shards_of(self.source, self.epoch, self.lane)[self.shard]
+        if self.reader is None:
+            shard, source = corpus.shards[self.source][index], corpus.sources[self.source]
+            self.reader = read(shard, source, self.start)
+        corpus.opened(self)
+        documents, size = [], 0
+        self.bad_records, self.shard_ended = 0, True
+        try:
+            for item in self.reader:
+                self.position = item.end
+                if isinstance(item, BadRecord):
+                    self.bad_records += 1
+                    corpus.report(item)
+                    continue
+                documents.append(item)
+                size += item.size
+                if len(documents) >= limits.shuffle_documents or size >= limits.shuffle_bytes:
+                    self.shard_ended = False
+                    break
+        except OSError as error:
+            self.bad_records += 1
+            corpus.report(error)
+        key = (corpus.seed, "chunk", self.source, self.epoch, index, self.start)
+        self.chunk = [documents[i] for i in keyed_permutation(len(documents), *key)]
+        if documents:
+            self.empty_epochs = 0
+
+    def _leave_chunk(self) -> None:
+        self.start, self.taken, self.chunk = self.position, 0, None
+        if self.shard_ended:
+            self.close()
+            self.shard, self.start, self.position = self.shard + 1, None, None
+        if self.shard == len(self.corpus.shards_of(self.source, self.epoch, self.lane)):
+            # with fewer documents than lanes, a lane finds nothing in most epochs
+            self.epoch, self.shard, self.empty_epochs = self.epoch + 1, 0, self.empty_epochs + 1
+            if self.empty_epochs == 10_000:
+                raise InputError(
+                    f"source {self.path!r}: lane {self.lane} finds no document in it", one_rank=True
+                )
+
+
+class Lane:
+    """One lane's documents, mixed by tokens: next is the source with the largest deficit.
+
+    The deficit is weight x tokens so far - tokens of the source, over the sources that still have
+    epochs to give: a source that has spent its epochs leaves, and the weights are renormalised.
+    """
+
+    def __init__(self, corpus: Corpus, index: int, state: dict[str, Any] | None = None):
+        count = len(corpus.sources)
+        zero = {"tokens": [0] * count, "documents": 0, "bad_records": 0}
+        state = state or {"places": [[0, 0, None, 0]] * count, **zero}
+        self.corpus, self.index = corpus, index
+        self.cursors = [Cursor(corpus, i, index, place) for i, place in enumerate(state["places"])]
+        self.tokens, self.weights = list(state["tokens"]), [s.weight for s in corpus.sources]
+        self.counts = {key: state[key] for key in ("documents", "bad_records")}
+        self.active = [
+            i for i, cursor in enumerate(self.cursors) if self.weights[i] > 0 and not cursor.spent
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """JSON from which a new lane continues with the next document."""
+        places = [cursor.place for cursor in self.cursors]
+        return {"places": places, "tokens": list(self.tokens), **self.counts}
+
+    def next(self) -> tuple[Any, Document, Source] | None:
+        """The next encoded document, or None when every source has spent its epochs."""
+        weights, tokens = self.weights, self.tokens
+        while self.active:
+            share = sum(tokens[i] for i in self.active) / sum(weights[i] for i in self.active)
+            source = max(self.active, key=lambda i: weights[i] * share - tokens[i])
+            item = self.cursors[source].next(self.counts)
+            if item is None:
+                self.active.remove(source)
+                continue
+            encoded, document = item
+            tokens[source] += len(encoded)
+            self.counts["documents"] += 1
+            return encoded, document, self.corpus.sources[source]
+        return None
+
+
+def count_tokens(seen: dict[str, int], source: Source, document: Document, tokens: int) -> None:
+    """Add to the tokens seen of a document's source and domain.
+
+    Raises:
+        InputError: more domains than the state of a lane can hold.
+    """
+    name = source.name or source.path
+    key = name if name == document.domain else f"{name}/{document.domain}"
+    if key not in seen and len(seen) >= MAX_DOMAINS:
+        raise InputError(
+            f"source {source.path!r}: domain_field {source.domain_field!r} has more than "
+            f"{MAX_DOMAINS} values: name a field that sorts documents into a few kinds"
+        )
+    seen[key] = seen.get(key, 0) + tokens
