@@ -25,9 +25,9 @@ from recipes.pretrain.causal_lm import NextTokenLoss
 from utils import loss
 from utils.engine import Engine
 from utils.lanes import Corpus, StreamArguments
-from utils.packing import IGNORE_INDEX, DocumentEncoder, collate, pack, packed_rows
+from utils.packing import IGNORE_INDEX, DocumentEncoder, pack, packed_rows
 from utils.sources import Source
-from utils.stream import StepStream
+from utils.stream import StepStream, collate
 
 STEPS = 12
 COSINE = {

@@ -146,7 +146,7 @@ return original(*arguments, **options)
 """
 # what the first process comes to and does not leave, and the checkpoints, whole and partial, then
 HANGS = [
-    ("utils.training.collate", 5, [], []),  # a micro-batch of the second or third step
+    ("utils.stream.collate", 5, [], []),  # a micro-batch of the second or third step
     ("utils.checkpoint.save_file", 2, ["step-00000003"], [".step-00000006.partial"]),
     ("utils.training.write_plots", 1, ["step-00000009", "step-00000012"], []),
 ]
@@ -182,7 +182,7 @@ if rank == 1 and call == 9:  # in the fifth step
     os.kill(os.getpid(), signal.SIGKILL)
 return original(*arguments, **options)
 """
-    script = script_with(tmp_path / "killed.py", "utils.training.collate", code)
+    script = script_with(tmp_path / "killed.py", "utils.stream.collate", code)
     output_dir = tmp_path / "run"
     with runs.start(output_dir, script) as launch:
         statuses = launch.wait(60)
@@ -237,7 +237,7 @@ return original(*arguments, **options)
 @pytest.mark.parametrize("runs", ["ZeRO-2"], indirect=True)
 def test_a_dead_data_worker_stops_all_processes_with_a_checkpoint(runs, tmp_path):
     code = DATA_WORKERS.replace("CALL", "5").replace("SIGNAL", "SIGKILL")
-    script = script_with(tmp_path / "kill.py", "utils.training.collate", code)
+    script = script_with(tmp_path / "kill.py", "utils.stream.collate", code)
     output_dir = tmp_path / "run"
     with runs.start(output_dir, script, dataloader_num_workers=1) as launch:
         assert launch.wait() == [2, 2], launch.output()

@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.config import InputError
 from utils.lanes import Corpus, StreamArguments
-from utils.packing import IGNORE_INDEX, DocumentEncoder, collate, pack, packed_rows
+from utils.packing import IGNORE_INDEX, DocumentEncoder, pack, packed_rows
 from utils.sources import Source
+from utils.stream import collate
 
 
 def packed(documents: list[list[int]], length: int, offset: int = 0) -> list:

@@ -249,13 +249,13 @@ def test_early_stopping(disturbed, monkeypatch):
     # the first evaluation, at step 3, is the best; those at 6 and 9 are no better
     assert len(steps(ended.folder)) == 9
     assert "9 steps" in ended.output
-    assert "the evaluation loss has not improved 2 times" in ended.output
+    assert "eval_loss has not improved 2 times" in ended.output
     assert "is finished at step 9: the evaluation loss has not" in disturbed(**patience).output
     # killed between its last checkpoint and its end
     (ended.folder / "finished.json").unlink()
     again = disturbed(**patience)
     assert len(steps(again.folder)) == 9
-    assert "the evaluation loss has not improved 2 times" in again.output
+    assert "eval_loss has not improved 2 times" in again.output
     more = disturbed(**{**patience, "early_stopping_patience": 3})
     assert len(steps(more.folder)) == 12
 

@@ -52,6 +52,11 @@ def newest(output_dir: str | Path) -> Path | None:
     return max(_checkpoints(output_dir), key=_step, default=None)
 
 
+def folder_of(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return Path(output_dir, "checkpoints", f"step-{step:08d}")
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, after checking that every file of it is whole.
 
@@ -133,10 +138,13 @@ def save(
         raise
 
 
-def prune(output_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest checkpoints and those whose step `keep_every` divides."""
+def prune(
+    output_dir: str | Path, keep_last: int, keep_every: int | None, best_step: int | None = None
+) -> None:
+    """Remove all but the newest checkpoints, the best and those whose step `keep_every` divides."""
     for folder in sorted(_checkpoints(output_dir), key=_step)[:-keep_last]:
-        if not keep_every or _step(folder) % keep_every:
+        is_kept = keep_every and _step(folder) % keep_every == 0
+        if not is_kept and _step(folder) != best_step:
             # renamed first: a kill while it is being removed leaves no half checkpoint
             doomed = folder.with_name(f".{folder.name}.partial")
             folder.rename(doomed)
@@ -170,6 +178,13 @@ def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tup
             if not _fill(tensor, 0, pieces.get(f"parameter/{name}", []), tensor.numel()):
                 raise InputError(f"{folder} does not hold {name} in the shape {tuple(shape)}")
             yield name, tensor.view(shape)
+
+
+def parameter_names(folder: Path) -> set[str]:
+    """Of the parameters that a checkpoint holds: those that were trained."""
+    with _opened(folder) as pieces:
+        keys = (key.partition("/") for key in pieces)
+        return {name for kind, _, name in keys if kind == "parameter"}
 
 
 def optimizer_step_count(optimizer: Any) -> int:

@@ -54,13 +54,18 @@ def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator
     )
 
 
-def initialize_weights(model: PreTrainedModel, seed: int) -> None:
-    """Initialise each module from (seed, its name): the same weights under every ZeRO stage."""
+def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
+    """Initialise each module from (seed, its name): the same weights under every ZeRO stage.
+
+    Args:
+        only: the names of parameters; their modules alone are initialised.
+    """
     # from the inside out: some modules initialise once more what is in their children
     for name, module in reversed(list(model.named_modules())):
-        near = [module, *module.children()]
+        near = [module, *(module.children() if only is None else ())]
         parameters = [p for m in near for p in m.parameters(recurse=False)]
-        if not parameters:
+        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        if not parameters or (only is not None and not own & only):
             continue
         with gathered(parameters, modify=True):
             torch.manual_seed(random_key(seed, name))
@@ -91,6 +96,7 @@ class Engine:
         accelerator: accelerate.Accelerator,
         objective: torch.nn.Module,
         model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
         arguments: Any,
     ):
         self.accelerator, self.arguments, self.model = accelerator, arguments, model
@@ -103,14 +109,8 @@ class Engine:
             enable = next(getattr(model, name) for name in names if hasattr(model, name))
             enable({"use_reentrant": False})
         if arguments.torch_compile:
-            model.base_model.compile()  # what objectives call
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(model, arguments.weight_decay),
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-            fused=True,
-        )
+            # what objectives call; an adapter is inside of it
+            getattr(model, "get_base_model", lambda: model)().base_model.compile()
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
         if self.deepspeed and checkpoint.zero_optimizer(self.optimizer) is None:
             raise InputError(
@@ -128,7 +128,7 @@ class Engine:
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         """Add the gradient of a micro-batch; its mean over the ranks is what the step uses."""
@@ -213,16 +213,3 @@ class Engine:
         if a.mixed_precision == "bf16":
             # without it ZeRO 1 and 2 put non-finite gradients into the weights
             config.setdefault("bf16", {})["check_grad_overflow"] = True
-
-
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings decay; norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # ZeRO-3 leaves an empty tensor in the place of a parameter and its shape beside it
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

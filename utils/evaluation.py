@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from utils.config import InputError
-from utils.packing import IGNORE_INDEX, Piece, collate, pack
+from utils.packing import IGNORE_INDEX, Piece, pack
+from utils.ranks import Ranks
 from utils.sources import Document
-from utils.training import Training
+from utils.stream import collate
 
 
 def evaluate_by_domain(
-    training: Training,
+    ranks: Ranks,
     documents: Iterator[Document],
     encode: Callable[[list[str]], list[np.ndarray]],
     token_losses: Callable[..., torch.Tensor],
@@ -37,7 +38,7 @@ def evaluate_by_domain(
         None when a stop signal came in between.
     """
     sums: dict[str, list[float]] = {}  # domain → [loss, target tokens, bytes]
-    mine = itertools.islice(documents, training.rank, None, training.world_size)
+    mine = itertools.islice(documents, ranks.rank, None, ranks.world_size)
 
     def encoded() -> Iterator[tuple[np.ndarray, str]]:
         for document in mine:
@@ -46,7 +47,7 @@ def evaluate_by_domain(
             domain[2] += len(document.text.encode())
             yield tokens, document.domain
 
-    for tensors, contents in batches(training, _rows(encoded(), sequence_length), batch_size):
+    for tensors, contents in batches(ranks, _rows(encoded(), sequence_length), batch_size):
         losses = token_losses(tensors).double().cpu().numpy()
         counted = tensors["shift_labels"].numpy() != IGNORE_INDEX
         for row, pieces in enumerate(contents):
@@ -56,17 +57,17 @@ def evaluate_by_domain(
                 domain[0] += float(losses[row, start:stop].sum())
                 domain[1] += int(counted[row, start:stop].sum())
                 start = stop
-    if training.stopped:
+    if ranks.stopped:
         return None
-    return _summary(training.gather(list(sums.items())))
+    return _summary(ranks.gather(list(sums.items())))
 
 
 def batches(
-    training: Training, rows: Iterator[tuple[dict[str, np.ndarray], list]], batch_size: int
+    ranks: Ranks, rows: Iterator[tuple[dict[str, np.ndarray], list]], batch_size: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[list]]]:
     """Rows, each with what it holds, to batches: as many on every rank, until none has any more.
 
-    Ends, with `training.stopped` set, when a signal has come.
+    Ends, with `ranks.stopped` set, when a signal has come.
     """
     while True:
         failure = None
@@ -74,11 +75,11 @@ def batches(
             batch = list(itertools.islice(rows, batch_size))
         except InputError as error:  # of one rank's share of the documents
             failure, batch = error, []
-        if training.any_rank(failure is not None):
+        if ranks.any_rank(failure is not None):
             if failure is None:
                 raise SystemExit(2)  # the rank that met it says so
             raise InputError(str(failure), one_rank=True)
-        if training.stopped or not training.any_rank(any(contents for _, contents in batch)):
+        if ranks.stopped or not ranks.any_rank(any(contents for _, contents in batch)):
             return
         yield collate([row for row, _ in batch]), [contents for _, contents in batch]
 

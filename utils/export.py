@@ -5,17 +5,21 @@ python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import peft
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
-from utils.checkpoint import read_parameters, read_state
+from utils.checkpoint import parameter_names, read_parameters, read_state
 from utils.config import InputError, command, parse
 from utils.run_folder import written_aside
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -25,40 +29,103 @@ class Arguments:
     checkpoint: str  # a folder checkpoints/step-…
     output_dir: str  # written whole or not at all
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    merge_adapter: bool = False  # of a run with LoRA: the whole model, the adapter in its weights
 
 
-def export(checkpoint: Path, output_dir: Path, dtype: torch.dtype = torch.float32) -> int:
+def export(
+    checkpoint: Path,
+    output_dir: Path,
+    dtype: torch.dtype = torch.float32,
+    merge_adapter: bool = False,
+) -> int:
     """Write weights, configuration and tokenizer; returns the number of parameters.
 
+    Of a run with LoRA the adapter, as peft writes it, or the model that it has been merged into:
+    in fp32, however its base was quantized or rounded in training.
+
     Raises:
-        InputError: not a whole checkpoint, or no space left.
+        InputError: not a whole checkpoint, no base model, or no space left.
     """
-    read_state(checkpoint)
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
-    architecture = getattr(transformers, config.architectures[0])
     unset_hf_deepspeed_config()  # in a run under ZeRO-3 the model would be cut up as it is built
-    model = architecture._from_config(config, dtype=dtype)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, values in read_parameters(
-            checkpoint, {n: p.shape for n, p in parameters.items()}
-        ):
-            parameters[name].copy_(values)
-    disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    base = read_state(checkpoint).get("base_model")
     try:
+        is_adapter = (checkpoint / "adapter_config.json").exists()
+        if is_adapter and not merge_adapter:
+            return _export_adapter(checkpoint, output_dir, dtype)
+        model = _whole_model(checkpoint, base, is_adapter, dtype).to(dtype)
         with written_aside(output_dir) as folder:
             model.save_pretrained(folder)
             transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        return sum(parameter.numel() for parameter in model.parameters())
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None
-    return sum(p.numel() for p in parameters.values())
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _whole_model(checkpoint: Path, base: str | None, is_adapter: bool, dtype: Any) -> Any:
+    dtype = torch.float32 if is_adapter else dtype  # an adapter is merged in full precision
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    architecture = getattr(transformers, config.architectures[0])
+    missing: set[str] = set()
+    if base is None:
+        model = architecture._from_config(config, dtype=dtype)
+    else:
+        try:
+            model, loading = architecture.from_pretrained(
+                base,
+                config=config,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            raise InputError(f"cannot load the base model {base}: {error}") from None
+        missing = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    if is_adapter:
+        model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(checkpoint))
+    parameters = dict(model.named_parameters())
+    held = parameter_names(checkpoint)
+    wanted = parameters.keys() if base is None else parameters.keys() & held
+    if not is_adapter and missing - held:
+        raise InputError(f"neither {checkpoint} nor its base model {base} has {min(missing)}")
+    with torch.no_grad():
+        for name, values in read_parameters(checkpoint, {n: parameters[n].shape for n in wanted}):
+            parameters[name].copy_(values)
+    return model.merge_and_unload() if is_adapter else model
+
+
+def _export_adapter(checkpoint: Path, output_dir: Path, dtype: torch.dtype) -> int:
+    """The base model's weights are not read for it."""
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    adapter = peft.PeftConfig.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+        adapted = peft.get_peft_model(model, adapter)
+    held = parameter_names(checkpoint)
+    shapes = {name: p.shape for name, p in adapted.named_parameters() if name in held}
+    tensors = {name: t.to(dtype) for name, t in read_parameters(checkpoint, shapes)}
+    tensors = peft.get_peft_model_state_dict(adapted, state_dict=tensors)
+    adapter.inference_mode = True
+    with written_aside(output_dir) as folder:
+        folder.mkdir(parents=True)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+        adapter.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def main() -> None:
     args = parse(Arguments)
     if Path(args.output_dir).exists():
         raise InputError(f"output_dir: {args.output_dir} exists")
-    count = export(Path(args.checkpoint), Path(args.output_dir), getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    count = export(Path(args.checkpoint), Path(args.output_dir), dtype, args.merge_adapter)
     print(f"{args.output_dir}: {count:,} parameters in {args.dtype}")
 
 

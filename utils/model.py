@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from utils.config import InputError
 from utils.engine import initialize_weights
@@ -89,23 +90,57 @@ def model_config(arguments: ModelArguments, sequence_length: int, tokenizer: Any
 
 
 def build_model(
-    arguments: ModelArguments, config: Any, auto_model: Any, seed: int
+    arguments: ModelArguments,
+    config: Any,
+    auto_model: Any,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> PreTrainedModel:
-    """The model in fp32: from given weights, or initialised as a function of the seed.
+    """The model: from given weights, or initialised as a function of the seed.
+
+    What the given weights do not hold (the head of a new task) is initialised in the same way.
 
     Args:
         auto_model: AutoModelForCausalLM or another class of its kind.
+        options: more of `from_pretrained`.
+
+    Raises:
+        InputError: no such model, or weights of another shape than the configuration's.
     """
-    options = {"dtype": torch.float32, "attn_implementation": arguments.attn_implementation}
+    options |= {"dtype": dtype, "attn_implementation": arguments.attn_implementation}
+    name, loading = arguments.model_name_or_path, {}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is reported here, or meant to be
+    logging.disable_progress_bar()
     try:
-        if arguments.model_name_or_path:
-            model = auto_model.from_pretrained(arguments.model_name_or_path, **options)
+        if name:
+            model, loading = auto_model.from_pretrained(
+                name,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
         else:
             model = auto_model.from_config(config, **options)
     except (ImportError, OSError, ValueError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
-    if not arguments.model_name_or_path:
-        initialize_weights(model, seed)
+    finally:
+        logging.set_verbosity(verbosity)
+    new = {
+        *loading.get("missing_keys", ()),
+        *(key for key, *_ in loading.get("mismatched_keys", ())),
+    }
+    inside = [key for key in new if key.startswith(f"{model.base_model_prefix}.")]
+    body = [key for key in inside if "pooler" not in key]  # which pretraining may have left out
+    if name and body:
+        raise InputError(
+            f"model_name_or_path: {name} has no weights of this shape for {min(body)}: "
+            "it is another architecture, or another size"
+        )
+    if not name or new:
+        initialize_weights(model, seed, new if name else None)
     # that of the given weights may be another head's
     model.config.architectures = [type(model).__name__]
     return model

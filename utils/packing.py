@@ -149,11 +149,3 @@ def check_packing(
         raise InputError(
             "model: documents in one row see each other: it cannot train on packed rows"
         )
-
-
-def collate(features: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Features of rows → a batch of int64 tensors of shape (rows, sequence_length)."""
-    return {
-        name: torch.from_numpy(np.stack([row[name] for row in features])).long()
-        for name in features[0]
-    }

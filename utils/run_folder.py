@@ -100,6 +100,16 @@ class RunFolder:
             file.write_text(json.dumps(end))
 
 
+def differences(was: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value before, value now) of what differs in nested settings."""
+    for key in {**was, **now}:
+        before, after = was.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after
+
+
 def _identity(settings: Any, data: Any) -> Any:
     """Settings and data as JSON gives them back, but for what does not change a run."""
     values = dataclasses.asdict(settings)

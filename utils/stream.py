@@ -26,6 +26,14 @@ class Row(NamedTuple):
     tokens: int  # of documents; what is left of the row is padding
 
 
+class Step(NamedTuple):
+    """What one rank trains on in a step."""
+
+    batches: list[dict[str, torch.Tensor]]  # micro-batches: as many on every rank
+    tokens: int  # of text; the rest of the batches is padding
+    states: dict[int, dict]  # by lane: where the data go on once the step has been trained on
+
+
 class StepStream(torch.utils.data.IterableDataset):
     """The rows of each step that belong to one rank.
 
@@ -96,6 +104,51 @@ class StepStream(torch.utils.data.IterableDataset):
                 yield sorted(rows, key=lambda row: row.lane)
         finally:
             del parts  # ends the workers; left to the garbage collector, they may hang
+
+
+class TrainingStream:
+    """The rows of a corpus as what `Training` trains on.
+
+    Args:
+        rows_of: as for `StepStream`.
+        arguments: a `TrainingArguments`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        rows_of: Callable[[int, dict | None], Iterator[Row]],
+        arguments: Any,
+    ):
+        self.corpus, self.rows_of, self.arguments = corpus, rows_of, arguments
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "the training data": self.corpus.fingerprint(),
+            "the tokenizer": self.corpus.encode.fingerprint(),
+        }
+
+    def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
+        per_lane = self.arguments.global_batch_size // self.corpus.arguments.lanes
+        stream = StepStream(self.corpus, self.rows_of, per_lane, rank, world_size, states)
+        return self._steps(stream, step)
+
+    def _steps(self, stream: StepStream, step: int) -> Iterator[Step]:
+        for rows in stream.steps():
+            size = self.arguments.micro_batch_size(step)
+            features = [row.features for row in rows]
+            batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
+            states = {row.lane: row.state for row in rows}
+            yield Step(batches, sum(row.tokens for row in rows), states)
+            step += 1
+
+
+def collate(features: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Features of rows → a batch of int64 tensors of shape (rows, sequence_length)."""
+    return {
+        name: torch.from_numpy(np.stack([row[name] for row in features])).long()
+        for name in features[0]
+    }
 
 
 def _as_it_is(rows: list[Row]) -> list[Row]:

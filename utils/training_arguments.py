@@ -2,8 +2,12 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
+from transformers import get_scheduler
 
 from utils.config import InputError
 
@@ -63,17 +67,23 @@ class TrainingArguments:
     torch_compile: bool = False
     logging_steps: int = 1
     eval_steps: int | None = None  # null: only at the end
-    early_stopping_patience: int | None = None  # evaluations without a better loss
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool | None = None  # null: yes, unless the metric's name ends with "loss"
+    load_best_model_at_end: bool = False  # that checkpoint is kept, tested and exported
+    early_stopping_patience: int | None = None  # evaluations without a better one
     save_steps: int = 1000
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # and those whose step this divides
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
-    def check(self) -> None:
+    def check_counts(self) -> None:
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
+
+    def check(self) -> None:
+        self.check_counts()
         self.check_batch(self.per_device_batch_size)
         if self.total_steps is None and not self.lr_scheduler_type.startswith("constant"):
             raise InputError(
@@ -108,6 +118,27 @@ class TrainingArguments:
                 math.ceil(self.max_tokens / (self.global_batch_size * self.sequence_length))
             )
         return min(limits, default=None)
+
+    @property
+    def is_greater_better(self) -> bool:
+        """Of metric_for_best_model."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not self.metric_for_best_model.endswith("loss")
+
+    def learning_rate_factor(self) -> Callable[[int], float]:
+        """What the peak learning rate is multiplied by in the step after `step` steps."""
+        try:
+            schedule = get_scheduler(
+                self.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate),
+                num_warmup_steps=self.warmup_steps,
+                num_training_steps=self.total_steps,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"lr_scheduler_kwargs: {error}") from None
+        return schedule.lr_lambdas[0]  # a function of the step: nothing to restore
 
     @property
     def limits(self) -> dict[str, Any]:

@@ -34,14 +34,15 @@ from utils.encoders import (
 )
 from utils.example_rows import check_examples, example_rows
 from utils.lanes import Corpus, StreamArguments
-from utils.masked_evaluation import evaluate_masked, pseudo_perplexity
+from utils.masked_evaluation import MaskedEvaluation
 from utils.masking import ExampleMaker, MaskingArguments
-from utils.memory import flops_per_token, parameter_count, plan
+from utils.memory import empty_model, flops_per_token, parameter_count, plan
 from utils.model import ModelArguments, build_model, load_tokenizer, model_config
 from utils.packing import IGNORE_INDEX, check_packing
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, check_held_out, held_out_documents
+from utils.stream import TrainingStream
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
 
@@ -80,7 +81,6 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
     def check(self) -> None:
         lengths = [phase.sequence_length for phase in self.phases]
         if self.phases:
-            self.sequence_length = lengths[-1]
             steps = [phase.steps for phase in self.phases]
             if min(steps) < 1:
                 raise InputError(f"phases: steps must be at least 1, not {min(steps)}")
@@ -93,6 +93,12 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
                 raise InputError(f"phases: the lengths {lengths} must not become shorter")
             if self.max_tokens is not None:
                 raise InputError("max_tokens: a run in phases is given its length by max_steps")
+            if self.sequence_length not in (Arguments.sequence_length, lengths[-1]):
+                raise InputError(
+                    f"sequence_length: {self.sequence_length} is not the {lengths[-1]} of the last "
+                    "of the phases: leave it out"
+                )
+            self.sequence_length = lengths[-1]
         super().check()
         for size in {phase.per_device_batch_size for phase in self.phases} - {None}:
             self.check_batch(size)
@@ -216,8 +222,10 @@ def main() -> None:
     args = parse(Arguments)
     auto_model = AutoModelForMaskedLM if args.objective == "mlm" else AutoModelForPreTraining
     predicted = args.mlm_probability
+    needs = (args.sequence_length, args.objective != "mlm", args.packing)
     if args.dry_run:
         config = model_config(args, args.sequence_length)
+        check_encoder(empty_model(config, auto_model), *needs)
         phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
         phases = phases or [(args.sequence_length, args.total_steps)]
         print(plan(config, args, phases, auto_model, predicted))
@@ -234,7 +242,7 @@ def main() -> None:
 
     training = Training(args, folder)
     model = build_model(args, config, auto_model, args.seed)
-    check_encoder(model, args.sequence_length, args.objective != "mlm", args.packing)
+    check_encoder(model, *needs)
     objective = MaskedLoss(model, args.objective, args.packing)
     phases, per_lane = args.all_phases(), args.global_batch_size // args.lanes
     flops = {
@@ -242,12 +250,12 @@ def main() -> None:
         for phase in phases
     }
     rows = [(phase.sequence_length, phase.steps * per_lane) for phase in phases]
+    rows_of = partial(example_rows, corpus, make_examples, rows, args.packing)
     training.prepare(
         objective,
         model,
         tokenizer,
-        corpus,
-        rows_of=partial(example_rows, corpus, make_examples, rows, args.packing),
+        TrainingStream(corpus, rows_of, args),
         fixed={
             # the last phase may be made longer
             "phases": [[phase.sequence_length, phase.steps] for phase in phases[:-1]],
@@ -257,10 +265,11 @@ def main() -> None:
         flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
     )
     if args.packing:
-        shape = (1, phases[0].sequence_length)
-        tolerance = 1e-3 if args.mixed_precision == "no" else 2e-2
+        losses_of = partial(position_losses, training)
         try:
-            check_packing(partial(position_losses, training), shape, config.vocab_size, tolerance)
+            for length in sorted(flops):
+                # what a mask hides weighs exactly 0, in every precision
+                check_packing(losses_of, (1, length), config.vocab_size, tolerance=1e-5)
         except (torch.OutOfMemoryError, torch.distributed.DistBackendError):
             raise
         except Exception as error:  # models fail in ways of their own on a mask they do not expect
@@ -268,7 +277,9 @@ def main() -> None:
                 f"model: {config.model_type} cannot be trained on packed rows "
                 f"({type(error).__name__}: {shorten(str(error), 100)}): set packing: false"
             ) from None
-    evaluation = (encode, make_examples, partial(scores, training))
+    evaluation = MaskedEvaluation(
+        training, encode, make_examples, partial(scores, training), args.packing
+    )
     for step in training.steps():
         if training.evaluates():
             results: dict[str, Any] | None = {}
@@ -277,7 +288,7 @@ def main() -> None:
                 documents = held_out_documents(
                     args.validation_sources, args.eval_documents, args.on_bad_record
                 )
-                results = evaluate_masked(training, documents, *evaluation, length, args.packing)
+                results = evaluation.loss_and_accuracy(documents, length)
             training.record_evaluation(results)
         if args.phase_at(step) != args.phase_at(step - 1):
             training.forget_losses()  # those of another length
@@ -286,12 +297,12 @@ def main() -> None:
 
     facts = {"parameters": f"{parameter_count(config, auto_model)['total']:,}"}
     if args.test_sources:
-        shape = (args.sequence_length, args.packing)
+        length = args.sequence_length
         documents = partial(held_out_documents, args.test_sources, None, args.on_bad_record)
-        results = evaluate_masked(training, documents(), *evaluation, *shape)
+        results = evaluation.loss_and_accuracy(documents(), length)
         if results is not None and args.pseudo_perplexity_documents:
             count = args.pseudo_perplexity_documents
-            more = pseudo_perplexity(training, documents(), count, *evaluation, *shape)
+            more = evaluation.pseudo_perplexity(documents(), count, length)
             results = None if more is None else results | more
         if results is None:
             return training.stop()

@@ -34,6 +34,7 @@ from utils.model import ModelArguments, build_model, load_tokenizer, model_confi
 from utils.packing import IGNORE_INDEX, DocumentEncoder, check_packing, packed_rows
 from utils.run_folder import RunFolder
 from utils.sources import Source, check_held_out, held_out_documents
+from utils.stream import TrainingStream
 from utils.training import Training
 from utils.training_arguments import TrainingArguments
 
@@ -93,7 +94,7 @@ class NextTokenLoss(torch.nn.Module):
         return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}
 
 
-def check_model(model: torch.nn.Module) -> None:
+def check_architecture(model: torch.nn.Module) -> None:
     takes = inspect.signature(model.base_model.forward).parameters
     if "position_ids" not in takes or getattr(model, "_is_stateful", False):
         raise InputError(
@@ -120,7 +121,7 @@ def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, 
     """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
     documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
     losses, size = partial(token_losses, training), args.per_device_batch_size
-    return evaluate_by_domain(training, documents, encode, losses, args.sequence_length, size)
+    return evaluate_by_domain(training.ranks, documents, encode, losses, args.sequence_length, size)
 
 
 def write_samples(training: Training, model, tokenizer, encode, prompts: list[str]) -> list[dict]:
@@ -141,7 +142,7 @@ def write_samples(training: Training, model, tokenizer, encode, prompts: list[st
                 do_sample=True,
                 temperature=0.8,
                 pad_token_id=encode.end,
-                synced_gpus=training.world_size > 1,
+                synced_gpus=training.ranks.world_size > 1,
             )
         text = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
         samples.append({"prompt": prompt, "text": text})
@@ -166,12 +167,11 @@ def main() -> None:
     flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
     model = build_model(args, config, AutoModelForCausalLM, args.seed)
-    check_model(model)
+    check_architecture(model)
     objective = NextTokenLoss(model)
     rows_of = partial(packed_rows, corpus, args.sequence_length)
-    training.prepare(
-        objective, model, tokenizer, corpus, rows_of, flops_per_token=lambda step: flops
-    )
+    data = TrainingStream(corpus, rows_of, args)
+    training.prepare(objective, model, tokenizer, data, flops_per_token=lambda step: flops)
     check_packing(
         partial(next_token_losses, training),
         (args.per_device_batch_size, args.sequence_length),

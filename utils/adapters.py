@@ -1,0 +1,172 @@
+"""What is trained of a model: all of it, a part, or a low-rank adapter beside it (LoRA)."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Literal
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from utils.config import InputError
+from utils.model import ModelArguments, build_model
+from utils.randomness import random_key
+from utils.run_folder import written_aside
+
+
+@dataclass
+class AdapterArguments(ModelArguments):
+    """The model, and what is trained of it."""
+
+    # nothing, or what keeps its weights: the embeddings; they and the first N layers; the encoder
+    freeze: Literal["embeddings", "encoder"] | int | None = None
+    # as peft.LoraConfig takes it, for example {r: 16, lora_alpha: 32, use_dora: true}; null: none
+    lora: dict[str, Any] | None = None
+    loraplus_lr_ratio: float | None = None  # LoRA+: how much faster the B matrices learn
+    adapter_name_or_path: str | None = None  # an adapter of this model to go on from
+    merge_adapter: bool = False  # export the model with the adapter in its weights, not the adapter
+
+    def check_adapter(self) -> None:
+        if self.lora is not None:
+            known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+            if unknown := self.lora.keys() - known:
+                (near,) = get_close_matches(min(unknown), known, 1, 0)
+                raise InputError(
+                    f"lora: LoraConfig has no setting {min(unknown)!r}: "
+                    f"the nearest valid one is {near!r}"
+                )
+        has_adapter = self.lora is not None or self.adapter_name_or_path is not None
+        if self.lora is not None and self.adapter_name_or_path is not None:
+            raise InputError("lora: adapter_name_or_path brings its own settings: give one of them")
+        if self.freeze is not None and has_adapter:
+            raise InputError("freeze: LoRA trains its adapter alone: give one of freeze and lora")
+        if self.adapter_name_or_path is not None and self.model_name_or_path is None:
+            raise InputError("adapter_name_or_path: give model_name_or_path, that of its base")
+        for name in ("loraplus_lr_ratio", "merge_adapter"):
+            if getattr(self, name) and not has_adapter:
+                raise InputError(f"{name}: there is no adapter: give lora too")
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.lora is not None or self.adapter_name_or_path is not None
+
+
+def base_model(
+    arguments: AdapterArguments, config: Any, auto_model: Any, seed: int, folder: Path
+) -> str | None:
+    """Where the weights come from that are not trained, or that training begins with.
+
+    What begins from scratch and is not trained as a whole is written to `folder`/base_model, which
+    the adapter refers to and a resume reads. To be called before the processes join: they wait.
+    """
+    if arguments.model_name_or_path or not (arguments.has_adapter or arguments.freeze is not None):
+        return arguments.model_name_or_path
+    path = folder / "base_model"
+    if int(os.environ.get("RANK", 0)) == 0 and not path.exists():
+        model = build_model(arguments, config, auto_model, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as aside:
+            model.save_pretrained(aside)
+    return str(path)
+
+
+def freeze(model: PreTrainedModel, what: str | int | None) -> None:
+    """Take parameters out of training.
+
+    Args:
+        what: "embeddings"; a number of layers, counted from the embeddings, which are frozen along
+            with them; "encoder": everything but the head, or of an encoder-decoder its encoder.
+
+    Raises:
+        InputError: the model has no such layers, or nothing would be left to train.
+    """
+    if what is None:
+        return
+    base = model.base_model
+    if what == "encoder":
+        frozen = [model.get_encoder() if model.config.is_encoder_decoder else base]
+    else:
+        frozen = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
+        frozen += [getattr(base, "embeddings", None)]
+        frozen += _layers(model)[:what] if isinstance(what, int) else []
+    for module in frozen:
+        for parameter in module.parameters() if module is not None else ():
+            parameter.requires_grad = False
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"freeze: {what} leaves nothing to train")
+
+
+def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    count = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise InputError(f"freeze: {model.config.model_type} has no list of {count} layers")
+
+
+def add_adapter(
+    model: PreTrainedModel, arguments: AdapterArguments, task_type: str, seed: int
+) -> peft.PeftModel:
+    """The model with a LoRA adapter, which alone is trained (with the head of a classifier).
+
+    The base model is changed in place: it computes with the adapter from here on.
+
+    Args:
+        task_type: one of peft.TaskType.
+
+    Raises:
+        InputError: targets that match nothing, a setting of a wrong kind, another base's adapter.
+    """
+    if arguments.adapter_name_or_path is not None:
+        return _load_adapter(model, arguments.adapter_name_or_path)
+    settings = {"target_modules": "all-linear", **arguments.lora, "task_type": task_type}
+    try:
+        config = peft.LoraConfig(**settings)
+        adapted = peft.get_peft_model(model, config)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise InputError(f"lora: {shorten(str(error), 300)}") from None
+    if config.init_lora_weights is True:
+        for name, module in adapted.named_modules():
+            if isinstance(module, LoraLayer):
+                torch.manual_seed(random_key(seed, name))
+                module.reset_lora_parameters("default", True)
+    return adapted
+
+
+def _load_adapter(model: PreTrainedModel, path: str) -> peft.PeftModel:
+    try:
+        config = peft.PeftConfig.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        problem = shorten(str(error), 200)
+        raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
+    base, given = config.base_model_name_or_path, model.name_or_path
+    if not is_same_model(base, given):
+        raise InputError(
+            f"adapter_name_or_path: {path} is an adapter for {base}, not for {given}: "
+            f"set model_name_or_path: {base}"
+        )
+    try:
+        return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        problem = shorten(str(error), 200)
+        raise InputError(f"adapter_name_or_path: {path} does not fit {given}: {problem}") from None
+
+
+def is_same_model(one: str | None, other: str | None) -> bool:
+    """Of two names, or of two ways to write the path of a folder."""
+    if one is None or other is None:
+        return one == other
+    return one == other or Path(one).absolute().resolve() == Path(other).absolute().resolve()
+
+
+def trainable_share(model: torch.nn.Module) -> str:
+    """ "12,288 of 1,000,000 parameters (1.23%)" """
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    total = sum(size for size, _ in sizes)
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"
