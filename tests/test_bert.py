@@ -26,8 +26,9 @@ from recipes.pretrain import bert
 from recipes.pretrain.bert import MaskedLoss
 from utils.example_rows import features, fit
 from utils.masking import ExampleMaker, MaskingArguments
-from utils.packing import IGNORE_INDEX, collate
+from utils.packing import IGNORE_INDEX
 from utils.sentences import SentenceEncoder
+from utils.stream import collate
 
 SMALL = {
     "vocab_size": 320,
@@ -177,6 +178,7 @@ PHASES = {
         {"sequence_length": 32, "steps": 60},
         {"sequence_length": 64, "steps": 20, "per_device_batch_size": 2},
     ],
+    "sequence_length": 64,
     "max_steps": 80,
     "learning_rate": 1e-2,
     "warmup_steps": 10,
@@ -302,7 +304,8 @@ def test_losses_of_one_length_are_not_compared_with_those_of_another(pretrain_be
     assert ended.status == 0, ended.error
     counters = [state(folder)["counters"] for folder in checkpoints(ended.folder)]
     assert [len(c["recent_losses"]) for c in counters][17:23] == [18, 19, 0, 1, 2, 3]
-    assert counters[18]["best_eval_loss"] < math.inf == counters[19]["best_eval_loss"]
+    assert counters[18]["best_metric"] > 0
+    assert counters[19]["best_metric"] is None
 
 
 def test_evaluation_and_pseudo_perplexity_are_those_of_a_plain_loop(
@@ -369,7 +372,15 @@ REFUSED = [
         },
         "global_batch_size: 16 is not divisible by 1 processes x per_device_batch_size 3",
     ),
+    (
+        {**PHASES, "sequence_length": 48},
+        "sequence_length: 48 is not the 64 of the last of the phases: leave it out",
+    ),
     ({"sequence_length": 7}, "sequence_length: 7 is too short for a pair: at least 8"),
+    (
+        {"sequence_length": 7, "objective": "mlm"},
+        "sequence_length: 7 is too short for a sequence: at least 8",
+    ),
     ({"sequence_length": 65}, "65 is more than the model's max_position_embeddings of 64"),
     (
         {"sequence_length": 64, "objective": "mlm", "model.model_type": "roberta"},
@@ -423,6 +434,41 @@ def test_bad_input(settings, message, pretrain_bert, tokenizer_folder, tmp_path)
     assert ended.error.startswith("error: ")
     assert ended.error.count("\n") == 1
     assert re.search(message, ended.error), ended.error
+    assert not ended.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "mlm_nsp", "model": {"model_type": "roberta"}}, "roberta has no head for"),
+        (
+            {"objective": "mlm", "model": {"model_type": "roberta"}, "sequence_length": 72},
+            "sequence_length: 72 and the model's first position 1 are more than",
+        ),
+        ({"objective": "mlm", "model": {"model_type": "llama"}}, "no model for MaskedLM of type"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(settings, message, pretrain_bert):
+    ended = pretrain_bert(dry_run=True, **settings | {"model": SMALL | settings["model"]})
+    assert ended.status == 2
+    assert ended.error.startswith("error: ")
+    assert message in ended.error
+
+
+def test_rows_of_every_phase_are_packed_on_trial(pretrain_bert, monkeypatch):
+    """A model that keeps sequences apart in short rows alone is refused before the first step."""
+    block_diagonal_mask = bert.block_diagonal_mask
+
+    def mask_of_short_rows(sequence_ids, *rest):
+        mask = block_diagonal_mask(sequence_ids, *rest)
+        return mask if sequence_ids.shape[1] <= 32 else torch.zeros_like(mask)
+
+    monkeypatch.setattr(bert, "block_diagonal_mask", mask_of_short_rows)
+    assert pretrain_bert("short", max_steps=1).status == 0
+    ended = pretrain_bert("phases", **PHASES)
+    assert ended.status == 2
+    assert "bert cannot be trained on packed rows" in ended.error
+    assert "documents in one row see each other" in ended.error
     assert not ended.folder.exists()
 
 

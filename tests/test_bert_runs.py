@@ -15,6 +15,7 @@ SETTINGS = {  # 16 rows a step, the last ones in micro-batches of one
         {"sequence_length": 32, "steps": 14},
         {"sequence_length": 64, "steps": 26, "per_device_batch_size": 1},
     ],
+    "sequence_length": 64,
     "max_steps": 40,
     "learning_rate": 1e-3,
     "warmup_steps": 12,

@@ -3,8 +3,10 @@ import re
 import pytest
 import torch
 from launching import CAUSAL_LM, ROOT, run
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AlbertConfig,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -17,8 +19,10 @@ from transformers import (
     T5Config,
 )
 
+from recipes.pretrain.bert import MaskedLoss
 from utils.config import InputError
 from utils.memory import flops_per_token, memory_table, model_state_bytes, parameter_count
+from utils.packing import IGNORE_INDEX
 
 LLAMA_2_7B = LlamaConfig()  # the defaults are Llama-2-7B's shape
 SEVEN_BILLION = 6_738_415_616
@@ -30,7 +34,8 @@ def test_parameters_of_llama_2_7b():
     assert parameter_count(LLAMA_2_7B) == {
         "total": SEVEN_BILLION,
         "without_input_embeddings": SEVEN_BILLION - embedding,
-        "output_projection": embedding,
+        "head": embedding,
+        "pair_head": 0,
         "computed_again": 0,
     }
 
@@ -40,7 +45,8 @@ def test_parameters_of_gpt2():
     assert parameter_count(GPT2Config()) == {
         "total": 124_439_808,
         "without_input_embeddings": 124_439_808 - 1024 * 768,
-        "output_projection": 50257 * 768,
+        "head": 50257 * 768,
+        "pair_head": 0,
         "computed_again": 0,
     }
 
@@ -73,10 +79,13 @@ def test_parameters_and_flops_of_bert_base():
     looked_up = (512 + 2) * 768  # positions and types; the tied token embeddings multiply
     assert counts["total"] == BertForPreTraining(BertConfig()).num_parameters() == 110_106_428
     assert counts["without_input_embeddings"] == counts["total"] - looked_up
+    square = 768 * 768 + 768
+    assert counts["head"] == square + 2 * 768 + 30_522 * 768 + 30_522
+    assert counts["pair_head"] == square + 2 * 768 + 2
+    encoder = counts["without_input_embeddings"] - counts["head"] - counts["pair_head"]
     flops = flops_per_token(BertConfig(), 512, AutoModelForPreTraining, predicted=0.15)
-    projection = round(0.85 * 30_522 * 768)
-    rest = counts["without_input_embeddings"] - projection
-    assert flops == 6 * rest + 12 * 12 * 768 * 512
+    parameters = encoder + 0.15 * counts["head"] + counts["pair_head"] / 512
+    assert flops == 6 * round(parameters) + 12 * 12 * 768 * 512
 
 
 def test_layers_that_share_their_weights_compute_as_often_as_they_are_used():
@@ -108,8 +117,6 @@ def test_flops_per_token():
 
 def test_flops_of_the_matrix_products_are_those_that_torch_counts():
     """Forward and backward by torch's own counter, for a model of matrices and attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     config = GPT2Config(
         vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=32, attn_implementation="eager"
     )
@@ -119,6 +126,36 @@ def test_flops_of_the_matrix_products_are_those_that_torch_counts():
         model(input_ids=tokens).logits.sum().backward()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # no matrix products
     assert counter.get_total_flops() == 32 * (flops_per_token(config, 32) - 6 * vectors)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "albert", "roberta"])
+def test_flops_of_an_encoder_are_those_of_the_recipe(model_type):
+    """A quarter of the tokens predicted, and a pair in each row."""
+    rows, length = 2, 32
+    objective = {"bert": "mlm_nsp", "albert": "mlm_sop", "roberta": "mlm"}[model_type]
+    auto_model = AutoModelForMaskedLM if objective == "mlm" else AutoModelForPreTraining
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        **{"embedding_size": 128} if model_type == "albert" else {},
+    )
+    model = auto_model.from_config(config, attn_implementation="eager")
+    tokens = torch.full((rows, length), 7)
+    batch = {"input_ids": tokens, "labels": tokens.clone(), "pair_labels": tokens.clone()}
+    batch["labels"][:, 8:] = batch["pair_labels"][:] = IGNORE_INDEX
+    batch["pair_labels"][:, 0] = 1
+    batch |= {"token_type_ids": 0 * tokens, "sequence_ids": 0 * tokens + 1}
+    batch["position_ids"] = torch.arange(length).expand(rows, length)
+    with FlopCounterMode(display=False) as counter:
+        sum(MaskedLoss(model, objective, packing=False)(**batch).values()).backward()
+    expected = flops_per_token(config, length, auto_model, predicted=8 / length)
+    # vectors are counted, though they are in no matrix product: 0.5% here
+    assert counter.get_total_flops() == pytest.approx(rows * length * expected, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from utils import batching
 from utils.config import InputError
 from utils.lanes import Corpus, Lane, count_tokens
 from utils.masking import Example, ExampleMaker
@@ -123,19 +124,8 @@ def fit(examples: list[Example], length: int, packing: bool = True) -> list[list
     """
     if not packing:
         return [[example] for example in examples]
-    rows: list[list[int]] = []
-    rooms = np.zeros(0, np.int64)
-    for index in sorted(range(len(examples)), key=lambda i: -len(examples[i].input_ids)):
-        size = len(examples[index].input_ids)
-        left = np.where(rooms >= size, rooms, length + 1)
-        if len(rooms) == 0 or left.min() > length:
-            rooms = np.append(rooms, length - size)
-            rows.append([index])
-        else:
-            best = int(left.argmin())
-            rooms[best] -= size
-            rows[best].append(index)
-    return [[examples[i] for i in group] for group in sorted(sorted(group) for group in rows)]
+    rows = batching.fit([len(example.input_ids) for example in examples], length)
+    return [[examples[index] for index in row] for row in rows]
 
 
 def features(examples: list[Example], length: int) -> dict[str, np.ndarray]:

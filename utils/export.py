@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -88,6 +87,8 @@ def _whole_model(checkpoint: Path, base: str | None, is_adapter: bool, dtype: An
             raise InputError(f"cannot load the base model {base}: {error}") from None
         missing = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     if is_adapter:
+        import peft
+
         model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(checkpoint))
     parameters = dict(model.named_parameters())
     held = parameter_names(checkpoint)
@@ -102,8 +103,11 @@ def _whole_model(checkpoint: Path, base: str | None, is_adapter: bool, dtype: An
 
 def _export_adapter(checkpoint: Path, output_dir: Path, dtype: torch.dtype) -> int:
     """The base model's weights are not read for it."""
+    import peft
+
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     adapter = peft.PeftConfig.from_pretrained(checkpoint)
+    config.name_or_path = adapter.base_model_name_or_path  # else peft puts the checkpoint there
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
         adapted = peft.get_peft_model(model, adapter)

@@ -64,31 +64,36 @@ def token_cross_entropy(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of each position, fp32, in the shape of the labels; no gradient."""
+    return token_scores(hidden, weight, labels, bias)[0]
+
+
+def token_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, whether the label is the most likely token) of each position; no gradient."""
     with torch.no_grad():
         flat = hidden.reshape(-1, hidden.shape[-1])
         rows = _chunk_rows(weight)
-        losses = [
-            cross_entropy(
-                linear(h, weight.to(h.dtype), bias).float(),
-                y,
-                ignore_index=IGNORE_INDEX,
-                reduction="none",
-            )
-            for h, y in zip(flat.split(rows), labels.reshape(-1).split(rows), strict=True)
-        ]
-        return torch.cat(losses).view(labels.shape)
+        losses, are_right = [], []
+        for h, y in zip(flat.split(rows), labels.reshape(-1).split(rows), strict=True):
+            logits = linear(h, weight.to(h.dtype), bias).float()
+            losses.append(cross_entropy(logits, y, ignore_index=IGNORE_INDEX, reduction="none"))
+            are_right.append(logits.argmax(1) == y)
+        return torch.cat(losses).view(labels.shape), torch.cat(are_right).view(labels.shape)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels):
-        with_gradient = any(ctx.needs_input_grad[:3])
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]  # a frozen head needs none
         rows = _chunk_rows(weight)
         total = hidden.new_zeros((), dtype=torch.float32)
-        if with_gradient:
-            hidden_grad = torch.empty_like(hidden)
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-            bias_grad = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        hidden_grad = torch.empty_like(hidden) if of_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
         projection = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], labels[start : start + rows]
@@ -97,26 +102,27 @@ class _SummedCrossEntropy(torch.autograd.Function):
             index = target.clamp(min=0).unsqueeze(1)
             normalizer = logits.logsumexp(1, keepdim=True)
             total += ((normalizer - logits.gather(1, index)) * counted).sum()
-            if with_gradient:
+            if of_hidden or of_weight or of_bias:
                 # d loss / d logits = softmax - one hot, nothing where the label is ignored
                 gradient = logits.sub_(normalizer).exp_().mul_(counted)
                 gradient.scatter_add_(1, index, -counted.float())
                 low = gradient.to(hidden.dtype)
-                hidden_grad[start : start + rows] = low @ projection
-                weight_grad += low.T @ chunk
-                if bias is not None:
+                if of_hidden:
+                    hidden_grad[start : start + rows] = low @ projection
+                if of_weight:
+                    weight_grad += low.T @ chunk
+                if of_bias:
                     bias_grad += gradient.sum(0)
-        if with_gradient:
-            ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
-            ctx.dtype = weight.dtype
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, scale):
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         return (
-            (hidden_grad * scale).to(hidden_grad.dtype),
-            (weight_grad * scale).to(ctx.dtype),
+            None if hidden_grad is None else (hidden_grad * scale).to(hidden_grad.dtype),
+            None if weight_grad is None else (weight_grad * scale).to(ctx.dtype),
             None if bias_grad is None else (bias_grad * scale).to(ctx.dtype),
             None,
         )

@@ -40,7 +40,8 @@ class MaskingArguments:
     def check_masking(self, shortest: int) -> None:
         """Raises InputError for settings, or a length of a row, that make no examples."""
         if shortest < 8:
-            raise InputError(f"sequence_length: {shortest} is too short for a pair: at least 8")
+            what = "a sequence" if self.objective == "mlm" else "a pair"
+            raise InputError(f"sequence_length: {shortest} is too short for {what}: at least 8")
         for name in ("mlm_probability", "short_seq_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")

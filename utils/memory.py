@@ -3,29 +3,23 @@
 `--dry_run true` prints it, and the table of ds_configs/README.md is `memory_table` of a 7B model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils.config import InputError
+from utils.encoders import PAIR_HEADS
+
+PAIR_MODULES = {"pooler", *PAIR_HEADS}
 
 
-def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict[str, int]:
-    """The parameters of the language model that a transformers config describes.
-
-    The model is built without storage, so the count is exact for every architecture; tied weights
-    count once.
+def empty_model(config: Any, auto_model: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The language model that a transformers config describes, built without storage.
 
     Args:
         auto_model: AutoModelForCausalLM or another class of its kind.
-
-    Returns:
-        "total"; "without_input_embeddings": less every embedding that is only looked up, by token
-        or by position (a matrix tied to the output projection multiplies there, and stays);
-        "output_projection": the matrix of the logits; "computed_again": where layers share their
-        weights (ALBERT), what each use after the first would add.
 
     Raises:
         InputError: transformers has no such language model for this config.
@@ -36,7 +30,21 @@ def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict
         raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
     # not `from_config`: it would split the weights over the processes where ZeRO-3 is set up
     with torch.device("meta"):
-        model = models[type(config)](config)
+        return models[type(config)](config)
+
+
+def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict[str, int]:
+    """The parameters of an `empty_model`: exact for every architecture; tied weights count once.
+
+    Returns:
+        "total"; "without_input_embeddings": less every embedding that is only looked up, by token
+        or by position (a matrix tied to the output projection multiplies there, and stays);
+        "head": of these, what comes after the base model, to the matrix of the logits;
+        "pair_head": of these, what only the first token of a pair of segments goes through (BERT's
+        pooler and its classifier); "computed_again": where layers share their weights (ALBERT),
+        what each use after the first would add.
+    """
+    model = empty_model(config, auto_model)
     output = model.get_output_embeddings()
     lookups = {
         module.weight
@@ -44,22 +52,31 @@ def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict
         if isinstance(module, torch.nn.Embedding)
         and (output is None or module.weight is not output.weight)
     }
-    total = sum(parameter.numel() for parameter in model.parameters())
+    parameters = dict(model.named_parameters())
+    pair_head = {w for name, w in parameters.items() if {*name.split(".")} & PAIR_MODULES}
+    head = {*parameters.values()} - {*model.base_model.parameters()} - pair_head
+    head |= set() if output is None else {output.weight}  # may be tied to the base model
+    total = _size(parameters.values())
     return {
         "total": total,
-        "without_input_embeddings": total - sum(weight.numel() for weight in lookups),
-        "output_projection": 0 if output is None else output.weight.numel(),
+        "without_input_embeddings": total - _size(lookups),
+        "head": _size(head),
+        "pair_head": _size(pair_head),
         "computed_again": _computed_again(model),
     }
+
+
+def _size(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _computed_again(model: torch.nn.Module) -> int:
     groups = getattr(model.config, "num_hidden_groups", None)
     if not groups:
         return 0
-    shared = [p for name, p in model.named_parameters() if "layer_groups" in name]
+    shared = (p for name, p in model.named_parameters() if "layer_groups" in name)
     uses = model.config.num_hidden_layers / groups
-    return round((uses - 1) * sum(parameter.numel() for parameter in shared))
+    return round((uses - 1) * _size(shared))
 
 
 def flops_per_token(
@@ -76,11 +93,12 @@ def flops_per_token(
     all experts of a mixture.
 
     Args:
-        predicted: the share of the tokens for which the output projection is computed.
+        predicted: the share of the tokens for which the head is computed. That for pairs is
+            computed once a row.
     """
     counts = parameter_count(config, auto_model)
-    skipped = round((1 - predicted) * counts["output_projection"])
-    parameters = counts["without_input_embeddings"] + counts["computed_again"] - skipped
+    skipped = (1 - predicted) * counts["head"] + (1 - 1 / sequence_length) * counts["pair_head"]
+    parameters = counts["without_input_embeddings"] + counts["computed_again"] - round(skipped)
     text = config.get_text_config()
     attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
     return 6 * parameters + attention

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import checkpoint
@@ -93,15 +92,10 @@ class Training:
         """By a signal, to be continued."""
         return self.ranks.stopped
 
-    any_rank = property(lambda self: self.ranks.any_rank)
-    gather = property(lambda self: self.ranks.gather)
-    rank = property(lambda self: self.ranks.rank)
-    world_size = property(lambda self: self.ranks.world_size)
-
     def prepare(
         self,
         objective: torch.nn.Module,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         data: Data,
         optimizer: torch.optim.Optimizer | None = None,
@@ -113,7 +107,7 @@ class Training:
 
         Args:
             objective: holds the model; see the module's docstring.
-            model: whose parameters are trained, those that require gradients.
+            model: whose parameters are trained, those that require gradients; or a peft.PeftModel.
             optimizer: null: AdamW.
             base_model: where the other parameters come from, if there are any.
             fixed: what else must not change over the life of a run.
@@ -122,7 +116,7 @@ class Training:
         a = self.arguments
         self.objective, self.flops_per_token = objective, flops_per_token
         self.model_files = (copy.deepcopy(model.config), tokenizer)
-        if isinstance(model, PeftModel):
+        if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
             self.model_files += (model.peft_config["default"],)
         self.base_model = base_model
         fixed = {
