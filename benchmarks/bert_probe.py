@@ -8,7 +8,6 @@ as it was initialised. The names of the packages are taken out of the texts firs
 benchmarks/results/bert_probe.md and .json.
 """
 
-import json
 import re
 import statistics
 import subprocess
@@ -33,7 +32,7 @@ from transformers import (
     logging,
 )
 
-from benchmarks.pretrain_bert import describe
+from benchmarks.measurement import describe, write_results
 from recipes.pretrain import bert
 from utils.config import InputError, command, parse
 from utils.model import build_model, load_tokenizer, model_config
@@ -161,7 +160,7 @@ def main() -> None:
     logging.set_verbosity_error()  # that an encoder leaves the heads of its export aside
     if not args.seeds or not args.probe_documents:
         raise InputError("seeds and probe_documents: give at least one of each")
-    facts = describe("benchmarks.bert_probe", ("torch", "transformers", "scikit-learn"))
+    facts = describe("python -m benchmarks.bert_probe", ("torch", "transformers", "scikit-learn"))
     train, test = split(args)
     ((majority, _),) = Counter(train.packages).most_common(1)
     facts |= {
@@ -180,12 +179,11 @@ def main() -> None:
             found[kind][seed] = probe(args, encoder, tokenizer, train, test)
             print(f"seed {seed}, {kind}: {found[kind][seed]}", flush=True)
     guess = scores(test.packages, [majority] * len(test.packages))
-    write_results(args, majority, guess, found, facts)
+    text = as_table(args, majority, guess, found)
+    write_results(args.results, text, facts, {"majority": guess, "scores": found})
 
 
-def write_results(
-    args: Arguments, majority: str, guess: dict, found: dict[str, dict], facts: dict
-) -> None:
+def as_table(args: Arguments, majority: str, guess: dict, found: dict[str, dict]) -> str:
     lines = [
         "| labelled documents | score | pretrained | untrained | margin | margin of each seed |",
         "| ---: | --- | ---: | ---: | ---: | --- |",
@@ -207,12 +205,7 @@ def write_results(
         "of the texts. Some of the documents that fit it were seen in pretraining, without their "
         "labels; those that test it were not.",
     ]
-    text = "\n".join(lines)
-    print(f"\n{text}")
-    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    Path(f"{args.results}.md").write_text(f"{text}\n\n{described}\n")
-    result = {**facts, "majority": guess, "scores": found}
-    Path(f"{args.results}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return "\n".join(lines)
 
 
 def spread(values: list[float]) -> float:

@@ -9,21 +9,13 @@ padding. The peers take turns in one process; the peak of their memory is measur
 process each. Results: benchmarks/results/pretrain_bert.md and .json.
 """
 
-import json
 import multiprocessing
-import os
-import platform
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from recipes.pretrain import bert
 from utils.config import command, parse
 from utils.example_rows import example_rows
@@ -49,6 +42,7 @@ from utils.randomness import keyed_permutation
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, held_out_documents
+from utils.stream import TrainingStream
 from utils.training import Training
 
 RECIPE = "this recipe, reading and tokenizing"
@@ -118,12 +112,11 @@ def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:
     with TemporaryDirectory() as folder:
         args.output_dir = folder
         training = Training(args, RunFolder(folder))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)  # a benchmark has nothing to save
+        training.ranks.release()  # a benchmark has nothing to save when a signal comes
         model = build(args, tokenizer)
         objective = bert.MaskedLoss(model, args.objective, args.packing)
         rows_of = partial(example_rows, corpus, make_examples, phases, args.packing)
-        training.prepare(objective, model, tokenizer, corpus, rows_of)
+        training.prepare(objective, model, tokenizer, TrainingStream(corpus, rows_of, args))
         observe(0, 0)
         for step in training.steps():
             observe(step, training.tokens)
@@ -276,7 +269,11 @@ def peak_bytes() -> int:
 
 def main() -> None:
     arguments = parse(Arguments)
-    facts = describe("benchmarks.pretrain_bert", ("torch", "transformers", "accelerate"))
+    packages = ("torch", "transformers", "accelerate", "tokenizers")
+    facts = describe("python -m benchmarks.pretrain_bert", packages)
+    settings = ("model", "sequence_length", "global_batch_size", "per_device_batch_size")
+    facts |= {"threads": torch.get_num_threads()}
+    facts |= {name: getattr(arguments, name) for name in (*settings, "steps", "turns")}
     memory = {}
     for name in PEERS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -288,85 +285,55 @@ def main() -> None:
             turns[name].append(measure_speed(arguments, name, seed))
             rate = turns[name][-1]["tokens"] / turns[name][-1]["seconds"]
             print(f"turn {seed + 1}: {name}: {rate:,.0f} useful tokens/s", flush=True)
-    write_results(arguments, turns, memory, facts)
-
-
-def describe(module: str, packages: tuple[str, ...]) -> dict[str, Any]:
-    """Command, hardware, versions, commit and date of a measurement."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    hardware = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        hardware = (
-            f"{names[0].partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} cores, "
-            f"{torch.get_num_threads()} threads; load before the start: {os.getloadavg()[0]:.1f}"
-        )
-    return {
-        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
-        "hardware": hardware,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "commit": commit.stdout.strip(),
-        "date": str(date.today()),
-    }
-
-
-def write_results(
-    arguments: Arguments, turns: dict[str, list], memory: dict[str, int], facts: dict[str, Any]
-) -> None:
-    slots = arguments.steps * arguments.global_batch_size * arguments.sequence_length
-    speeds = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
-    ratios = {
-        name: {
-            "speed": statistics.median(
-                a / b for a, b in zip(speeds[RECIPE], speeds[name], strict=True)
-            ),
-            "memory": memory[RECIPE] / memory[name],
-        }
+    rates = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
+    found = {
+        name: {"speed": ratios(rates[RECIPE], rates[name]), "memory": memory[RECIPE] / memory[name]}
         for name in PEERS
     }
+    text = as_table(arguments, turns, rates, memory, found)
+    measured = {"turn": turns, "peak_memory_bytes": memory, "ratios": found}
+    write_results(arguments.results, text, facts, measured)
+
+
+def as_table(
+    arguments: Arguments,
+    turns: dict[str, list[dict[str, float]]],
+    rates: dict[str, list[float]],
+    memory: dict[str, int],
+    found: dict[str, dict[str, Any]],
+) -> str:
+    slots = arguments.steps * arguments.global_batch_size * arguments.sequence_length
     lines = [
-        "| | useful tokens/s, median | least to most | useful tokens of a row | peak memory "
-        "| speed of the recipe | memory of the recipe |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | useful tokens/s | useful tokens of a row | peak memory | speed of the recipe "
+        "| memory of the recipe |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, values in speeds.items():
+    for name in PEERS:
         useful = sum(turn["tokens"] for turn in turns[name]) / len(turns[name]) / slots
         lines.append(
-            f"| {name} | {statistics.median(values):,.0f} "
-            f"| {min(values):,.0f} to {max(values):,.0f} "
+            f"| {name} | {median_and_range(rates[name], ',.0f')} "
             f"| {useful * arguments.sequence_length:.0f} of {arguments.sequence_length} "
             f"| {memory[name] / MEBIBYTE:,.0f} MiB "
-            f"| {ratios[name]['speed']:.2f} x | {ratios[name]['memory']:.2f} x |"
+            f"| {median_and_range(found[name]['speed'], '.2f')} "
+            f"| {found[name]['memory']:.2f} |"
         )
     lines += [
         "",
-        "The last columns are ratios to the row's peer; that of the speed is the median of the "
-        f"turns' ratios. Peak memory is what {MEMORY_STEPS} steps in a fresh process added to that "
-        "of before the first step: gradients, optimizer and activations, and not weights, imports "
-        "and data. In the recipe's it includes what reading and tokenizing need.",
+        f"Medians (least to most) of {arguments.turns} turns. The last columns are ratios to the "
+        f"row's peer, taken turn by turn. Peak memory is what {MEMORY_STEPS} steps in a fresh "
+        "process added to that of before the first step: gradients, optimizer and activations, and "
+        "not weights, imports and data. In the recipe's it includes what reading and tokenizing "
+        "need.",
         "",
-        *(
-            f"- {measure} of the recipe, {peer}: {ratios[peer][measure]:.2f} x; goal: at "
-            f"{'least' if measure == 'speed' else 'most'} {goal}"
-            for peer, goals in GOALS.items()
-            for measure, goal in goals.items()
-        ),
     ]
-    text = "\n".join(lines)
-    print(f"\n{text}")
-    facts |= {
-        name: getattr(arguments, name)
-        for name in ("model", "sequence_length", "global_batch_size", "per_device_batch_size")
-    }
-    facts |= {"steps": arguments.steps, "turns": arguments.turns}
-    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    Path(f"{arguments.results}.md").write_text(f"{text}\n\n{described}\n")
-    result = {**facts, "turn": turns, "peak_memory_bytes": memory, "ratios": ratios}
-    Path(f"{arguments.results}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for peer, goals in GOALS.items():
+        reached = {**found[peer], "speed": statistics.median(found[peer]["speed"])}
+        for measure, goal in goals.items():
+            lines.append(
+                f"- {measure} of the recipe, {peer}: {reached[measure]:.2f} x; goal: at "
+                f"{'least' if measure == 'speed' else 'most'} {goal}"
+            )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

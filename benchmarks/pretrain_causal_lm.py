@@ -3,22 +3,13 @@
     python -m benchmarks.pretrain_causal_lm
 
 The three train the same model on the same packed rows: the recipe reads them from its stream while
-it trains, the others find them ready in memory. They take turns in one process; the median of the
-turns and their spread are written to benchmarks/results/pretrain_causal_lm.md and .json.
+it trains, the others find them ready in memory. They take turns in one process. Results:
+benchmarks/results/pretrain_causal_lm.md and .json.
 """
 
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -31,14 +22,20 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from recipes.pretrain import causal_lm
 from utils.config import command, parse
 from utils.lanes import Corpus
 from utils.model import build_model, model_config
-from utils.packing import DocumentEncoder, collate, packed_rows
+from utils.packing import DocumentEncoder, packed_rows
 from utils.run_folder import RunFolder
-from utils.stream import StepStream
+from utils.stream import StepStream, TrainingStream, collate
 from utils.training import Training
+
+RECIPE = "this recipe, reading and tokenizing"
+LOOP = "bare PyTorch loop, rows in memory"
+TRAINER = "transformers.Trainer, rows in memory"
+WARMUP = 2  # steps of a turn that are not timed
 
 
 @dataclass
@@ -49,9 +46,6 @@ class Arguments:
     steps: int = 6  # of a turn, after two that are not timed
     turns: int = 5
     results: str = "benchmarks/results/pretrain_causal_lm"
-
-
-WARMUP = 2
 
 
 def build(args: causal_lm.Arguments, tokenizer) -> torch.nn.Module:
@@ -66,9 +60,11 @@ def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
         encode = DocumentEncoder(tokenizer)
         corpus = Corpus(args.train_sources, encode, args, args.seed)
         training = Training(args, RunFolder(folder))
+        training.ranks.release()  # a benchmark has nothing to save when a signal comes
         model = build(args, tokenizer)
         rows_of = partial(packed_rows, corpus, args.sequence_length)
-        training.prepare(causal_lm.NextTokenLoss(model), model, tokenizer, corpus, rows_of)
+        data = TrainingStream(corpus, rows_of, args)
+        training.prepare(causal_lm.NextTokenLoss(model), model, tokenizer, data)
         for step in training.steps():
             if step == WARMUP:
                 start, tokens = time.perf_counter(), training.tokens
@@ -166,6 +162,10 @@ def trainer_turn(args: causal_lm.Arguments, tokenizer, steps) -> float:
 
 def main() -> None:
     arguments = parse(Arguments)
+    packages = ("torch", "transformers", "accelerate", "tokenizers")
+    facts = describe("python -m benchmarks.pretrain_causal_lm", packages)
+    facts |= {"threads": torch.get_num_threads(), "config": arguments.config}
+    facts |= {"steps": arguments.steps, "turns": arguments.turns}
     args = parse(causal_lm.Arguments, [arguments.config])
     args.max_steps, args.logging_steps = arguments.steps + WARMUP, 10**9
     args.lr_scheduler_type, args.warmup_steps, args.report_to = "constant", 0, []
@@ -173,56 +173,23 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     steps = batches_of(args, tokenizer)
     peers = {
-        "this recipe, reading and tokenizing": lambda: recipe_turn(args, tokenizer),
-        "bare PyTorch loop, rows in memory": lambda: bare_turn(args, tokenizer, steps),
-        "transformers.Trainer, rows in memory": lambda: trainer_turn(args, tokenizer, steps),
+        RECIPE: lambda: recipe_turn(args, tokenizer),
+        LOOP: lambda: bare_turn(args, tokenizer, steps),
+        TRAINER: lambda: trainer_turn(args, tokenizer, steps),
     }
     speeds: dict[str, list[float]] = {name: [] for name in peers}
     for turn in range(arguments.turns):
         for name, measure in peers.items():
             speeds[name].append(measure())
             print(f"turn {turn + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", flush=True)
-    write_results(arguments, speeds)
-
-
-def write_results(arguments: Arguments, speeds: dict[str, list[float]]) -> None:
-    reference = statistics.median(list(speeds.values())[1])
-    lines = [
-        "| | tokens/s, median | least to most | of the bare loop |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, values in speeds.items():
-        median = statistics.median(values)
-        lines.append(
-            f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} "
-            f"| {median / reference:.1%} |"
-        )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    hardware = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        hardware = f"{names[0].partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} cores"
-    facts = {
-        "command": " ".join(["python -m benchmarks.pretrain_causal_lm", *sys.argv[1:]]),
-        "hardware": hardware,
-        "versions": {n: version(n) for n in ("torch", "transformers", "accelerate", "tokenizers")},
-        "commit": commit,
-        "date": str(date.today()),
-        "config": arguments.config,
-        "steps": arguments.steps,
-        "turns": arguments.turns,
-    }
-    text = "\n".join(lines)
-    print(text)
-    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    Path(arguments.results + ".md").write_text(f"{text}\n\n{described}\n")
-    Path(arguments.results + ".json").write_text(
-        json.dumps({**facts, "tokens_per_second": speeds}, indent=1) + "\n"
-    )
+    of_loop = {name: ratios(values, speeds[LOOP]) for name, values in speeds.items()}
+    lines = ["| | tokens/s | of the bare loop |", "| --- | ---: | ---: |"]
+    for name in peers:
+        cells = median_and_range(speeds[name], ",.0f"), median_and_range(of_loop[name], ".1%")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"Medians (least to most) of {arguments.turns} turns; ratios are of one turn."]
+    measured = {"tokens_per_second": speeds, "of_the_bare_loop": of_loop}
+    write_results(arguments.results, "\n".join(lines), facts, measured)
 
 
 if __name__ == "__main__":

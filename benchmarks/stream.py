@@ -13,16 +13,11 @@ import os
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +28,7 @@ import pyarrow.parquet
 import zstandard
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from utils.config import command, parse
 from utils.lanes import ENCODE_BATCH, Corpus, StreamArguments
 from utils.packing import DocumentEncoder, packed_rows
@@ -40,6 +36,7 @@ from utils.sources import Source, find_files
 from utils.stream import Row, StepStream
 
 TURN = 2**18  # tokens
+BARE = "`tokenizers`, texts in memory"
 
 
 @dataclass
@@ -115,7 +112,7 @@ def measure_speeds(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> dict[
     encode, texts = DocumentEncoder(tokenizer), list(read_texts(args))
     peers = {
         "this stream": stream(args, tokenizer),
-        "`tokenizers`, texts in memory": bare(encode, lambda: texts),
+        BARE: bare(encode, lambda: texts),
         "`tokenizers`, reading JSON lines": bare(encode, lambda: read_texts(args)),
         "`datasets`, streaming and batched map": datasets_map(args, tokenizer),
     }
@@ -192,52 +189,32 @@ def states_in_the_middle(
 
 def main() -> None:
     args = parse(Arguments)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else os.cpu_count()
+    packages = ("tokenizers", "transformers", "datasets", "pyarrow", "zstandard", "numpy")
+    facts = describe("python -m benchmarks.stream", packages)
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        core = max(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {core})
+        facts["pinned to"] = f"core {core}"
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    load = os.getloadavg()[0]
     speeds = measure_speeds(args, tokenizer)
     resumes = measure_resumes(args, tokenizer)
-    write_results(args, speeds, resumes, describe(cores, load))
+    text = as_tables(args, speeds, resumes)
+    write_results(args.results, text, facts, {"rounds": speeds, "resumes": resumes})
 
 
-def describe(cores: int | None, load: float) -> dict:
-    names = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), names)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    packages = ("tokenizers", "transformers", "datasets", "pyarrow", "zstandard", "numpy")
-    return {
-        "command": " ".join(["python -m benchmarks.stream", *sys.argv[1:]]),
-        "hardware": f"one core of {cores}, {names}; load before the start: {load:.1f}",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "commit": commit.stdout.strip(),
-        "date": str(date.today()),
-    }
-
-
-def write_results(args: Arguments, speeds: dict, resumes: list[dict], facts: dict) -> None:
+def as_tables(args: Arguments, speeds: dict[str, list], resumes: list[dict]) -> str:
     rates = {name: [t / cpu for t, cpu, _ in rounds] for name, rounds in speeds.items()}
-    reference = rates["`tokenizers`, texts in memory"]
-    lines = [
-        "| | tokens/s, median | least to most | of bare `tokenizers` |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    lines = ["| | tokens/s | of bare `tokenizers` |", "| --- | ---: | ---: |"]
     for name, values in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(values, reference, strict=True))
-        spread = f"{min(values):,.0f} to {max(values):,.0f}"
-        lines.append(f"| {name} | {statistics.median(values):,.0f} | {spread} | {ratio:.1%} |")
+        of_bare = median_and_range(ratios(values, rates[BARE]), ".1%")
+        lines.append(f"| {name} | {median_and_range(values, ',.0f')} | {of_bare} |")
     waited = statistics.median(wall / cpu for _, cpu, wall in speeds["this stream"])
     tokens = speeds["this stream"][0][0]
     lines += [
         "",
-        f"{args.rounds} rounds of {tokens:,} tokens; the last column is the median of the rounds' "
-        f"ratios. On the wall, the stream took {waited:.2f} times its CPU seconds.",
+        f"Medians (least to most) of {args.rounds} rounds of {tokens:,} tokens; ratios are of one "
+        f"round. On the wall, the stream took {waited:.2f} times its CPU seconds.",
         "",
         f"| {args.lanes} lanes of | ranks | first step, new | resumed in the middle | state |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -248,12 +225,7 @@ def write_results(args: Arguments, speeds: dict, resumes: list[dict], facts: dic
             f"| {row['format']} | {row['world_size']} | {new:.2f} s | {resumed:.2f} s "
             f"| {row['state_bytes'] / 1000:.0f} kB |"
         )
-    text = "\n".join(lines)
-    print(f"\n{text}")
-    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    Path(f"{args.results}.md").write_text(f"{text}\n\n{described}\n")
-    result = {**facts, "rounds": speeds, "resumes": resumes}
-    Path(f"{args.results}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,22 @@ After every few kills a run may finish, and is compared. The table is written to
 benchmarks/results/soak.md and .json.
 """
 
-import json
-import os
-import platform
 import random
-import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date, timedelta
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+sys.path.append(str(Path(__file__).parent.parent))  # of benchmarks, which is not installed
 
 from launching import ROOT, checkpoints
 from test_kill import STAGES, Runs, kill, result
 
+from benchmarks.measurement import describe, write_results
 from utils.config import InputError, command, parse
 
 SAMPLE = ROOT / "data" / "sample"
@@ -94,7 +91,8 @@ def soak(row: Row, kills: int, seed: int, folder: Path, progress: Callable[[str]
 def main() -> None:
     args = parse(Arguments)
     rows = [Row(stage, precision) for stage in STAGES for precision in PRECISIONS]
-    load, start = os.getloadavg()[0], time.monotonic()
+    packages = ("torch", "transformers", "accelerate", "deepspeed")
+    facts, start = describe("python tests/soak.py", packages), time.monotonic()
 
     def progress(text: str) -> None:
         done, passed = sum(row.kills.total() for row in rows), time.monotonic() - start
@@ -105,43 +103,17 @@ def main() -> None:
         kills = args.kills * (index + 1) // len(rows) - args.kills * index // len(rows)
         with TemporaryDirectory() as folder:
             soak(row, kills, args.seed, Path(folder), progress)
-    facts = {
-        "command": shlex.join(["python", "tests/soak.py", *sys.argv[1:]]),
-        "hardware": f"{hardware()}; load before the start: {load:.1f}",
-        "time": f"{timedelta(seconds=round(time.monotonic() - start))}",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")},
-        "commit": commit(),
-        "date": str(date.today()),
-    }
-    write_results(args, rows, facts)
+    facts["time"] = str(timedelta(seconds=round(time.monotonic() - start)))
+    write_results(args.results, as_table(rows), facts, {"rows": [vars(row) for row in rows]})
     if any(row.identical < row.finished for row in rows):
         raise InputError("a run that was killed differs from an undisturbed one")
 
 
-def hardware() -> str:
-    names = [platform.processor() or platform.machine()]
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [x.partition(": ")[2] for x in lines if x.startswith("model name")] or names
-    return f"{os.cpu_count()} cores, {names[0]}"
-
-
-def commit() -> str:
-    words = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-def write_results(args: Arguments, rows: list[Row], facts: dict) -> None:
+def as_table(rows: list[Row]) -> str:
     heads = ["", "precision", "kills", "before the first checkpoint", "in a save", "later"]
     heads += ["runs finished and compared", "bit-identical"]
     table = [heads, ["---"] * len(heads), *(row.cells for row in rows)]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    print(text)
-    described = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    Path(f"{args.results}.md").write_text(f"{text}\n\n{described}\n")
-    content = {**facts, "rows": [vars(row) for row in rows]}
-    Path(f"{args.results}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 if __name__ == "__main__":
