@@ -8,7 +8,8 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 INSTALLED := .venv/installed
 SAMPLE := data/sample/README.md
 TOKENIZERS := data/tokenizers/bpe-8192/tokenizer.json data/tokenizers/wordpiece-8192/tokenizer.json
-SETUP := $(INSTALLED) $(SAMPLE) $(TOKENIZERS)
+TASKS := data/tasks/README.md
+SETUP := $(INSTALLED) $(SAMPLE) $(TOKENIZERS) $(TASKS)
 
 .PHONY: setup demo test lint bench soak
 
@@ -43,8 +44,11 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(SAMPLE): recipes/corpus/sample.py $(INSTALLED)
+$(SAMPLE): recipes/corpus/sample.py utils/installed_packages.py $(INSTALLED)
 	$(BIN)/python recipes/corpus/sample.py
+
+$(TASKS): recipes/corpus/sample_tasks.py utils/installed_packages.py $(INSTALLED)
+	$(BIN)/python recipes/corpus/sample_tasks.py
 
 data/tokenizers/%-8192/tokenizer.json: $(SAMPLE) recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_%_sample.yaml
 	$(BIN)/python recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_$*_sample.yaml

@@ -17,6 +17,7 @@ import pytest
 from datasets import load_dataset
 
 from recipes.corpus import sample
+from utils import installed_packages
 from utils.config import InputError, parse
 
 ROOT = Path(__file__).parent.parent
@@ -483,7 +484,7 @@ def test_a_domain_without_text(tmp_path):
 def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
     pins = tmp_path / "requirements.txt"
     pins.write_text("numpy==2.4.6\n# a comment\nno-such-package==1.0  # why\n-e .\n")
-    monkeypatch.setattr(sample, "REQUIREMENTS", pins)
+    monkeypatch.setattr(installed_packages, "REQUIREMENTS", pins)
     assert sample.pinned_packages() == ["no-such-package", "numpy"]
     with pytest.raises(InputError) as error:
         sample.installed_domains()

@@ -19,46 +19,27 @@ import hashlib
 import itertools
 import json
 import os
-import platform
-import re
-import shutil
 import sysconfig
 import time
 import tokenize
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution
 from pathlib import Path
 from pydoc_data.topics import topics
 
 from utils.config import InputError, command, parse
+from utils.dataset_folder import replaced_folder
+from utils.installed_packages import (
+    DOCSTRING_DOMAINS,
+    SKIPPED_FOLDERS,
+    definitions,
+    installed,
+    pinned_packages,
+    versions,
+)
 
-# the domains of docstrings, each with the distribution that they are read from
-DOCSTRING_DOMAINS = {
-    "NumPy": "numpy",
-    "SciPy": "scipy",
-    "ScikitLearn": "scikit-learn",
-    "Pandas": "pandas",
-    "PyTorch": "torch",
-    "Transformers": "transformers",
-    "SymPy": "sympy",
-    "NetworkX": "networkx",
-}
-REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
-SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "testing",
-    "site-packages",
-    "dist-packages",
-    "encodings",  # tables of character codes
-    "pydoc_data",  # in a domain of its own
-}
 MINIMUM_CHARACTERS = 100
-DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")  # where a statement holds others
 SPLITS = {
     "train": [f"train-{shard:05d}-of-00004.jsonl" for shard in range(4)],
     "validation": ["validation.jsonl"],
@@ -144,18 +125,6 @@ def installed_domains() -> dict[str, Texts]:
     return domains
 
 
-def pinned_packages() -> list[str]:
-    text = REQUIREMENTS.read_text(encoding="utf-8")
-    return sorted(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
-
-
-def installed(name: str) -> Distribution:
-    try:
-        return distribution(name)
-    except PackageNotFoundError:
-        raise InputError(f"the package {name} is not installed: run `make setup`") from None
-
-
 def source_files(root: Path) -> Texts:
     """The Python files below a folder, whole."""
     paths = []
@@ -177,27 +146,9 @@ def source_files(root: Path) -> Texts:
 
 def docstrings(package: Distribution) -> Texts:
     """The docstrings of a package's modules, classes and functions, dedented."""
-    for path in sorted(package.files or [], key=str):
-        if path.suffix != ".py" or SKIPPED_FOLDERS.intersection(path.parts):
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                # one grammar, so that newer Pythons make the same corpus
-                tree = ast.parse(path.locate().read_bytes(), feature_version=(3, 11))
-        except (SyntaxError, ValueError) as error:
-            print(f"  skipped {path.as_posix()}: {error}", flush=True)
-            continue
-        nodes: list[tuple[ast.AST, str]] = [(tree, path.as_posix())]
-        for node, source in nodes:  # the list grows as it is read
-            if isinstance(node, DEFINITIONS) and (text := ast.get_docstring(node)):
-                yield text, source
-            for block in BLOCKS:
-                for child in getattr(node, block, ()):
-                    if isinstance(child, DEFINITIONS):
-                        separator = "." if ":" in source else ":"
-                        nodes.append((child, f"{source}{separator}{child.name}"))
-                    else:
-                        nodes.append((child, source))
+    for definition in definitions(package):
+        if text := ast.get_docstring(definition.node):
+            yield text, definition.source
 
 
 def readme(package: Distribution) -> str:
@@ -211,33 +162,11 @@ def build(domains: dict[str, Texts], output_dir: Path) -> list[Document]:
         InputError: `output_dir` is a file, holds something else or cannot be written; a domain
             without text.
     """
-    refuse_other_content(output_dir)
-    target = output_dir.resolve()  # behind a link, what the link points to is replaced
-    aside = target.with_name(f".{target.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    files = {"README.md", *itertools.chain(*SPLITS.values())}
+    with replaced_folder(output_dir, files, "a sample corpus") as folder:
         documents = collect(domains)
-        write(documents, aside / "new")
-        if target.exists():
-            target.rename(aside / "old")
-        (aside / "new").rename(target)
-    except OSError as error:
-        raise InputError(f"cannot build {output_dir}: {error.strerror}: {error.filename}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        write(documents, folder)
     return documents
-
-
-def refuse_other_content(output_dir: Path) -> None:
-    if output_dir.is_file():
-        raise InputError(f"{output_dir} is a file: give another folder with --output_dir")
-    present = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
-    if present not in (set(), {"README.md", *itertools.chain(*SPLITS.values())}):
-        raise InputError(
-            f"{output_dir} holds something else than a sample corpus, which would be lost: "
-            f"remove it or give another folder with --output_dir"
-        )
 
 
 def collect(domains: dict[str, Texts]) -> list[Document]:
@@ -263,7 +192,6 @@ def collect(domains: dict[str, Texts]) -> list[Document]:
 
 
 def write(documents: list[Document], folder: Path) -> None:
-    folder.mkdir()
     for split, names in SPLITS.items():
         members = [document for document in documents if document.split == split]
         for shard, name in enumerate(names):
@@ -294,11 +222,7 @@ def card(documents: list[Document]) -> str:
         ),
         row("**all**", documents),
     ]
-    versions = [f"{name} {installed(name).version}" for name in pinned_packages()]
-    return CARD.format(
-        table="\n".join(table),
-        versions=", ".join([f"Python {platform.python_version()}", *versions]),
-    )
+    return CARD.format(table="\n".join(table), versions=versions())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""The folder of a data set that a recipe makes: replaced whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.config import InputError
+
+
+@contextmanager
+def replaced_folder(output_dir: Path, files: set[str], content: str) -> Iterator[Path]:
+    """A new folder beside `output_dir` to write in, which takes its place when all went well.
+
+    Args:
+        files: paths of all files that will stand in it; a folder that holds others is refused.
+        content: what they make up, for messages: "a sample corpus".
+
+    Raises:
+        InputError: `output_dir` is a file, holds something else or cannot be written.
+    """
+    if output_dir.is_file():
+        raise InputError(f"{output_dir} is a file: give another folder with --output_dir")
+    if not _holds_only(output_dir, files):
+        raise InputError(
+            f"{output_dir} holds something else than {content}, which would be lost: "
+            f"remove it or give another folder with --output_dir"
+        )
+    target = output_dir.resolve()  # behind a link, what the link points to is replaced
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / "new").mkdir()
+        yield aside / "new"
+        if target.exists():
+            target.rename(aside / "old")
+        (aside / "new").rename(target)
+    except OSError as error:
+        raise InputError(f"cannot build {output_dir}: {error.strerror}: {error.filename}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _holds_only(folder: Path, files: set[str]) -> bool:
+    """Whether a folder is absent or empty, or holds these files and no other."""
+    present = set()
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            present.add(path.relative_to(folder).as_posix())
+            if not present <= files:
+                return False
+    return present in (set(), files)
