@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from utils.config import InputError
+from utils.memory import empty_model
 from utils.model import ModelArguments, build_model
 from utils.randomness import random_key
 from utils.run_folder import written_aside
@@ -51,6 +53,11 @@ class AdapterArguments(ModelArguments):
             if getattr(self, name) and not has_adapter:
                 raise InputError(f"{name}: there is no adapter: give lora too")
 
+    def what_is_trained(self) -> dict[str, Any]:
+        """What must not change over the life of a run."""
+        names = ("model_name_or_path", "freeze", "lora", "adapter_name_or_path")
+        return {name: getattr(self, name) for name in (*names, "loraplus_lr_ratio")}
+
     @property
     def has_adapter(self) -> bool:
         return self.lora is not None or self.adapter_name_or_path is not None
@@ -75,6 +82,22 @@ def base_model(
     return str(path)
 
 
+def check_trained_part(
+    config: Any, arguments: AdapterArguments, auto_model: Any, task_type: str
+) -> PreTrainedModel:
+    """The model without storage, as it will be trained, to be looked at before anything is written.
+
+    Raises:
+        InputError: as `freeze` and `add_adapter` do.
+    """
+    model = empty_model(config, auto_model)
+    with torch.device("meta"):
+        freeze(model, arguments.freeze)
+        if arguments.lora is not None:
+            add_adapter(model, arguments, task_type, 0)
+    return model
+
+
 def freeze(model: PreTrainedModel, what: str | int | None) -> None:
     """Take parameters out of training.
 
@@ -93,7 +116,7 @@ def freeze(model: PreTrainedModel, what: str | int | None) -> None:
     else:
         frozen = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
         frozen += [getattr(base, "embeddings", None)]
-        frozen += _layers(model)[:what] if isinstance(what, int) else []
+        frozen += _layers(model, what)[:what] if isinstance(what, int) else []
     for module in frozen:
         for parameter in module.parameters() if module is not None else ():
             parameter.requires_grad = False
@@ -101,8 +124,10 @@ def freeze(model: PreTrainedModel, what: str | int | None) -> None:
         raise InputError(f"freeze: {what} leaves nothing to train")
 
 
-def _layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+def _layers(model: PreTrainedModel, wanted: int) -> list[torch.nn.Module]:
     count = model.config.num_hidden_layers
+    if wanted > count:
+        raise InputError(f"freeze: there are {count} layers, not {wanted}")
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return list(module)
@@ -125,9 +150,15 @@ def add_adapter(
     if arguments.adapter_name_or_path is not None:
         return _load_adapter(model, arguments.adapter_name_or_path)
     settings = {"target_modules": "all-linear", **arguments.lora, "task_type": task_type}
+    # what the base's weights do not hold would be frozen as it is drawn, and be in no file
+    new = {name.rpartition(".")[0] for name in getattr(model, "newly_initialized", ())}
+    if new:
+        settings["modules_to_save"] = sorted({*new, *(settings.get("modules_to_save") or ())})
     try:
         config = peft.LoraConfig(**settings)
-        adapted = peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that transformers has changed
+            adapted = peft.get_peft_model(model, config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise InputError(f"lora: {shorten(str(error), 300)}") from None
     if config.init_lora_weights is True:
@@ -164,9 +195,7 @@ def is_same_model(one: str | None, other: str | None) -> bool:
     return one == other or Path(one).absolute().resolve() == Path(other).absolute().resolve()
 
 
-def trainable_share(model: torch.nn.Module) -> str:
-    """ "12,288 of 1,000,000 parameters (1.23%)" """
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    total = sum(size for size, _ in sizes)
-    trained = sum(size for size, is_trained in sizes if is_trained)
+def trainable_share(model: PreTrainedModel | peft.PeftModel) -> str:
+    """Such as "12,288 of 1,000,000 parameters (1.23%)"."""
+    trained, total = peft.PeftModel.get_nb_trainable_parameters(model)
     return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"

@@ -1,5 +1,6 @@
 """One way to update weights: DeepSpeed ZeRO 1 to 3, DistributedDataParallel or one process."""
 
+import json
 import logging
 import math
 import os
@@ -52,6 +53,16 @@ def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator
         project_dir=project_dir,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
     )
+
+
+def launched_zero_stage() -> int:
+    """The ZeRO stage that the launch config asks for; 0: none."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return 0
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if file:
+        return json.loads(Path(file).read_text())["zero_optimization"]["stage"]
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
 
 
 def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:

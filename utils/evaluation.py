@@ -146,3 +146,28 @@ def baselines(
         "bits per byte under a unigram model of the same tokenizer": f"{unigram_bits / size:.4f}",
         "bits per byte under gzip -9, document by document": f"{gzip_bits / size:.4f}",
     }
+
+
+def batches_of(
+    ranks: Ranks, lengths: list[int], budget: int, limit: int | None = None
+) -> Iterator[list[int]]:
+    """Every example once, over all ranks: indices of similar lengths, as many times on every rank.
+
+    A rank that has no more gets empty lists. Ends, with `ranks.stopped` set, at a stop signal.
+
+    Args:
+        lengths: of the examples, in tokens.
+        budget: of a batch, padding included, in tokens; a longer example comes alone.
+        limit: of examples in a batch.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        longest = lengths[groups[-1][0]] if groups else 0
+        size = len(groups[-1]) + 1 if groups else 0
+        if not groups or size * longest > budget or (limit is not None and size > limit):
+            groups.append([])
+        groups[-1].append(index)
+    for start in range(0, len(groups), ranks.world_size):
+        if ranks.any_rank(False) or ranks.stopped:
+            return
+        yield dict(enumerate(groups[start : start + ranks.world_size])).get(ranks.rank, [])

@@ -99,7 +99,8 @@ def build_model(
 ) -> PreTrainedModel:
     """The model: from given weights, or initialised as a function of the seed.
 
-    What the given weights do not hold (the head of a new task) is initialised in the same way.
+    What the given weights do not hold (the head of a new task) is initialised in the same way, and
+    named in the model's `newly_initialized`.
 
     Args:
         auto_model: AutoModelForCausalLM or another class of its kind.
@@ -141,6 +142,7 @@ def build_model(
         )
     if not name or new:
         initialize_weights(model, seed, new if name else None)
+    model.newly_initialized = sorted(new) if name else []
     # that of the given weights may be another head's
     model.config.architectures = [type(model).__name__]
     return model

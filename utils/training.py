@@ -221,9 +221,10 @@ class Training:
         if name not in results:
             known = ", ".join(k for k, v in results.items() if isinstance(v, float))
             raise InputError(f"metric_for_best_model: {name} is not measured; these are: {known}")
-        sign = 1 if a.is_greater_better else -1
-        if self.best_metric is None or sign * results[name] > sign * self.best_metric:
-            self.best_metric, self.best_step = results[name], self.step
+        value, sign = results[name], 1 if a.is_greater_better else -1
+        best = -math.inf if self.best_metric is None else sign * self.best_metric
+        if sign * value > best:
+            self.best_metric, self.best_step = value, self.step
             self.evaluations_since_best = 0
         else:
             self.evaluations_since_best += 1

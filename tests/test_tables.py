@@ -1,0 +1,125 @@
+"""Rows of every format, each with its place, and what is said where there is something wrong."""
+
+import json
+
+import datasets
+import pandas as pd
+import pytest
+
+from utils.config import InputError
+from utils.tables import Table, read_table
+
+ROWS = [{"text": "one, two", "label": 1}, {"text": 'a "quoted"\nline', "label": 2}]
+
+
+def write(path, rows=ROWS):
+    frame = pd.DataFrame(rows)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+def test_all_formats_hold_the_same_rows(tmp_path, suffix):
+    rows = read_table(Table(str(write(tmp_path / f"rows{suffix}"))))
+    values = [{**row.values, "label": int(row.values["label"])} for row in rows]
+    assert values == ROWS
+
+
+def test_places(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert [row.place for row in read_table(Table(str(path)))] == [
+        f"{path}, line 1",
+        f"{path}, line 3",
+    ]
+    path = write(tmp_path / "rows.csv")
+    # the second record of the csv file ends in its fourth line
+    assert [row.place for row in read_table(Table(str(path)))] == [
+        f"{path}, line 2",
+        f"{path}, line 4",
+    ]
+    path = write(tmp_path / "rows.parquet")
+    assert read_table(Table(str(path)))[1].place == f"{path}, row 2"
+
+
+def test_a_glob_reads_its_files_in_order(tmp_path):
+    for number in (2, 0, 1):
+        write(tmp_path / f"part-{number}.jsonl", [{"text": str(number)}])
+    rows = read_table(Table(f"{tmp_path}/part-*.jsonl"))
+    assert [row.values["text"] for row in rows] == ["0", "1", "2"]
+
+
+def test_the_official_json_with_a_data_key(tmp_path):
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "1.1", "data": ROWS}))
+    assert [row.values for row in read_table(Table(str(path)))] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text"\n', "{path}, line 2: not JSON: "),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', "{path}, line 2: not a mapping of columns: [1]"),
+        ("a.jsonl", "\n", "{path} holds no rows"),
+        ("a.csv", "text,label\na,1\nb\n", "{path}, line 3: fewer values than the header has"),
+        ("a.csv", "text,label\na,1,2\n", "{path}, line 2: more values than the header has"),
+        ("a.csv", b"text\n\xff\n", "cannot read {path}: 'utf-8' codec"),
+        ("a.parquet", "PAR", "cannot read {path}: "),
+        ("a.json", "{}", "{path}: expected a list of rows, or such a list under the key 'data'"),
+        ("a.txt", "text", "{path}: give files of one of these kinds: .csv, "),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as error:
+        read_table(Table(str(path)))
+    assert str(error.value).startswith(message.format(path=path))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(InputError, match=r"no file .*none\.csv"):
+        read_table(Table(f"{tmp_path}/none.csv"))
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    def load_dataset(path, name, split, revision):
+        assert (path, name, split, revision) == ("glue", "sst2", "validation", "abc")
+        return iter(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_table(Table("glue", "sst2", "validation", "abc"))
+    assert [row.values for row in rows] == ROWS
+    assert rows[1].place == "glue (validation), row 2"
+
+
+def test_a_name_that_is_no_dataset(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("cannot reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError) as error:
+        read_table(Table("no/such-dataset"))
+    assert str(error.value).startswith("no/such-dataset is neither a file (.csv, ")
+    assert str(error.value).endswith(
+        "nor a dataset that the Hub gives: ConnectionError: cannot reach the Hub"
+    )
+
+
+def test_columns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": " ", "label": 3}\n')
+    (row,) = read_table(Table(str(path)))
+    with pytest.raises(InputError, match=r"line 1: no column 'txt'; there are: text, label$"):
+        row.get("txt")
+    with pytest.raises(InputError, match=r"line 1: text is empty$"):
+        row.text("text")
+    with pytest.raises(InputError, match=r"line 1: label must be text, not 3$"):
+        row.text("label")
