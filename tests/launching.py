@@ -68,8 +68,14 @@ _server.set_forkserver_preload(
         "torch._inductor.compile_fx",
         "functorch.compile",
         "torch.utils.cpp_extension",
+        "evaluate",
+        "matplotlib.figure",
+        "peft",
+        "scipy.stats",
+        "sklearn.metrics",
         "utils.evaluation",
         "utils.memory",
+        "utils.training",
     ]
 )
 

@@ -26,8 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 from recipes.pretrain import causal_lm
 from recipes.pretrain.causal_lm import NextTokenLoss
 from utils import checkpoint, training
-from utils.engine import Engine, _parameter_groups, initialize_weights
+from utils.engine import Engine, initialize_weights
+from utils.optimizer import adamw
 from utils.training import Training
+from utils.training_arguments import TrainingArguments
 
 DISTURBED = {
     # dropout: what is random must not depend on what ran before
@@ -250,7 +252,7 @@ def test_early_stopping(disturbed, monkeypatch):
     assert len(steps(ended.folder)) == 9
     assert "9 steps" in ended.output
     assert "eval_loss has not improved 2 times" in ended.output
-    assert "is finished at step 9: the evaluation loss has not" in disturbed(**patience).output
+    assert "is finished at step 9: eval_loss has not" in disturbed(**patience).output
     # killed between its last checkpoint and its end
     (ended.folder / "finished.json").unlink()
     again = disturbed(**patience)
@@ -516,7 +518,7 @@ def test_norms_and_biases_do_not_decay():
         AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
     )
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay, rest = _parameter_groups(model, 0.3)
+    decay, rest = adamw(model, TrainingArguments(weight_decay=0.3)).param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert {names[p] for p in decay["params"]} == {
         "transformer.wte.weight",

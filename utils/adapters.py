@@ -150,6 +150,9 @@ def add_adapter(
     if arguments.adapter_name_or_path is not None:
         return _load_adapter(model, arguments.adapter_name_or_path)
     settings = {"target_modules": "all-linear", **arguments.lora, "task_type": task_type}
+    if task_type == "QUESTION_ANS":  # whose head peft does not know by all its names
+        heads = [name for name, child in model.named_children() if child is not model.base_model]
+        settings = {"modules_to_save": heads, "exclude_modules": heads} | settings
     # what the base's weights do not hold would be frozen as it is drawn, and be in no file
     new = {name.rpartition(".")[0] for name in getattr(model, "newly_initialized", ())}
     if new:

@@ -55,6 +55,8 @@ def export(
         if is_adapter and not merge_adapter:
             return _export_adapter(checkpoint, output_dir, dtype)
         model = _whole_model(checkpoint, base, is_adapter, dtype).to(dtype)
+        if (checkpoint / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint)
         with written_aside(output_dir) as folder:
             model.save_pretrained(folder)
             transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)

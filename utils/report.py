@@ -73,8 +73,14 @@ def write_card(
     """
     settings = folder.path / "config.yaml"
     config, _ = read_yaml(str(settings))
-    train = dict.fromkeys(source["path"] for source in config.get("train_sources") or [])
-    held_out = ", ".join(s["path"] for s in config.get("validation_sources") or []) or "validation"
+    train, held_out = (
+        dict.fromkeys(
+            s["path"] for s in config.get(f"{split}_sources", config.get(f"{split}_data")) or ()
+        )
+        for split in ("train", "validation")
+    )
+    held_out = ", ".join(held_out) or "validation"
+    given = config.get("model_name_or_path")
     latest = {key: value for record in folder.records() for key, value in record.items()}
     results = {k.removeprefix("eval_"): v for k, v in latest.items() if k.startswith("eval_")}
     by_domain = {k.removesuffix("_by_domain"): v for k, v in results.items() if type(v) is dict}
@@ -84,6 +90,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag=pipeline_tag,
         datasets=[path for path in train if _is_hub_name(path)] or None,
+        base_model=given if given and _is_hub_name(given) else None,
         model_name=title if scores else None,
         eval_results=[EvalResult(pipeline_tag, held_out, held_out, *s) for s in scores.items()]
         or None,

@@ -118,6 +118,8 @@ class Training:
         self.model_files = (copy.deepcopy(model.config), tokenizer)
         if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
             self.model_files += (model.peft_config["default"],)
+        if model.can_generate():
+            self.model_files += (model.generation_config,)
         self.base_model = base_model
         fixed = {
             "seed": a.seed,
@@ -283,6 +285,9 @@ class Training:
             print(f"saved {folder}", flush=True)
 
     def _write_model_files(self, folder: Path) -> None:
+        backend = self.model_files[1].backend_tokenizer
+        backend.no_truncation()  # a call that truncates leaves that behind
+        backend.no_padding()
         for part in self.model_files:
             part.save_pretrained(folder)
 

@@ -63,7 +63,8 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
     """Fine-tune a causal language model on instructions and conversations."""
 
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
-    packing: bool = True  # several conversations a row, which do not see each other; or padding
+    # several conversations a row, which do not see each other; else sorted by length and padded
+    packing: bool = False
     load_in_4bit: bool = False  # QLoRA: the base in NF4, its scales quantized too; needs lora
     neftune_noise_alpha: float = 0.0  # noise on the embeddings, 5 for example; 0: none
     sample_answers: int = 3  # to the first conversations of validation_data, at each evaluation
@@ -185,6 +186,8 @@ def main() -> None:
     training = Training(args, folder)
     begin_with = replace(args, model_name_or_path=base)
     model = build_model(begin_with, config, AutoModelForCausalLM, args.seed, **options)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     freeze(model, args.freeze)
     objective = AnswerLoss(model, args.packing, args.neftune_noise_alpha)
     trained = add_adapter(model, args, "CAUSAL_LM", args.seed) if args.has_adapter else model
