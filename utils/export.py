@@ -122,6 +122,8 @@ def _export_adapter(checkpoint: Path, output_dir: Path, dtype: torch.dtype) -> i
         folder.mkdir(parents=True)
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
         adapter.save_pretrained(folder)
+        if (checkpoint / "generation_config.json").exists():
+            transformers.GenerationConfig.from_pretrained(checkpoint).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
     return sum(tensor.numel() for tensor in tensors.values())
 

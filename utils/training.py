@@ -285,9 +285,10 @@ class Training:
             print(f"saved {folder}", flush=True)
 
     def _write_model_files(self, folder: Path) -> None:
-        backend = self.model_files[1].backend_tokenizer
-        backend.no_truncation()  # a call that truncates leaves that behind
-        backend.no_padding()
+        backend = getattr(self.model_files[1], "backend_tokenizer", None)  # a slow one has none
+        if backend is not None:
+            backend.no_truncation()  # a call that truncates leaves that behind
+            backend.no_padding()
         for part in self.model_files:
             part.save_pretrained(folder)
 

@@ -1,0 +1,59 @@
+"""The result of every one of a finite set of examples, worked out by all ranks together."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from utils.config import InputError
+from utils.evaluation import batches_of
+from utils.run_folder import written_aside
+from utils.training import Training
+
+
+def score_examples(
+    training: Training,
+    lengths: list[int],
+    budget: int,
+    score: Callable[[list[int]], Sequence[Any]],
+    what: str,
+    limit: int | None = None,
+) -> list[Any] | None:
+    """The result of each example, in the order of the examples, on every rank.
+
+    The batches do not depend on the number of ranks, and so neither do the results.
+
+    Args:
+        lengths, budget, limit: of the examples and their batches, as `batches_of` takes them.
+        score: indices of a batch → a result of each, which can be pickled. Every rank calls it as
+            often, since a forward under ZeRO-3 is a joint act: at last perhaps with no indices.
+        what: is done, as the progress bar says.
+
+    Returns:
+        None when a stop signal came in between.
+    """
+    ranks = training.ranks
+    mine: list[tuple[int, Any]] = []
+    training.objective.eval()
+    is_hidden = None if training.is_main else True  # None: but on a terminal
+    bar = tqdm(total=len(lengths), desc=what, unit=" examples", leave=False, disable=is_hidden)
+    with bar, torch.no_grad(), training.accelerator.autocast():
+        for indices in batches_of(ranks, lengths, budget, limit):
+            mine += zip(indices, score(indices), strict=False)
+            bar.update(min(len(indices) * ranks.world_size, bar.total - bar.n))
+    if ranks.stopped:
+        return None
+    return [result for _, result in sorted(ranks.gather(mine), key=lambda item: item[0])]
+
+
+def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """JSON lines, whole or not at all."""
+    try:
+        with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
