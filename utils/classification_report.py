@@ -1,7 +1,8 @@
 """What people look at of a classifier: its predictions as a file, confusion and calibration."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,29 +14,27 @@ from utils.report import COLORS
 from utils.run_folder import written_aside
 
 
-def write_predictions(
-    path: Path, names: list[str], probabilities: np.ndarray, labels: np.ndarray
-) -> None:
-    """A JSON object a line, in the order of the rows: label, prediction, and probabilities by name.
+def prediction_records(
+    names: list[str], probabilities: np.ndarray, labels: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """In the order of the rows: label, prediction, and probabilities by name.
 
     Args:
         probabilities: (rows, labels), or the numbers that a regression predicts (rows,).
         labels: (rows,) numbers, or with several labels (rows, labels) zeros and ones.
     """
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
-        for values, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
-            if probabilities.ndim == 1:
-                record = {"label": label, "prediction": values}
-            else:
-                if labels.ndim == 2:
-                    pick = [value >= 0.5 for value in values]
-                    found = [n for n, is_found in zip(names, pick, strict=True) if is_found]
-                    true = [n for n, is_true in zip(names, label, strict=True) if is_true]
-                else:
-                    found, true = names[int(np.argmax(values))], names[label]
-                shares = dict(zip(names, values, strict=True))
-                record = {"label": true, "prediction": found, "probabilities": shares}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    for values, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+        if probabilities.ndim == 1:
+            yield {"label": label, "prediction": values}
+            continue
+        if labels.ndim == 2:
+            pick = [value >= 0.5 for value in values]
+            found = [n for n, is_found in zip(names, pick, strict=True) if is_found]
+            true = [n for n, is_true in zip(names, label, strict=True) if is_true]
+        else:
+            found, true = names[int(np.argmax(values))], names[label]
+        shares = dict(zip(names, values, strict=True))
+        yield {"label": true, "prediction": found, "probabilities": shares}
 
 
 def write_figures(

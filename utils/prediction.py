@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.evaluation import batches_of
+from utils.scoring import score_examples
 from utils.training import Training
 
 
@@ -23,17 +23,14 @@ def predict(
         examples: each with its input_ids.
         to_batch: rows of one example or none → the batch.
     """
-    a, ranks, device = training.arguments, training.ranks, training.accelerator.device
-    lengths = [len(example["input_ids"]) for example in examples]
-    found: list[tuple[int, np.ndarray]] = []
-    training.objective.eval()
-    for indices in batches_of(ranks, lengths, a.per_device_batch_size * a.sequence_length):
+    a, device = training.arguments, training.accelerator.device
+
+    def values_of(indices: list[int]) -> np.ndarray:
         batch = to_batch([[examples[index]] for index in indices] or [[]])
-        with torch.no_grad(), training.accelerator.autocast():
-            values = training.engine.module(
-                **{name: tensor.to(device) for name, tensor in batch.items()}, predict=True
-            )
-        found += zip(indices, values.float().cpu().numpy(), strict=False)
-    if ranks.stopped:
-        return None
-    return np.stack([value for _, value in sorted(ranks.gather(found), key=lambda item: item[0])])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return training.engine.module(**batch, predict=True).float().cpu().numpy()
+
+    lengths = [len(example["input_ids"]) for example in examples]
+    budget = a.per_device_batch_size * a.sequence_length
+    found = score_examples(training, lengths, budget, values_of, "predicting")
+    return None if found is None else np.stack(found)

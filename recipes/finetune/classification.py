@@ -34,7 +34,7 @@ from utils.classification_examples import (
     labelled_examples,
 )
 from utils.classification_metrics import ERRORS, METRICS, check_finite, measure, probabilities
-from utils.classification_report import write_figures, write_predictions
+from utils.classification_report import prediction_records, write_figures
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.finetuning_arguments import FinetuningArguments
@@ -49,6 +49,7 @@ from utils.model import build_model, load_tokenizer, model_config
 from utils.optimizer import adamw
 from utils.prediction import predict
 from utils.run_folder import RunFolder
+from utils.scoring import write_predictions
 from utils.training import Training
 
 USAGE = """
@@ -277,7 +278,8 @@ def main() -> None:
         if training.is_main:
             found = probabilities(args.problem_type, logits.astype(np.float64))
             facts["predictions"] = folder.path / "predictions.jsonl"
-            write_predictions(facts["predictions"], names, found, labels[split])
+            records = prediction_records(names, found, labels[split])
+            write_predictions(facts["predictions"], records)
             for path in write_figures(folder.path, names, found, labels[split]):
                 facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
