@@ -81,11 +81,12 @@ class Arguments:
     lora: dict[str, Any] = field(
         default_factory=lambda: {
             "r": 2,
-            "lora_alpha": 4,
+            "lora_alpha": 2,
+            "bias": "lora_only",
             "target_modules": ["word_embeddings", "query", "key", "value", "dense"],
         }
     )
-    lora_learning_rate: float = 5e-3
+    lora_learning_rate: float = 1e-2
     runs: str = "runs/finetune_classification"
     results: str = "benchmarks/results/finetune_classification"  # quality: …_quality
 
