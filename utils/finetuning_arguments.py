@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from utils.config import InputError
 from utils.tables import Table
-from utils.training_arguments import TrainingArguments
+from utils.training_arguments import SchedulerType, TrainingArguments
 
 
 @dataclass
@@ -23,14 +22,7 @@ class FinetuningArguments(TrainingArguments):
     per_device_batch_size: int = 8
     sequence_length: int = 512  # tokens of an example, at most
     learning_rate: float = 2e-5
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_min_lr",
-        "warmup_stable_decay",
-        "constant",
-        "constant_with_warmup",
-    ] = "linear"
+    lr_scheduler_type: SchedulerType = "linear"
     warmup_ratio: float = 0.0  # of the run's steps, where warmup_steps is 0
     weight_decay: float = 0.01  # L2, decoupled: of matrices, not of norms and biases
     l1_decay: float = 0.0  # the same with L1: w moves to 0 by learning_rate x l1_decay a step

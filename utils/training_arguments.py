@@ -26,6 +26,15 @@ COUNTS = (
     "keep_every",
 )
 
+SchedulerType = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "constant",
+    "constant_with_warmup",
+]
+
 
 @dataclass
 class TrainingArguments:
@@ -40,14 +49,7 @@ class TrainingArguments:
     per_device_batch_size: int = 8  # sequences a micro-batch; accumulation makes up the rest
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     learning_rate: float = 3e-4  # the peak
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_min_lr",
-        "warmup_stable_decay",
-        "constant",
-        "constant_with_warmup",
-    ] = "cosine"
+    lr_scheduler_type: SchedulerType = "cosine"
     # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_steps: int = 0
