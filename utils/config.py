@@ -17,8 +17,6 @@ and reads them with `parse(Arguments)`:
 
 import dataclasses
 import difflib
-import inspect
-import json
 import os
 import re
 import sys
@@ -31,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from utils.usage import alternatives, default, plain, spell, usage
 
 Settings = typing.TypeVar("Settings")
 # seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
@@ -115,11 +115,11 @@ def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
     if argv and not argv[0].startswith("-"):
         values, places = read_yaml(argv[0])
         argv = argv[1:]
-    defaults = {field.name: _default(field) for field in dataclasses.fields(settings)}
+    defaults = {field.name: default(field) for field in dataclasses.fields(settings)}
     for key, text in _options(argv):
         top, dot, _ = key.partition(".")
         if dot and top not in values and defaults.get(top, MISSING) is not MISSING:
-            values[top] = _plain(defaults[top])  # a dotted key changes a part of the default
+            values[top] = plain(defaults[top])  # a dotted key changes a part of the default
         _assign(values, key, _read_word(text, _hint(settings, key)))
         # what was set below this key is replaced along with it
         places = {k: v for k, v in places.items() if k != key and not k.startswith(key + ".")}
@@ -134,31 +134,6 @@ def write_yaml(settings: Any, path: Path) -> None:
     """Write a settings dataclass so that `parse` reads it back equal."""
     values = dataclasses.asdict(settings)
     path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100))
-
-
-def usage(settings: type) -> str:
-    """The `--help` text: the dataclass's docstring and each field with type, default and help."""
-    lines = [inspect.cleandoc(settings.__doc__ or ""), "", "usage: [CONFIG.yaml] [--key value …]"]
-    return "\n".join([*lines, *_field_lines(settings, "--")])
-
-
-def _field_lines(settings: type, prefix: str) -> list[str]:
-    lines = []
-    help_texts = _help_texts(settings)
-    hints = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        hint, key = hints[field.name], f"{prefix}{field.name}"
-        default = _default(field)
-        shown = "required" if default is MISSING else json.dumps(_plain(default))
-        lines.append(f"  {key}  {_spell(hint)}, {shown}")
-        if help_texts.get(field.name):
-            lines.append(f"      {help_texts[field.name]}")
-        for choice in _choices(hint):
-            index = "0." if typing.get_origin(choice) is list else ""
-            inner = typing.get_args(choice)[0] if index else choice
-            if dataclasses.is_dataclass(inner):
-                lines += _field_lines(inner, f"{key}.{index}")
-    return lines
 
 
 def _options(argv: list[str]) -> list[tuple[str, str]]:
@@ -178,7 +153,7 @@ def _options(argv: list[str]) -> list[tuple[str, str]]:
 
 def _read_word(text: str, hint: Any) -> Any:
     """A value of the command line: as it stands where text is wanted first, else YAML."""
-    choices = _choices(hint)
+    choices = alternatives(hint)
     if choices[0] is str and not (text == "null" and type(None) in choices):
         return text  # YAML would strip the blank of "def " and read "class A:" as a mapping
     try:
@@ -190,7 +165,7 @@ def _read_word(text: str, hint: Any) -> Any:
 def _hint(hint: Any, key: str) -> Any:
     """The type of the setting that a dotted key names; None if there is none."""
     for name in key.split("."):
-        for choice in _choices(hint):
+        for choice in alternatives(hint):
             if dataclasses.is_dataclass(choice):
                 hint = typing.get_type_hints(choice).get(name)
                 break
@@ -200,11 +175,6 @@ def _hint(hint: Any, key: str) -> Any:
         else:
             return None
     return hint
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -279,7 +249,7 @@ def _build(settings: type, values: Any, prefix: str, places: dict[str, str]) -> 
     for name, field in fields.items():
         if name in values:
             result[name] = _convert(values[name], hints[name], f"{prefix}{name}", places)
-        elif _default(field) is MISSING:
+        elif default(field) is MISSING:
             raise InputError(f"{where}{prefix}{name} is missing: it has no default")
     return settings(**result)
 
@@ -316,56 +286,10 @@ def _convert(value: Any, hint: Any, key: str, places: dict[str, str]) -> Any:
         return value
     elif hint is str and type(value) is int:
         return str(value)
-    raise InputError(f"{_where(key, places)}{key} must be {_spell(hint)}, not {value!r}")
+    raise InputError(f"{_where(key, places)}{key} must be {spell(hint)}, not {value!r}")
 
 
 def _where(key: str, places: dict[str, str]) -> str:
     while key and key not in places:
         key = key.rpartition(".")[0]
     return f"{places[key]}: " if key else ""
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _plain(value: Any) -> Any:
-    """The same in dicts and lists, as YAML would give it."""
-    return json.loads(json.dumps(value, default=dataclasses.asdict))
-
-
-def _spell(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is type(None):
-        return "null"
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_spell(argument) for argument in arguments)
-    if origin is typing.Literal:
-        return " or ".join(json.dumps(argument) for argument in arguments)
-    if origin is list:
-        return f"a list of {_spell(arguments[0])}"
-    if origin is dict:
-        return "a mapping"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _help_texts(settings: type) -> dict[str, str]:
-    """Field name → the comment that ends its line, or that stands on the lines above it."""
-    texts: dict[str, str] = {}
-    for base in reversed(settings.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        above: list[str] = []
-        for line in inspect.getsource(base).splitlines():
-            code, _, comment = line.strip().partition("#")
-            name = code.partition(":")[0].strip()
-            if not code and comment:
-                above.append(comment.strip())
-                continue
-            if name in base.__annotations__:
-                texts[name] = " ".join([*above, comment.strip()]).strip()
-            above = []
-    return texts
