@@ -17,6 +17,7 @@ from recipes.pretrain import causal_lm
 from utils import checkpoint, export
 from utils.checkpoint import CheckpointError
 from utils.config import InputError, command
+from utils.fragments import optimizer_step_count
 
 
 def contents(folder):
@@ -58,7 +59,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(name, count, tmp_path):
     train(model, optimizer, count)
     folder = tmp_path / "checkpoints" / "step-00000003"
     checkpoint.save(folder, model, optimizer, {"mine": [1.5, None]})
-    saved_step = checkpoint.optimizer_step_count(optimizer)
+    saved_step = optimizer_step_count(optimizer)
     assert checkpoint.read_state(folder)["mine"] == [1.5, None]
     train(model, optimizer, 2)
 
@@ -68,7 +69,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved(name, count, tmp_path):
             if parameter.requires_grad:
                 parameter.fill_(7)
     checkpoint.load(folder, other, other_optimizer, saved_step)
-    assert checkpoint.optimizer_step_count(other_optimizer) == saved_step
+    assert optimizer_step_count(other_optimizer) == saved_step
     train(other, other_optimizer, 2)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)

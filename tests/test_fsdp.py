@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from utils import checkpoint
+from utils.fragments import optimizer_step_count
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo")
@@ -43,7 +44,7 @@ newest = folder / "checkpoints" / "step-00000003"
 if mode == "save":
     for seed in range(3):
         step(seed)
-    steps = checkpoint.optimizer_step_count(optimizer)
+    steps = optimizer_step_count(optimizer)
     checkpoint.save(newest, model, optimizer, {"optimizer_step": steps})
 else:
     state = checkpoint.read_state(newest)

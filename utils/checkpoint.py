@@ -13,7 +13,6 @@ were cut when they were written. There is no conversion and no rank holds a whol
 A folder is written under another name, synced and renamed: with its name it is complete.
 """
 
-import inspect
 import json
 import os
 import re
@@ -21,30 +20,28 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from utils.config import InputError
+from utils.fragments import (
+    fragments,
+    get_rank,
+    get_world_size,
+    make_optimizer_state,
+    refresh_model,
+    trainable,
+)
 
 STATE = "state.json"
 
 
 class CheckpointError(Exception):
     """A checkpoint could not be written; earlier ones are untouched."""
-
-
-class Fragment(NamedTuple):
-    """What this process owns of one parameter: a range of its elements, flattened."""
-
-    name: str
-    start: int
-    tensors: dict[str, torch.Tensor]  # "parameter" and the optimizer's: 1-D views of live storage
 
 
 def newest(output_dir: str | Path) -> Path | None:
@@ -97,7 +94,7 @@ def save(
     Raises:
         CheckpointError: on every rank, when any rank could not write (no space left, say).
     """
-    rank, world_size = _rank(), _world_size()
+    rank, world_size = get_rank(), get_world_size()
     partial = folder.with_name(f".{folder.name}.partial")
     error = ""
     if rank == 0:
@@ -157,8 +154,8 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
     Raises:
         InputError: a parameter of the model is missing there, or has another size.
     """
-    _make_optimizer_state(optimizer, optimizer_step)
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in _trainable(model)}
+    make_optimizer_state(optimizer, optimizer_step)
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trainable(model)}
     with _opened(folder) as pieces:
         for name, start, tensors in fragments(model, optimizer, every_rank=True):
             for kind, tensor in tensors.items():
@@ -167,7 +164,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
                     continue  # zeros: all steps so far were skipped
                 if not _fill(tensor, start, held, sizes[name]):
                     raise InputError(f"{folder} does not hold {kind} of {name} in this size")
-    _refresh_model(optimizer)
+    refresh_model(optimizer)
 
 
 def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Any]]:
@@ -185,116 +182,6 @@ def parameter_names(folder: Path) -> set[str]:
     with _opened(folder) as pieces:
         keys = (key.partition("/") for key in pieces)
         return {name for kind, _, name in keys if kind == "parameter"}
-
-
-def optimizer_step_count(optimizer: Any) -> int:
-    """Updates that the optimizer has made: skipped steps are not among them."""
-    states = _torch_optimizer(optimizer).state.values()
-    return max((int(state["step"]) for state in states if "step" in state), default=0)
-
-
-def fragments(
-    model: torch.nn.Module, optimizer: Any, every_rank: bool = False
-) -> Iterator[Fragment]:
-    """The fragments of the trainable parameters that this process owns, in the model's order.
-
-    Where every rank owns everything (no ZeRO), the parameters are dealt out, unless `every_rank`.
-    """
-    zero = zero_optimizer(optimizer)
-    for index, (name, parameter) in enumerate(_trainable(model)):
-        if isinstance(parameter, DTensor):  # FSDP2: rows of the parameter
-            rows = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )[1][0]
-            state = _torch_optimizer(optimizer).state.get(parameter, {})
-            local = {k: v.to_local() for k, v in state.items() if isinstance(v, DTensor)}
-            flat = parameter.to_local()
-            if flat.numel():
-                start = rows * parameter.shape[1:].numel()
-                yield Fragment(name, start, _views(flat, local, 0, flat.numel()))
-        elif zero is None:
-            if every_rank or index % _world_size() == _rank():
-                state = _torch_optimizer(optimizer).state.get(parameter, {})
-                yield Fragment(name, 0, _views(parameter, state, 0, parameter.numel()))
-        elif hasattr(parameter, "ds_id"):
-            group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
-            flat = zero.fp32_partitioned_groups_flat[group]
-            start = length * zero._get_param_partition_rank(parameter)
-            # the last partitions are padded
-            length = max(0, min(length, parameter.ds_numel - start))
-            if length:
-                yield Fragment(
-                    name, start, _views(flat, zero.optimizer.state[flat], offset, length)
-                )
-        elif parameter._hp_mapping is not None:
-            mapping = parameter._hp_mapping
-            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            place = mapping.hp_fragment_address
-            views = _views(flat, zero.optimizer.state[flat], place.start, place.numel)
-            yield Fragment(name, mapping.lp_fragment_address.start, views)
-
-
-def _views(flat: torch.Tensor, state: dict, start: int, length: int) -> dict[str, torch.Tensor]:
-    tensors = {"parameter": flat}
-    tensors |= {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
-    return {k: v.detach().view(-1).narrow(0, start, length) for k, v in tensors.items()}
-
-
-def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def zero_optimizer(optimizer: Any) -> Any:
-    """DeepSpeed's ZeRO optimizer inside what Accelerate handed back, if there is one."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    is_zero = hasattr(inner, "single_partition_of_fp32_groups")
-    return inner if is_zero or hasattr(inner, "fp32_partitioned_groups_flat") else None
-
-
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _make_optimizer_state(optimizer: Any, step: int) -> None:
-    """Give a new optimizer the state that it has after `step` updates, as zeros to be filled."""
-    zero, inner = zero_optimizer(optimizer), _torch_optimizer(optimizer)
-    if zero is None:
-        flats = [p for group in inner.param_groups for p in group["params"]]
-    elif hasattr(zero, "fp32_partitioned_groups_flat"):
-        flats = zero.fp32_partitioned_groups_flat
-    else:
-        flats = zero.single_partition_of_fp32_groups
-    accepted = inspect.signature(type(inner).__init__).parameters
-    for flat in flats:
-        # one update of a single number shows what the optimizer keeps of a parameter
-        probe = torch.nn.Parameter(torch.zeros(1, device=flat.device, dtype=flat.dtype))
-        probe.grad = torch.zeros_like(probe)
-        settings = {k: v for k, v in inner.defaults.items() if k in accepted}
-        probing = type(inner)([probe], **settings)
-        probing.step()
-        for key, value in probing.state[probe].items():
-            if key == "step":
-                value = torch.full_like(value, step) if torch.is_tensor(value) else step
-            elif torch.is_tensor(value) and value.shape == probe.shape:
-                value = torch.zeros_like(flat, dtype=value.dtype)
-            inner.state[flat][key] = value
-
-
-def _refresh_model(optimizer: Any) -> None:
-    """Let the weights that the model computes with follow the full-precision ones just set."""
-    zero = zero_optimizer(optimizer)
-    if zero is None:
-        return
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        for group in range(len(zero.fp32_partitioned_groups_flat)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].partition(zero.persistent_parameters)
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-    else:
-        zero.update_lp_params()
 
 
 @contextmanager
@@ -329,8 +216,8 @@ def _fill(target: torch.Tensor, start: int, pieces: list[tuple[int, Any]], size:
 
 def _raise_together(error: str) -> None:
     errors = [error]
-    if _world_size() > 1:
-        errors = [""] * _world_size()
+    if get_world_size() > 1:
+        errors = [""] * get_world_size()
         dist.all_gather_object(errors, error)
     if any(errors):
         raise CheckpointError(next(e for e in errors if e))
@@ -350,11 +237,3 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 def _step(folder: Path) -> int | None:
     match = re.fullmatch(r"step-(\d{8,})", folder.name)
     return int(match[1]) if match else None
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from utils import checkpoint
 from utils.config import InputError
+from utils.fragments import optimizer_step_count, zero_optimizer
 from utils.randomness import random_key
 
 
@@ -123,7 +124,7 @@ class Engine:
             # what objectives call; an adapter is inside of it
             getattr(model, "get_base_model", lambda: model)().base_model.compile()
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
-        if self.deepspeed and checkpoint.zero_optimizer(self.optimizer) is None:
+        if self.deepspeed and zero_optimizer(self.optimizer) is None:
             raise InputError(
                 "DeepSpeed chose an optimizer that checkpoints do not know: leave grad_accum_dtype "
                 "out of its config, or take ZeRO stage 2 or 3"
@@ -203,7 +204,7 @@ class Engine:
     def save(self, folder: Path, state: dict[str, Any], write_more: Any) -> None:
         state = {
             **state,
-            "optimizer_step": checkpoint.optimizer_step_count(self.optimizer),
+            "optimizer_step": optimizer_step_count(self.optimizer),
             "loss_scaler": self.loss_scaler_state(),
         }
         checkpoint.save(folder, self.model, self.optimizer, state, write_more)

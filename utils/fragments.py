@@ -1,0 +1,139 @@
+"""What this process owns of the parameters and of the optimizer's state, however they are spread.
+
+One process, DistributedDataParallel, FSDP2 and DeepSpeed ZeRO 1 to 3 keep them in different places.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+class Fragment(NamedTuple):
+    """What this process owns of one parameter: a range of its elements, flattened."""
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]  # "parameter" and the optimizer's: 1-D views of live storage
+
+
+def fragments(
+    model: torch.nn.Module, optimizer: Any, every_rank: bool = False
+) -> Iterator[Fragment]:
+    """The fragments of the trainable parameters that this process owns, in the model's order.
+
+    Where every rank owns everything (no ZeRO), the parameters are dealt out, unless `every_rank`.
+    """
+    zero = zero_optimizer(optimizer)
+    for index, (name, parameter) in enumerate(trainable(model)):
+        if isinstance(parameter, DTensor):  # FSDP2: rows of the parameter
+            rows = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )[1][0]
+            state = _torch_optimizer(optimizer).state.get(parameter, {})
+            local = {k: v.to_local() for k, v in state.items() if isinstance(v, DTensor)}
+            flat = parameter.to_local()
+            if flat.numel():
+                start = rows * parameter.shape[1:].numel()
+                yield Fragment(name, start, _views(flat, local, 0, flat.numel()))
+        elif zero is None:
+            if every_rank or index % get_world_size() == get_rank():
+                state = _torch_optimizer(optimizer).state.get(parameter, {})
+                yield Fragment(name, 0, _views(parameter, state, 0, parameter.numel()))
+        elif hasattr(parameter, "ds_id"):
+            group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            start = length * zero._get_param_partition_rank(parameter)
+            # the last partitions are padded
+            length = max(0, min(length, parameter.ds_numel - start))
+            if length:
+                yield Fragment(
+                    name, start, _views(flat, zero.optimizer.state[flat], offset, length)
+                )
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            place = mapping.hp_fragment_address
+            views = _views(flat, zero.optimizer.state[flat], place.start, place.numel)
+            yield Fragment(name, mapping.lp_fragment_address.start, views)
+
+
+def _views(flat: torch.Tensor, state: dict, start: int, length: int) -> dict[str, torch.Tensor]:
+    tensors = {"parameter": flat}
+    tensors |= {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
+    return {k: v.detach().view(-1).narrow(0, start, length) for k, v in tensors.items()}
+
+
+def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def zero_optimizer(optimizer: Any) -> Any:
+    """DeepSpeed's ZeRO optimizer inside what Accelerate handed back, if there is one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    is_zero = hasattr(inner, "single_partition_of_fp32_groups")
+    return inner if is_zero or hasattr(inner, "fp32_partitioned_groups_flat") else None
+
+
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def make_optimizer_state(optimizer: Any, step: int) -> None:
+    """Give a new optimizer the state that it has after `step` updates, as zeros to be filled."""
+    zero, inner = zero_optimizer(optimizer), _torch_optimizer(optimizer)
+    if zero is None:
+        flats = [p for group in inner.param_groups for p in group["params"]]
+    elif hasattr(zero, "fp32_partitioned_groups_flat"):
+        flats = zero.fp32_partitioned_groups_flat
+    else:
+        flats = zero.single_partition_of_fp32_groups
+    accepted = inspect.signature(type(inner).__init__).parameters
+    for flat in flats:
+        # one update of a single number shows what the optimizer keeps of a parameter
+        probe = torch.nn.Parameter(torch.zeros(1, device=flat.device, dtype=flat.dtype))
+        probe.grad = torch.zeros_like(probe)
+        settings = {k: v for k, v in inner.defaults.items() if k in accepted}
+        probing = type(inner)([probe], **settings)
+        probing.step()
+        for key, value in probing.state[probe].items():
+            if key == "step":
+                value = torch.full_like(value, step) if torch.is_tensor(value) else step
+            elif torch.is_tensor(value) and value.shape == probe.shape:
+                value = torch.zeros_like(flat, dtype=value.dtype)
+            inner.state[flat][key] = value
+
+
+def refresh_model(optimizer: Any) -> None:
+    """Let the weights that the model computes with follow the full-precision ones just set."""
+    zero = zero_optimizer(optimizer)
+    if zero is None:
+        return
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    else:
+        zero.update_lp_params()
+
+
+def optimizer_step_count(optimizer: Any) -> int:
+    """Updates that the optimizer has made: skipped steps are not among them."""
+    states = _torch_optimizer(optimizer).state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
