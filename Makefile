@@ -53,7 +53,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 $(SAMPLE): recipes/corpus/sample.py utils/installed_packages.py $(INSTALLED)
 	$(BIN)/python recipes/corpus/sample.py
 
-$(TASKS): recipes/corpus/sample_tasks.py utils/installed_packages.py $(INSTALLED)
+$(TASKS): recipes/corpus/sample_tasks.py utils/docstring_questions.py utils/installed_packages.py $(INSTALLED)
 	$(BIN)/python recipes/corpus/sample_tasks.py
 
 data/tokenizers/%-8192/tokenizer.json: $(SAMPLE) recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_%_sample.yaml

@@ -15,6 +15,7 @@ from datasets import load_dataset
 
 from recipes.corpus import sample_tasks
 from utils.config import InputError, parse
+from utils.docstring_questions import questions
 from utils.installed_packages import DOCSTRING_DOMAINS, Definition
 
 ROOT = Path(__file__).parent.parent
@@ -344,7 +345,7 @@ ValueError
 def test_questions_and_their_answers():
     found = {
         (question.kind, question.name): [CONTEXT[start:end] for start, end in question.answers]
-        for question in sample_tasks.questions(CONTEXT)
+        for question in questions(CONTEXT)
     }
     array = "array_like of shape (n,) or (n, m)"
     about = {
@@ -367,7 +368,7 @@ def test_questions_and_their_answers():
 
 def test_defaults_that_contradict_each_other_are_no_answer():
     text = "Parameters\n----------\nx : int, default: 1\n    A number. Defaults to 2.\n"
-    assert "default" not in {question.kind for question in sample_tasks.questions(text)}
+    assert "default" not in {question.kind for question in questions(text)}
 
 
 def test_templates_are_left_out(tmp_path):
