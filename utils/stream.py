@@ -7,6 +7,7 @@ the step alone: not on the number of processes, of workers, of micro-batches, or
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -149,6 +150,18 @@ def collate(features: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         name: torch.from_numpy(np.stack([row[name] for row in features])).long()
         for name in features[0]
     }
+
+
+def totals(states: list[dict]) -> dict[str, dict[str, int]]:
+    """Of all lanes' states: tokens by source, and what else a recipe has its lanes count."""
+    found = {}
+    for name, key in {"tokens_by_source": "seen", "sequence_counts": "counts"}.items():
+        total: Counter[str] = Counter()
+        for state in states:
+            total.update(state.get(key, {}))
+        if total:
+            found[name] = dict(sorted(total.items()))
+    return found
 
 
 def _as_it_is(rows: list[Row]) -> list[Row]:

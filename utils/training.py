@@ -6,18 +6,12 @@
         if training.evaluates():
             training.record_evaluation(…)
 
-An objective is a module whose `forward(**batch)` returns named sums of losses, and whose
-`counts(batch)` tells what each is divided by. The loss of a step is Σ weight x sum / count over
-the whole global batch: however it is split over ranks and micro-batches, it is the same number.
+What an objective is, and the loss of a step: utils/training_step.py.
 """
 
-import copy
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,27 +19,24 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import checkpoint
+from utils.best_model import BestModel
 from utils.config import InputError
 from utils.engine import Engine, start_processes
-from utils.export import export
 from utils.loss_guard import LossGuard
+from utils.model_files import ModelFiles
 from utils.optimizer import adamw
 from utils.progress import Progress, command_line, seconds_since_command
-from utils.randomness import random_key
 from utils.ranks import Ranks
-from utils.report import write_card, write_plots
 from utils.run_folder import RunFolder, differences
-from utils.stream import Step
+from utils.stream import Step, totals
 from utils.training_arguments import TrainingArguments
+from utils.training_step import train_step
 
 # what a checkpoint keeps of a `Training`
 COUNTERS = (
     "step",
     "tokens",
     "seconds",
-    "best_metric",
-    "best_step",
-    "evaluations_since_best",
     "evaluated_step",
     "counted_step",
     "pending_evaluation",
@@ -79,7 +70,7 @@ class Training:
         self.guard = LossGuard(arguments)
         self.step = self.tokens = 0
         self.seconds = 0.0  # of training, over all interruptions
-        self.best_metric, self.best_step, self.evaluations_since_best = None, None, 0
+        self.best = BestModel(arguments)
         self.pending_evaluation = False  # the step is trained, and the caller not yet heard
         self.evaluated_step = self.counted_step = self.saved_step = None
         self.metrics_size = 0  # bytes of metrics.jsonl that the checkpoint has seen
@@ -106,7 +97,7 @@ class Training:
         """Build the engine and the optimizer; continue from the newest checkpoint, if any.
 
         Args:
-            objective: holds the model; see the module's docstring.
+            objective: holds the model; see utils/training_step.py.
             model: whose parameters are trained, those that require gradients; or a peft.PeftModel.
             optimizer: null: AdamW.
             base_model: where the other parameters come from, if there are any.
@@ -115,11 +106,7 @@ class Training:
         """
         a = self.arguments
         self.objective, self.flops_per_token = objective, flops_per_token
-        self.model_files = (copy.deepcopy(model.config), tokenizer)
-        if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
-            self.model_files += (model.peft_config["default"],)
-        if model.can_generate():
-            self.model_files += (model.generation_config,)
+        self.model_files = ModelFiles(model, tokenizer)
         self.base_model = base_model
         fixed = {
             "seed": a.seed,
@@ -186,7 +173,7 @@ class Training:
             if self.stopped:
                 return self.stop()
             self.pending_evaluation = False
-            is_best = a.load_best_model_at_end and self.best_step == self.step
+            is_best = self.best.step_to_keep == self.step
             if is_best or self.step % a.save_steps == 0:
                 self._log_tokens_by_source()
                 self.save()
@@ -219,30 +206,18 @@ class Training:
         if not results:
             return
         self.log({"step": self.step, **results})
-        a, name = self.arguments, self.arguments.metric_for_best_model
-        if name not in results:
-            known = ", ".join(k for k, v in results.items() if isinstance(v, float))
-            raise InputError(f"metric_for_best_model: {name} is not measured; these are: {known}")
-        value, sign = results[name], 1 if a.is_greater_better else -1
-        best = -math.inf if self.best_metric is None else sign * self.best_metric
-        if sign * value > best:
-            self.best_metric, self.best_step = value, self.step
-            self.evaluations_since_best = 0
-        else:
-            self.evaluations_since_best += 1
-        patience = a.early_stopping_patience
-        if patience is not None and self.evaluations_since_best >= patience:
-            self.ending = f"{name} has not improved {patience} times"
+        if ending := self.best.note(self.step, results):
+            self.ending = ending
 
     def forget_losses(self) -> None:
         """What comes is not to be compared with what was: in spikes, in early stopping."""
         self.guard.forget()
-        self.best_metric, self.best_step, self.evaluations_since_best = None, None, 0
+        self.best.forget()
 
     def best_checkpoint(self) -> Path:
         """What the run has come to: the best with `load_best_model_at_end`, else the last."""
-        if self.arguments.load_best_model_at_end and self.best_step is not None:
-            return checkpoint.folder_of(self.folder.path, self.best_step)
+        if self.best.step_to_keep is not None:
+            return checkpoint.folder_of(self.folder.path, self.best.step_to_keep)
         return self.folder.newest_checkpoint()
 
     def load_best(self) -> None:
@@ -261,8 +236,9 @@ class Training:
             return
         a, states = self.arguments, dict(self.ranks.gather(list(self.data_states.items())))
         folder = checkpoint.folder_of(self.folder.path, self.step)
+        counters = {name: getattr(self, name) for name in COUNTERS}
         state = {
-            "counters": {name: getattr(self, name) for name in COUNTERS} | self.guard.state(),
+            "counters": counters | self.guard.state() | self.best.state(),
             "fixed": self.fixed,
             "base_model": self.base_model,
             "limits": a.limits,
@@ -271,7 +247,7 @@ class Training:
             "stream": states,
         }
         try:
-            self.engine.save(folder, state, self._write_model_files)
+            self.engine.save(folder, state, self.model_files.write)
         except checkpoint.CheckpointError as error:
             last = self.folder.newest_checkpoint()
             raise InputError(
@@ -280,17 +256,9 @@ class Training:
             ) from None
         self.saved_step = self.step
         if self.is_main:
-            best = self.best_step if a.load_best_model_at_end else None
+            best = self.best.step_to_keep
             checkpoint.prune(self.folder.path, a.keep_last, a.keep_every, best)
             print(f"saved {folder}", flush=True)
-
-    def _write_model_files(self, folder: Path) -> None:
-        backend = getattr(self.model_files[1], "backend_tokenizer", None)  # a slow one has none
-        if backend is not None:
-            backend.no_truncation()  # a call that truncates leaves that behind
-            backend.no_padding()
-        for part in self.model_files:
-            part.save_pretrained(folder)
 
     def _log_tokens_by_source(self) -> None:
         """Once a step, though a stopped run may come here again."""
@@ -298,69 +266,16 @@ class Training:
             return
         self.counted_step = self.step
         states = self.ranks.gather(list(self.data_states.values()))
-        record: dict[str, Any] = {"step": self.step}
-        for name, key in {"tokens_by_source": "seen", "sequence_counts": "counts"}.items():
-            totals: Counter[str] = Counter()
-            for state in states:
-                totals.update(state.get(key, {}))
-            if totals:
-                record[name] = dict(sorted(totals.items()))
-        if self.is_main and len(record) > 1:
-            self.folder.record(record)
-
-    def conclude(self, title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]) -> None:
-        """Write the export, the plots and the card, and say where they are and what came out."""
-        if self.is_main:
-            a, path = self.arguments, self.folder.path
-            facts |= {
-                "training": f"{self.step} steps, {self.seconds / 3600:.2f} hours; {self.ending}",
-                "processes": f"{self.ranks.world_size} x {self.accelerator.device.type}",
-                "parallelism": self.engine.describe(),
-                "steps skipped": self.guard.skipped_steps,
-            }
-            dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-            merge = getattr(a, "merge_adapter", False)
-            export(self.best_checkpoint(), path / "model", dtype[a.mixed_precision], merge)
-            plots = write_plots(self.folder)
-            card = write_card(self.folder, title, pipeline_tag, usage, facts)
-            self.folder.finish(self.step, self.ending, a, self.fixed["the training data"])
-            lines = ["finished", *(f"  {k}: {v}" for k, v in facts.items())]
-            lines += [f"model: {path / 'model'}", f"card:  {card}", *(f"plot:  {p}" for p in plots)]
-            print("\n".join(lines), flush=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
-        self.ranks.release()
+        found = totals(states)
+        if self.is_main and found:
+            self.folder.record({"step": self.step, **found})
 
     def _train_step(self, data: Step, tokens: int, counts: dict[str, int], start: float) -> None:
         a = self.arguments
         rate = a.learning_rate * self.learning_rate_factor(self.step)
         self.engine.set_learning_rate(rate)
-        self.engine.begin_step(len(data.batches))
         limit = self.guard.limit()
-        self.objective.train()
-        device = self.accelerator.device
-        sums = torch.zeros(len(counts), device=device)
-        divisors = torch.tensor([max(n, 1) for n in counts.values()], device=device)
-        for index, batch in enumerate(data.batches):
-            is_last = index == len(data.batches) - 1
-            torch.manual_seed(random_key(a.seed, self.step, index, self.ranks.rank))
-            with nullcontext() if is_last else self.engine.accumulate():
-                with self.accelerator.autocast():
-                    terms = self.engine.module(**{k: v.to(device) for k, v in batch.items()})
-                terms = torch.stack([terms[name].float() for name in counts])
-                sums += terms.detach()
-                loss = (terms / divisors).sum()
-                if is_last:
-                    means = self.accelerator.reduce(sums, "sum") / divisors
-                    allowed = limit if a.skip_loss_spikes else math.inf
-                    good = means.sum().isfinite() & (means.sum() <= allowed)
-                    # every rank sees the same loss; a bad one makes the gradients non-finite, which
-                    # the engine skips: no rank waits for the accelerator to decide
-                    loss = loss * torch.where(good, 1.0, math.nan)
-                # the engine takes the mean over the ranks, where the sum is wanted
-                self.engine.backward(loss * self.ranks.world_size, is_last)
-            self.engine.step(is_last)
-        losses = dict(zip(counts, means.tolist(), strict=True))
+        losses = train_step(self.engine, self.objective, data.batches, counts, self.step, limit)
         loss = sum(losses.values())
         self.step += 1
         self.tokens += tokens
@@ -397,6 +312,7 @@ class Training:
         for name in COUNTERS:
             setattr(self, name, state["counters"][name])
         self.guard.load_state(state["counters"])
+        self.best.load_state(state["counters"])
         if state["limits"] != self.arguments.limits:
             self.ending = ""  # what has come to its end goes on within other limits
         self.saved_step, self.metrics_size = self.step, state["metrics_size"]

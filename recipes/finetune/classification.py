@@ -35,6 +35,7 @@ from utils.classification_examples import (
 )
 from utils.classification_metrics import ERRORS, METRICS, check_finite, measure, probabilities
 from utils.classification_report import prediction_records, write_figures
+from utils.conclusion import conclude
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.finetuning_arguments import FinetuningArguments
@@ -284,8 +285,8 @@ def main() -> None:
                 facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
     text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
-    training.conclude(
-        "Text classifier", "text-classification", USAGE.replace("{text}", text), facts
+    conclude(
+        training, "Text classifier", "text-classification", USAGE.replace("{text}", text), facts
     )
 
 

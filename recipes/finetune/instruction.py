@@ -28,6 +28,7 @@ from utils.adapters import (
     freeze,
     trainable_share,
 )
+from utils.conclusion import conclude
 from utils.config import InputError, command, parse
 from utils.conversation_evaluation import evaluate_answers, write_answers
 from utils.conversations import (
@@ -236,7 +237,7 @@ def main() -> None:
         training.record_test(results)
         for name in ("loss", "token_accuracy"):
             facts[f"{name.replace('_', ' ')} of the test"] = f"{results[f'eval_{name}']:.4f}"
-    training.conclude("Assistant", "text-generation", USAGE, facts)
+    conclude(training, "Assistant", "text-generation", USAGE, facts)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from utils.answers import (
     collate_windows,
     make_windows,
 )
+from utils.conclusion import conclude
 from utils.config import InputError, command, parse
 from utils.encoders import check_encoder, optional_inputs
 from utils.epochs import Epochs, digest
@@ -188,7 +189,7 @@ def check_metric(args: Arguments, validation: list[Question], threshold: float |
 
 def threshold_of(training: Training) -> float:
     """What gave the best F1 on the validation data, with the weights that are tested."""
-    name, best_step = "eval_best_f1_threshold", training.best_step
+    name, best_step = "eval_best_f1_threshold", training.best.best_step
     records = [record for record in training.folder.records() if name in record]
     if training.arguments.load_best_model_at_end:
         records = [record for record in records if record["step"] == best_step]
@@ -286,7 +287,7 @@ def main() -> None:
             pairs = zip(test, found[1], strict=True)
             records = (prediction_record(*pair, threshold) for pair in pairs)
             write_predictions(folder.path / "predictions.jsonl", records)
-    training.conclude("Extractive question answering", "question-answering", USAGE, facts)
+    conclude(training, "Extractive question answering", "question-answering", USAGE, facts)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from utils.adapters import AdapterArguments, add_adapter, base_model, freeze, trainable_share
+from utils.conclusion import conclude
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.finetuning_arguments import FinetuningArguments
@@ -273,7 +274,7 @@ def main() -> None:
     usage = usage.replace("{suffix}", repr(args.source_suffix))
     after = "" if is_encoder_decoder else '[inputs["input_ids"].shape[1] :]'
     tag = "summarization" if "rouge" in args.metrics else "translation"
-    training.conclude("Text to text", tag, usage.replace("{after_prompt}", after), facts)
+    conclude(training, "Text to text", tag, usage.replace("{after_prompt}", after), facts)
 
 
 if __name__ == "__main__":

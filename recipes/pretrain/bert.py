@@ -25,6 +25,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
+from utils.conclusion import conclude
 from utils.config import InputError, command, parse
 from utils.encoders import (
     block_diagonal_mask,
@@ -314,7 +315,7 @@ def main() -> None:
         }
     logged = (r["sequence_counts"] for r in reversed(folder.records()) if "sequence_counts" in r)
     facts |= {name.replace("_", " "): f"{count:,}" for name, count in next(logged, {}).items()}
-    training.conclude("Encoder", "fill-mask", USAGE, facts)
+    conclude(training, "Encoder", "fill-mask", USAGE, facts)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
+from utils.conclusion import conclude
 from utils.config import InputError, command, parse
 from utils.evaluation import baselines, evaluate_by_domain
 from utils.lanes import Corpus, StreamArguments
@@ -200,7 +201,7 @@ def main() -> None:
             test = held_out_documents(args.test_sources, args.eval_documents)
             train = held_out_documents(args.train_sources, 20_000)
             facts |= baselines(test, train, encode, len(tokenizer))
-    training.conclude("Causal language model", "text-generation", USAGE, facts)
+    conclude(training, "Causal language model", "text-generation", USAGE, facts)
 
 
 if __name__ == "__main__":
