@@ -64,8 +64,10 @@ def make_prose(name: str, count: int, seed: int = 0) -> list[dict]:
     ]
 
 
-def write_jsonl(path: Path, records: list[dict]) -> None:
+def write_jsonl(path: Path, records: list[Any]) -> str:
+    """Returns the path as it is typed."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +158,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Itera
     """call(main, words, folder): a recipe in this process, without its slow plots."""
     from accelerate.state import AcceleratorState
 
-    from utils import training
+    from utils import conclusion
     from utils.config import command
 
     def leave(status: int) -> None:
@@ -171,7 +173,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Itera
         return Ended(end.value.code, *capfd.readouterr(), folder)
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(training, "write_plots", lambda folder: [])
+    monkeypatch.setattr(conclusion, "write_plots", lambda folder: [])
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield run
     for number, handler in handlers.items():

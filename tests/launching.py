@@ -75,7 +75,7 @@ _server.set_forkserver_preload(
         "sklearn.metrics",
         "utils.evaluation",
         "utils.memory",
-        "utils.training",
+        "utils.conclusion",
     ]
 )
 
@@ -184,10 +184,21 @@ def tiny_run(output_dir: Path, train: Path, tokenizer: Path, **settings: Any) ->
         **TINY_RUN,
         **settings,
     }
+    return command_line(values)
+
+
+def command_line(settings: dict[str, Any]) -> list[str]:
+    """As it is typed: `--name value`, what is not text as YAML has it."""
     words = []
-    for key, value in values.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    for key, value in settings.items():
+        words += [f"--{key}", str(value) if isinstance(value, str | Path) else json.dumps(value)]
     return words
+
+
+def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The settings for train.jsonl, validation.jsonl and test.jsonl of a folder."""
+    parts = ("train", "validation", "test")
+    return {f"{part}_data": [{"path": str(folder / f"{part}.jsonl")}] for part in parts}
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
@@ -204,6 +215,11 @@ def steps(output_dir: Path) -> list[dict[str, Any]]:
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted(output_dir.glob("checkpoints/step-*"))
+
+
+def predictions(output_dir: Path) -> list[dict[str, Any]]:
+    lines = (output_dir / "predictions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def state(checkpoint: Path) -> dict[str, Any]:

@@ -16,7 +16,17 @@ import peft
 import pytest
 import torch
 from conftest import WORDS, Ended, write_jsonl
-from launching import checkpoints, metrics, run, steps
+from launching import (
+    TINY_BERT,
+    TINY_RUN,
+    checkpoints,
+    command_line,
+    metrics,
+    predictions,
+    run,
+    steps,
+    tables,
+)
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import (
@@ -37,24 +47,7 @@ from utils.config import parse, read_yaml
 from utils.export import export
 
 SCRIPT = "recipes/finetune/classification.py"
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
+BERT, LLAMA = TINY_BERT["model"], TINY_RUN["model"]
 TINY = {
     "model": BERT,
     "sequence_length": 32,
@@ -94,22 +87,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command_line(folder: Path, texts: Path, tokenizer: Path, **settings: Any) -> list[str]:
-    values = {
-        "output_dir": str(folder),
-        "tokenizer": str(tokenizer),
-        **{
-            f"{split}_data": [{"path": str(texts / f"{split}.jsonl")}]
-            for split in ("train", "validation", "test")
-        },
-        **TINY,
-        **settings,
-    }
-    return [
-        word
-        for key, value in values.items()
-        for word in (f"--{key}", str(value) if isinstance(value, str | Path) else json.dumps(value))
-    ]
+def words_of(folder: Path, texts: Path, tokenizer: Path, **settings: Any) -> list[str]:
+    values = {"output_dir": folder, "tokenizer": tokenizer, **tables(texts), **TINY}
+    return command_line(values | settings)
 
 
 @pytest.fixture
@@ -126,7 +106,7 @@ def fine_tune(
     def start(name: str = "run", **settings: Any) -> Ended:
         folder, tokenizer = tmp_path / name, settings.pop("tokenizer", wordpiece_folder)
         data = settings.pop("texts", texts)
-        return call(classification.main, command_line(folder, data, tokenizer, **settings), folder)
+        return call(classification.main, words_of(folder, data, tokenizer, **settings), folder)
 
     return start
 
@@ -134,10 +114,6 @@ def fine_tune(
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = folder.glob("*model.safetensors")
     return load_file(file)
-
-
-def predictions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -177,7 +153,7 @@ def test_ranks_and_stages_change_nothing(
 ):
     one = fine_tune("one", **EVERYTHING).folder
     two = tmp_path / "two"
-    words = command_line(two, texts, wordpiece_folder, **EVERYTHING)
+    words = words_of(two, texts, wordpiece_folder, **EVERYTHING)
     run(config, 2, words, tmp_path / "log", script=SCRIPT)
     assert_same_losses(two, one, 1e-5)
     for name, value in weights(one / "model").items():
@@ -316,7 +292,7 @@ def test_lora_learns_the_same_adapter_on_stage_3(
 ):
     settings = {"lora": LORA, "merge_adapter": False, "max_steps": 6}
     one = fine_tune("one", **settings).folder
-    words = command_line(tmp_path / "two", texts, wordpiece_folder, **settings)
+    words = words_of(tmp_path / "two", texts, wordpiece_folder, **settings)
     run("zero3", 2, words, tmp_path / "log", script=SCRIPT)
     found = weights(tmp_path / "two/model")
     expected = weights(one / "model")
@@ -370,7 +346,7 @@ def test_a_stopped_run_goes_on_bit_identically(
         "save_steps": 5,
         "metric_for_best_model": "roc_auc",
     }
-    words = command_line(tmp_path / "run", texts, wordpiece_folder, **settings)
+    words = words_of(tmp_path / "run", texts, wordpiece_folder, **settings)
     with launching.Launch("cpu", 1, words, tmp_path / "log", script=SCRIPT) as launch:
         launch.wait_for("step 7/40")
         launch.signal(signal.SIGTERM)

@@ -12,8 +12,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import WORDS, Ended
-from launching import TINY_RUN, checkpoints, metrics, run, steps
+from conftest import WORDS, Ended, write_jsonl
+from launching import TINY_RUN, checkpoints, command_line, metrics, run, steps
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -60,11 +60,6 @@ def make_conversations(count: int, seed: int) -> list[dict]:
     return rows
 
 
-def write_jsonl(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("conversations")
@@ -92,10 +87,7 @@ def words_of(folder: Path, data: Path, tokenizer_folder: Path, **settings: Any) 
         "report_to": [],
         **settings,
     }
-    words = ["--output_dir", str(folder)]
-    for key, value in given.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return words
+    return command_line({"output_dir": folder, **given})
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import WORDS, write_jsonl
-from launching import checkpoints, metrics, run, steps
+from launching import TINY_BERT, checkpoints, command_line, metrics, predictions, run, steps, tables
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
@@ -28,16 +28,7 @@ from utils.squad_metrics import squad_scores
 from utils.tables import Table
 
 SCRIPT = "recipes/finetune/question_answering.py"
-MODEL = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+MODEL = TINY_BERT["model"]
 SETTINGS = {
     "model": MODEL,
     "sequence_length": 40,
@@ -87,15 +78,8 @@ def data(tmp_path_factory):
 
 
 def words_of(folder, data, tokenizer, **settings):
-    tables = {
-        f"{part}_data": [{"path": f"{data}/{part}.jsonl"}]
-        for part in ("train", "validation", "test")
-    }
-    values = {"output_dir": str(folder), "tokenizer": str(tokenizer), **SETTINGS, **tables}
-    words = []
-    for key, value in (values | settings).items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return words
+    values = {"output_dir": folder, "tokenizer": tokenizer, **SETTINGS, **tables(data)}
+    return command_line(values | settings)
 
 
 @pytest.fixture
@@ -117,10 +101,6 @@ def reference(tmp_path_factory, data, wordpiece_folder):
     folder = tmp_path_factory.mktemp("reference")
     run(None, 1, words_of(folder, data, wordpiece_folder), folder / "log.txt", script=SCRIPT)
     return folder
-
-
-def predictions(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 def windows_of(path, tokenizer, **options):

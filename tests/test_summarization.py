@@ -15,7 +15,7 @@ import pytest
 import sacrebleu
 import torch
 from conftest import WORDS, write_jsonl
-from launching import checkpoints, metrics, run, steps
+from launching import TINY_RUN, checkpoints, command_line, metrics, predictions, run, steps, tables
 from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.numpy import load_file
@@ -57,14 +57,7 @@ BART = {
     "dropout": 0.0,
 }
 MARIAN = {**BART, "model_type": "marian", "decoder_start_token_id": 0, "forced_eos_token_id": 2}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
+LLAMA = TINY_RUN["model"]
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 MODELS = {"t5": T5, "bart": BART, "marian": MARIAN, "llama": LLAMA, "gpt2": GPT2}
 SETTINGS = {
@@ -104,12 +97,8 @@ def data(tmp_path_factory):
 
 
 def words_of(folder, data, tokenizer, **settings):
-    tables = {f"{part}_data": [{"path": f"{data}/{part}.jsonl"}] for part in PARTS}
-    values = {"output_dir": str(folder), "tokenizer": str(tokenizer), **SETTINGS, **tables}
-    words = []
-    for key, value in (values | settings).items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return words
+    values = {"output_dir": folder, "tokenizer": tokenizer, **SETTINGS, **tables(data)}
+    return command_line(values | settings)
 
 
 @pytest.fixture
@@ -141,10 +130,6 @@ def references(tmp_path_factory, data, tokenizer_folder):
         words = words_of(folder, data, tokenizer_folder, **settings)
         run(None, 1, words, folder / "log.txt", script=SCRIPT)
     return folders
-
-
-def predictions(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 def build(name, tokenizer, noise=0.1):
