@@ -20,8 +20,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +32,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
+from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
 from recipes.finetune import classification
 from utils.classification_examples import (
     TrainingExamples,
@@ -59,9 +57,6 @@ RECIPE, TRAINER = "this recipe", "Trainer with DataCollatorWithPadding"
 GOAL = 1.3
 WARMUP = 3  # steps of a turn that are not timed
 PRETRAINED, LORA, UNTRAINED = "pretrained", "pretrained, LoRA", "random initialisation"
-
-# step, useful tokens so far; also before the first step, with 0, 0
-Observer = Callable[[int, int], None]
 
 
 @dataclass
@@ -120,63 +115,24 @@ def train_recipe(args: classification.Arguments, prepared: tuple, observe: Obser
         args.output_dir = folder
         args.set_length(len(examples))
         training = Training(args, RunFolder(folder))
-        training.ranks.release()  # a benchmark has nothing to save when a signal comes
         make = TrainingExamples(examples, tokenizer, None, None, args.seed)
         to_batch = partial(collate, pad_token_id=tokenizer.pad_token_id, label=0)
         objective = classification.ClassificationLoss(model, args.problem_type)
         data = Epochs(len(examples), make, to_batch, {"the training data": ""}, args)
         training.prepare(objective, model, tokenizer, data, optimizer=adamw(model, args))
-        observe(0, 0)
-        for step in training.steps():
-            observe(step, training.tokens)
-            if step == args.max_steps:
-                break  # nothing is saved
+        observe_recipe(training, args.max_steps, observe)
 
 
 def train_trainer(args: classification.Arguments, prepared: tuple, observe: Observer) -> None:
     tokenizer, config, examples = prepared
     model = build_model(args, config, AutoModelForSequenceClassification, args.seed)
-    useful = 0
-
-    class CountingTrainer(Trainer):
-        def training_step(self, model, inputs, *rest):
-            nonlocal useful
-            useful += int(inputs["attention_mask"].sum())
-            return super().training_step(model, inputs, *rest)
-
-    class Observed(TrainerCallback):
-        def on_train_begin(self, arguments, state, control, **kwargs):
-            observe(0, 0)
-
-        def on_step_end(self, arguments, state, control, **kwargs):
-            observe(state.global_step, useful)
-
     rows = [{n: e[n].tolist() for n in ("input_ids", "label")} for e in examples]
     with TemporaryDirectory() as folder:
-        CountingTrainer(
+        observed(Trainer, observe)(
             model,
-            TrainingArguments(
-                folder,
-                seed=args.seed,
-                max_steps=args.max_steps,
-                per_device_train_batch_size=args.global_batch_size,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type=args.lr_scheduler_type,
-                optim="adamw_torch_fused",
-                weight_decay=args.weight_decay,
-                adam_beta1=args.adam_beta1,
-                adam_beta2=args.adam_beta2,
-                adam_epsilon=args.adam_epsilon,
-                max_grad_norm=args.max_grad_norm,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=torch.cuda.is_available(),
-            ),
+            TrainingArguments(folder, **trainer_settings(args, args.max_steps)),
             data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=rows,
-            callbacks=[Observed],
         ).train()
 
 
@@ -197,14 +153,8 @@ def of_turn(arguments: Arguments, length: int, seed: int) -> classification.Argu
 
 def turn(name: str, args: classification.Arguments, prepared: tuple) -> float:
     """Useful tokens per second."""
-    marks = {}
-
-    def observe(step: int, tokens: int) -> None:
-        marks[step] = time.perf_counter(), tokens
-
-    PEERS[name](args, prepared, observe)
-    seconds, tokens = (b - a for a, b in zip(marks[WARMUP], marks[args.max_steps], strict=True))
-    return tokens / seconds
+    found = timed(partial(PEERS[name], args, prepared), WARMUP, args.max_steps)
+    return found["tokens"] / found["seconds"]
 
 
 def measure_speed(arguments: Arguments, facts: dict[str, Any]) -> None:

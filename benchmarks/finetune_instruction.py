@@ -11,8 +11,6 @@ The peers take turns in one process. Results: benchmarks/results/finetune_instru
 
 import copy
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -20,9 +18,10 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
+from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
 from recipes.finetune import instruction
 from utils.config import InputError, command, parse
 from utils.conversations import collate, set_chat_template, to_examples
@@ -36,9 +35,6 @@ PADDED, PACKED = "this recipe, sorted and padded", "this recipe, packed"
 TRL_PADDED, TRL_PACKED = "SFTTrainer, padded (its default)", "SFTTrainer, packed (bfd)"
 GOALS = {TRL_PADDED: 1.5, TRL_PACKED: 1.0}
 WARMUP = 2  # steps of a turn that are not timed
-
-# step, useful tokens so far
-Observer = Callable[[int, int], None]
 
 
 @dataclass
@@ -100,12 +96,11 @@ class Data:
         return build_model(self.args, self.config, AutoModelForCausalLM, self.args.seed)
 
 
-def train_recipe(data: Data, seed: int, steps: int, observe: Observer, packing: bool) -> None:
+def train_recipe(data: Data, seed: int, steps: int, observe: Observer, *, packing: bool) -> None:
     args = copy.copy(data.args)
     with TemporaryDirectory() as folder:
         args.output_dir, args.seed = folder, seed
         training = Training(args, RunFolder(folder))
-        training.ranks.release()  # a benchmark has nothing to save when a signal comes
         model = data.model()
         objective = instruction.AnswerLoss(model, packing)
         examples = data.examples
@@ -118,64 +113,33 @@ def train_recipe(data: Data, seed: int, steps: int, observe: Observer, packing: 
             packing,
         )
         training.prepare(objective, model, data.tokenizer, epochs)
-        for step in training.steps():
-            observe(step, training.tokens)
-            if step == steps:
-                break  # nothing is saved
+        observe_recipe(training, steps, observe)
 
 
-def train_trl(data: Data, seed: int, steps: int, observe: Observer, packing: bool) -> None:
+def train_trl(data: Data, seed: int, steps: int, observe: Observer, *, packing: bool) -> None:
     try:
         import trl
     except ImportError:
         raise InputError("this compares with trl: pip install trl==1.16.0") from None
-    args, useful = data.args, 0
-
-    class CountingTrainer(trl.SFTTrainer):
-        def training_step(self, model, inputs, *rest):
-            nonlocal useful
-            mask = inputs.get("attention_mask")
-            useful += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-            return super().training_step(model, inputs, *rest)
-
-    class Observed(TrainerCallback):
-        def on_step_end(self, arguments, state, control, **kwargs):
-            observe(state.global_step, useful)
-
+    args = data.args
+    settings = trainer_settings(args, steps) | {"seed": seed}
+    if packing:  # a packed row is of sequence_length tokens, and holds several conversations
+        settings["gradient_accumulation_steps"] = 1
     rows = datasets.Dataset.from_list([{"messages": e["messages"]} for e in data.examples])
     with TemporaryDirectory() as folder:
-        CountingTrainer(
+        observed(trl.SFTTrainer, observe)(
             data.model(),
             trl.SFTConfig(
                 folder,
-                seed=seed,
-                max_steps=steps,
                 max_length=args.sequence_length,
                 packing=packing,
                 assistant_only_loss=True,
-                # a packed row is of sequence_length tokens, and holds several conversations
-                per_device_train_batch_size=args.per_device_batch_size,
-                gradient_accumulation_steps=1
-                if packing
-                else args.global_batch_size // args.per_device_batch_size,
                 gradient_checkpointing=False,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="constant",
-                weight_decay=args.weight_decay,
-                adam_beta1=args.adam_beta1,
-                adam_beta2=args.adam_beta2,
-                max_grad_norm=args.max_grad_norm,
                 bf16=False,
-                use_cpu=not torch.cuda.is_available(),
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=torch.cuda.is_available(),
+                **settings,
             ),
             train_dataset=rows,
             processing_class=data.tokenizer,
-            callbacks=[Observed()],
         ).train()
 
 
@@ -188,14 +152,8 @@ PEERS = {
 
 
 def measure(data: Data, name: str, seed: int, steps: int) -> dict[str, float]:
-    marks = {}
-
-    def observe(step: int, tokens: int) -> None:
-        marks[step] = time.perf_counter(), tokens
-
-    PEERS[name](data, seed, WARMUP + steps, observe)
-    seconds, tokens = (b - a for a, b in zip(marks[WARMUP], marks[WARMUP + steps], strict=True))
-    return {"seconds": seconds, "tokens": tokens}
+    train = partial(PEERS[name], data, seed, WARMUP + steps)
+    return timed(train, WARMUP, WARMUP + steps)
 
 
 def main() -> None:
@@ -215,7 +173,7 @@ def main() -> None:
             print(f"turn {seed + 1}: {name}: {rate:,.0f} useful tokens/s", flush=True)
     rates = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
     lines = [
-        "| | useful tokens/s | padded beside it | packed beside it |",
+        "| | useful tokens/s | this recipe padded, over it | this recipe packed, over it |",
         "| --- |" + " ---: |" * 3,
     ]
     for name in PEERS:

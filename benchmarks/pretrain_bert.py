@@ -11,8 +11,6 @@ process each. Results: benchmarks/results/pretrain_bert.md and .json.
 
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,11 +25,11 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
+from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
 from recipes.pretrain import bert
 from utils.config import command, parse
 from utils.example_rows import example_rows
@@ -52,9 +50,6 @@ GOALS = {PADDED: {"speed": 2.0, "memory": 0.6}, BLOCKS: {"speed": 1.15}}
 WARMUP = 2  # steps of a turn that are not timed
 MEMORY_STEPS = 4
 MEBIBYTE = 2**20
-
-# step, useful tokens so far; also before the first step, with 0, 0
-Observer = Callable[[int, int], None]
 
 
 @dataclass
@@ -112,16 +107,11 @@ def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:
     with TemporaryDirectory() as folder:
         args.output_dir = folder
         training = Training(args, RunFolder(folder))
-        training.ranks.release()  # a benchmark has nothing to save when a signal comes
         model = build(args, tokenizer)
         objective = bert.MaskedLoss(model, args.objective, args.packing)
         rows_of = partial(example_rows, corpus, make_examples, phases, args.packing)
         training.prepare(objective, model, tokenizer, TrainingStream(corpus, rows_of, args))
-        observe(0, 0)
-        for step in training.steps():
-            observe(step, training.tokens)
-            if step == steps:
-                break  # nothing is saved
+        observe_recipe(training, steps, observe)
 
 
 def train_padded(args: bert.Arguments, steps: int, observe: Observer) -> None:
@@ -173,50 +163,18 @@ def train_trainer(
     steps: int,
     observe: Observer,
 ) -> None:
-    useful = 0
-
-    class CountingTrainer(Trainer):
-        def training_step(self, model, inputs, *rest):
-            nonlocal useful
-            useful += int(inputs["attention_mask"].sum())
-            return super().training_step(model, inputs, *rest)
-
-    class Observed(TrainerCallback):
-        def on_train_begin(self, arguments, state, control, **kwargs):
-            observe(0, 0)
-
-        def on_step_end(self, arguments, state, control, **kwargs):
-            observe(state.global_step, useful)
-
     with TemporaryDirectory() as folder:
-        CountingTrainer(
+        observed(Trainer, observe)(
             build(args, tokenizer),
             TrainingArguments(
                 folder,
-                seed=args.seed,
-                max_steps=steps,
-                per_device_train_batch_size=args.per_device_batch_size,
-                gradient_accumulation_steps=args.global_batch_size // args.per_device_batch_size,
-                learning_rate=args.learning_rate,
-                lr_scheduler_type="constant",
-                optim="adamw_torch_fused",
-                weight_decay=args.weight_decay,
-                adam_beta1=args.adam_beta1,
-                adam_beta2=args.adam_beta2,
-                adam_epsilon=args.adam_epsilon,
-                max_grad_norm=args.max_grad_norm,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=torch.cuda.is_available(),
                 remove_unused_columns=False,  # the collator asks for special_tokens_mask
+                **trainer_settings(args, steps),
             ),
             data_collator=DataCollatorForLanguageModeling(
                 tokenizer, mlm_probability=args.mlm_probability
             ),
             train_dataset=rows,
-            callbacks=[Observed],
         ).train()
 
 
@@ -224,15 +182,8 @@ PEERS = {RECIPE: train_recipe, PADDED: train_padded, BLOCKS: train_blocks}
 
 
 def measure_speed(arguments: Arguments, name: str, seed: int) -> dict[str, float]:
-    marks = {}
-
-    def observe(step: int, tokens: int) -> None:
-        marks[step] = time.perf_counter(), tokens
-
     last = WARMUP + arguments.steps
-    PEERS[name](arguments.recipe(seed), last, observe)
-    seconds, tokens = (b - a for a, b in zip(marks[WARMUP], marks[last], strict=True))
-    return {"seconds": seconds, "tokens": tokens}
+    return timed(partial(PEERS[name], arguments.recipe(seed), last), WARMUP, last)
 
 
 def measure_memory(arguments: Arguments, name: str) -> int:

@@ -18,11 +18,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
+from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
 from recipes.pretrain import causal_lm
 from utils.config import command, parse
 from utils.lanes import Corpus
@@ -55,29 +55,25 @@ def build(args: causal_lm.Arguments, tokenizer) -> torch.nn.Module:
 
 def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
     """Tokens per second of the recipe itself, reading and tokenizing included."""
-    with TemporaryDirectory() as folder:
-        args.output_dir = folder
-        encode = DocumentEncoder(tokenizer)
-        corpus = Corpus(args.train_sources, encode, args, args.seed)
-        training = Training(args, RunFolder(folder))
-        training.ranks.release()  # a benchmark has nothing to save when a signal comes
-        model = build(args, tokenizer)
-        rows_of = partial(packed_rows, corpus, args.sequence_length)
-        data = TrainingStream(corpus, rows_of, args)
-        training.prepare(causal_lm.NextTokenLoss(model), model, tokenizer, data)
-        for step in training.steps():
-            if step == WARMUP:
-                start, tokens = time.perf_counter(), training.tokens
-            if step == args.max_steps:
-                # the caller's turn comes before the checkpoint of the last step
-                return (training.tokens - tokens) / (time.perf_counter() - start)
-    raise AssertionError
+
+    def train(observe: Observer) -> None:
+        with TemporaryDirectory() as folder:
+            args.output_dir = folder
+            corpus = Corpus(args.train_sources, DocumentEncoder(tokenizer), args, args.seed)
+            training = Training(args, RunFolder(folder))
+            model = build(args, tokenizer)
+            rows_of = partial(packed_rows, corpus, args.sequence_length)
+            data = TrainingStream(corpus, rows_of, args)
+            training.prepare(causal_lm.NextTokenLoss(model), model, tokenizer, data)
+            observe_recipe(training, args.max_steps, observe)
+
+    found = timed(train, WARMUP, args.max_steps)
+    return found["tokens"] / found["seconds"]
 
 
 def batches_of(args: causal_lm.Arguments, tokenizer) -> list[list[dict[str, torch.Tensor]]]:
     """The micro-batches of each step."""
-    encode = DocumentEncoder(tokenizer)
-    corpus = Corpus(args.train_sources, encode, args, args.seed)
+    corpus = Corpus(args.train_sources, DocumentEncoder(tokenizer), args, args.seed)
     rows_of = partial(packed_rows, corpus, args.sequence_length)
     stream = StepStream(corpus, rows_of, args.global_batch_size // args.lanes, 0, 1).steps()
     size = args.per_device_batch_size
@@ -126,38 +122,23 @@ def trainer_turn(args: causal_lm.Arguments, tokenizer, steps) -> float:
         for batch in batches
         for row in (dict(zip(batch, t, strict=True)) for t in zip(*batch.values(), strict=True))
     ]
-    clock = {}
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, arguments, state, control, **kwargs):
-            if state.global_step == WARMUP:
-                clock["start"] = time.perf_counter()
-            clock["end"] = time.perf_counter()
+    def train(observe: Observer) -> None:
+        with TemporaryDirectory() as folder:
+            observed(Trainer, observe)(
+                build(args, tokenizer),
+                TrainingArguments(
+                    folder,
+                    bf16=args.mixed_precision == "bf16",
+                    train_sampling_strategy="sequential",
+                    remove_unused_columns=False,
+                    **trainer_settings(args, len(steps)),
+                ),
+                train_dataset=rows,
+            ).train()
 
-    with TemporaryDirectory() as folder:
-        trainer = Trainer(
-            build(args, tokenizer),
-            TrainingArguments(
-                folder,
-                max_steps=len(steps),
-                per_device_train_batch_size=args.per_device_batch_size,
-                gradient_accumulation_steps=len(steps[0]),
-                learning_rate=args.learning_rate,
-                max_grad_norm=args.max_grad_norm,
-                bf16=args.mixed_precision == "bf16",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                train_sampling_strategy="sequential",
-                remove_unused_columns=False,
-            ),
-            train_dataset=rows,
-            callbacks=[Clock],
-        )
-        trainer.train()
-    tokens = (len(steps) - WARMUP) * args.global_batch_size * args.sequence_length
-    return tokens / (clock["end"] - clock["start"])
+    found = timed(train, WARMUP, len(steps))
+    return found["tokens"] / found["seconds"]
 
 
 def main() -> None:

@@ -1,0 +1,85 @@
+"""What the benchmarks of training share: transformers.Trainer and its kind beside a recipe."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from utils.training import Training
+
+# step, useful tokens so far (not padding); also before the first step, with 0, 0
+Observer = Callable[[int, int], None]
+
+
+def observe_recipe(training: Training, steps: int, observe: Observer) -> None:
+    """Train a prepared run for some steps; nothing is saved."""
+    training.ranks.release()  # there is nothing to save when a signal comes
+    observe(0, 0)
+    for step in training.steps():
+        observe(step, training.tokens)
+        if step == steps:
+            break
+
+
+def observed(trainer: type[Trainer], observe: Observer) -> type[Trainer]:
+    """The trainer's class, made to count what it trains on."""
+
+    class Observed(TrainerCallback):
+        def __init__(self):
+            self.useful = 0
+
+        def on_train_begin(self, arguments, state, control, **kwargs):
+            observe(0, 0)
+
+        def on_step_end(self, arguments, state, control, **kwargs):
+            observe(state.global_step, self.useful)
+
+    class ObservedTrainer(trainer):
+        def __init__(self, *args: Any, **options: Any):
+            self.counted = Observed()
+            super().__init__(*args, callbacks=[self.counted], **options)
+
+        def training_step(self, model, inputs, *rest):
+            mask = inputs.get("attention_mask")
+            self.counted.useful += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            return super().training_step(model, inputs, *rest)
+
+    return ObservedTrainer
+
+
+def trainer_settings(args: Any, steps: int) -> dict[str, Any]:
+    """A recipe's settings as `transformers.TrainingArguments` takes them; nothing is written."""
+    return {
+        "seed": args.seed,
+        "max_steps": steps,
+        "per_device_train_batch_size": args.per_device_batch_size,
+        "gradient_accumulation_steps": args.global_batch_size // args.per_device_batch_size,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "optim": "adamw_torch_fused",
+        "weight_decay": args.weight_decay,
+        "adam_beta1": args.adam_beta1,
+        "adam_beta2": args.adam_beta2,
+        "adam_epsilon": args.adam_epsilon,
+        "max_grad_norm": args.max_grad_norm,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def timed(train: Callable[[Observer], None], first: int, last: int) -> dict[str, float]:
+    """Seconds and useful tokens from the end of step `first` to that of step `last`."""
+    marks = {}
+
+    def observe(step: int, tokens: int) -> None:
+        marks[step] = time.perf_counter(), tokens
+
+    train(observe)
+    seconds, tokens = (b - a for a, b in zip(marks[first], marks[last], strict=True))
+    return {"seconds": seconds, "tokens": tokens}
