@@ -32,6 +32,44 @@ POINTER = re.compile(
     re.IGNORECASE,
 )
 BRACKETS = ("()", "[]", "{}")
+# kind → wordings; {owner} is a function or class, {noun} "parameter" or "attribute"
+WORDINGS = {
+    "type": (
+        "What is the type of the {noun} `{name}` of `{owner}`?",
+        "Which type does the {noun} `{name}` have?",
+        "Of what type is `{name}`, the {noun} of `{owner}`?",
+    ),
+    "shape": (
+        "What is the shape of the {noun} `{name}` of `{owner}`?",
+        "Which shape does the {noun} `{name}` have?",
+    ),
+    "default": (
+        "What is the default value of the {noun} `{name}` of `{owner}`?",
+        "Which value does the {noun} `{name}` take when it is not given?",
+        "What does `{name}` default to in `{owner}`?",
+    ),
+    "meaning": (
+        "What is the {noun} `{name}` of `{owner}`?",
+        "What does the {noun} `{name}` stand for?",
+        "How is the {noun} `{name}` of `{owner}` described?",
+    ),
+    "version": (
+        "In which version was the {noun} `{name}` added to `{owner}`?",
+        "Since which version is there the {noun} `{name}`?",
+    ),
+    "returned_type": (
+        "What is the type of what `{owner}` returns?",
+        "Which type does `{owner}` return?",
+    ),
+    "returned": (
+        "What does `{owner}` return?",
+        "What is the value that `{owner}` returns?",
+    ),
+    "raised": (
+        "When does `{owner}` raise `{name}`?",
+        "In which case is `{name}` raised?",
+    ),
+}
 Spans = tuple[tuple[int, int], ...]  # (start, end) in a context
 
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from utils.config import InputError, command, parse
 from utils.dataset_folder import replaced_folder
-from utils.docstring_questions import POINTER, Question, questions, without_answer
+from utils.docstring_questions import POINTER, WORDINGS, Question, questions, without_answer
 from utils.installed_packages import (
     DOCSTRING_DOMAINS,
     Definition,
@@ -60,44 +60,6 @@ INSTRUCTIONS = (
     "Explain in a sentence or two what this code does.",
     "Document the following function.",
 )
-# kind → wordings; {owner} is a function or class, {noun} "parameter" or "attribute"
-QUESTIONS = {
-    "type": (
-        "What is the type of the {noun} `{name}` of `{owner}`?",
-        "Which type does the {noun} `{name}` have?",
-        "Of what type is `{name}`, the {noun} of `{owner}`?",
-    ),
-    "shape": (
-        "What is the shape of the {noun} `{name}` of `{owner}`?",
-        "Which shape does the {noun} `{name}` have?",
-    ),
-    "default": (
-        "What is the default value of the {noun} `{name}` of `{owner}`?",
-        "Which value does the {noun} `{name}` take when it is not given?",
-        "What does `{name}` default to in `{owner}`?",
-    ),
-    "meaning": (
-        "What is the {noun} `{name}` of `{owner}`?",
-        "What does the {noun} `{name}` stand for?",
-        "How is the {noun} `{name}` of `{owner}` described?",
-    ),
-    "version": (
-        "In which version was the {noun} `{name}` added to `{owner}`?",
-        "Since which version is there the {noun} `{name}`?",
-    ),
-    "returned_type": (
-        "What is the type of what `{owner}` returns?",
-        "Which type does `{owner}` return?",
-    ),
-    "returned": (
-        "What does `{owner}` return?",
-        "What is the value that `{owner}` returns?",
-    ),
-    "raised": (
-        "When does `{owner}` raise `{name}`?",
-        "In which case is `{name}` raised?",
-    ),
-}
 TEMPLATE = re.compile(r"%\(\w+\)s")  # to be filled when the module is imported
 # what is no summary: markup, a template to be filled, a doctest, a signature (or a POINTER)
 MARKUP = re.compile(r"^\.\. |^ *[:@]\w|\{[\w.]*\}|>>>|->|^[-=]{3,}|^\w[\w.]*\(.*\)$", re.MULTILINE)
@@ -320,7 +282,7 @@ def ask(of: Documented, answerable: list[Question], strangers: list[str]) -> Ite
         if not choices or draw(3, context, kind, "answer") == 0:
             choices = without_answer(kind, context, strangers) or choices
         question = choices[draw(len(choices), context, kind)]
-        wordings = QUESTIONS[question.kind]
+        wordings = WORDINGS[question.kind]
         wording = wordings[draw(len(wordings), context, kind, question.name)]
         owner = of.source.partition(":")[2]
         text = wording.format(owner=owner, noun=question.noun, name=question.name)
