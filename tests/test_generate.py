@@ -4,14 +4,15 @@ import errno
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
+from programs import ROOT, documented_commands
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from transformers import (
 from recipes.deploy import generate
 from utils.config import InputError, parse
 
-ROOT = Path(__file__).parent.parent
+PROGRAM = "recipes/deploy/generate.py"
 BEGIN, END, VOCABULARY = 0, 1, 300
 PROMPTS = ["def ", "", "class A:\n    pass", "naïve ☃ café", "return 0 " * 5]
 
@@ -557,7 +558,7 @@ def test_an_interrupt_in_a_batch_prints_what_was_made(run, tmp_path, monkeypatch
 def test_the_program_streams_and_ends_on_ctrl_c(tmp_path, loaded):
     folder = make_model(tmp_path / "long", max_position_embeddings=1_000_000)
     tokenizer = make_tokenizer(folder)
-    words = [sys.executable, "recipes/deploy/generate.py", "--model_name_or_path", str(folder)]
+    words = [sys.executable, PROGRAM, "--model_name_or_path", str(folder)]
     words += ["--prompt", "def ", "--max_new_tokens", "900000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -582,8 +583,7 @@ def test_the_program_streams_and_ends_on_ctrl_c(tmp_path, loaded):
 
 
 def test_the_program_names_bad_input_in_one_line_and_ends_with_2():
-    words = [sys.executable, "recipes/deploy/generate.py", "--model_name_or_path", "m"]
-    done = subprocess.run([*words, "--promt", "a"], cwd=ROOT, capture_output=True, text=True)
+    done = programs.start(PROGRAM, "--model_name_or_path", "m", "--promt", "a")
     assert done.returncode == 2
     assert done.stdout == ""
     message = "error: --promt: unknown key 'promt': the nearest valid one is 'prompt'"
@@ -596,22 +596,15 @@ def test_ctrl_c_while_the_model_loads_ends_with_130():
         "import signal\nfrom utils.config import command\n"
         "command(lambda: (print('loading'), signal.raise_signal(signal.SIGINT)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done = programs.start("-c", program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "loading\n", "")
-
-
-def documented_commands() -> list[str]:
-    texts = [generate.__doc__, (ROOT / "recipes/deploy/README.md").read_text()]
-    text = "\n".join(texts).replace("\\\n", " ")
-    return re.findall(r"^ *(python recipes/deploy/generate\.py .*)$", text, re.MULTILINE)
 
 
 def test_every_documented_command_parses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/demo").mkdir(parents=True)
-    commands = documented_commands()
+    page = (ROOT / "recipes/deploy/README.md").read_text()
+    commands = documented_commands(PROGRAM, generate.__doc__, page)
     assert len(commands) >= 8
-    for command in commands:
-        _, script, *argv = shlex.split(command)
-        assert (ROOT / script).is_file()
-        assert parse(generate.Arguments, argv).model_name_or_path == "runs/demo/model"
+    for words in commands:
+        assert parse(generate.Arguments, words).model_name_or_path == "runs/demo/model"

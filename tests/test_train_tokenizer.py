@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import pyarrow.parquet
 import pytest
 import regex
 import zstandard
+from programs import ROOT, documented_commands
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, LlamaConfig
 
@@ -30,7 +30,6 @@ from utils.config import InputError, parse
 from utils.packing import DocumentEncoder
 from utils.sources import Source
 
-ROOT = Path(__file__).parent.parent
 PROGRAM = "recipes/corpus/train_tokenizer.py"
 HELP_TEXTS = [topics[key] for key in sorted(topics)][:40]
 # no vocabulary of help texts has seen these
@@ -542,19 +541,14 @@ def test_interrupt_while_merging_stops_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def commands(text: str) -> list[list[str]]:
-    lines = re.findall(rf"^ *(?:\S*/)?python {re.escape(PROGRAM)} (.*)$", text, re.MULTILINE)
-    return [shlex.split(line) for line in lines]
-
-
 def test_commands_and_configs_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
     configs = {
         f"recipes/corpus/configs/tokenizer_{name}_sample.yaml" for name in ("bpe", "wordpiece")
     }
-    documented = commands(train_tokenizer.__doc__)
+    documented = documented_commands(PROGRAM, train_tokenizer.__doc__)
     assert {words[0] for words in documented} == configs
-    documented += commands(Path("recipes/corpus/README.md").read_text())
+    documented += documented_commands(PROGRAM, Path("recipes/corpus/README.md").read_text())
     assert {words[0] for words in documented[2:]} == configs
     for words in documented:
         args = parse(Arguments, words)
