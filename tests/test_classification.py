@@ -15,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from comparing import assert_same_losses
 from conftest import WORDS, Ended, write_jsonl
 from launching import (
     TINY_BERT,
@@ -118,12 +119,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
     return [record for record in metrics(folder) if "eval_loss" in record]
-
-
-def assert_same_losses(found: Path, expected: Path, tolerance: float) -> None:
-    for name in ("loss", "grad_norm"):
-        values = [[record[name] for record in steps(folder)] for folder in (found, expected)]
-        assert values[0] == pytest.approx(values[1], rel=tolerance)
 
 
 # --- the loss ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import sacrebleu
 import torch
+from comparing import assert_same_losses, assert_same_run, copy_before_its_end, run_code_of_card
 from conftest import WORDS, write_jsonl
 from launching import TINY_RUN, checkpoints, command_line, metrics, predictions, run, steps, tables
 from peft import PeftModel
@@ -220,10 +221,7 @@ def test_batches_generate_what_the_export_generates_one_by_one(
     texts = [record["prediction"] for record in predictions(ended.folder)]
     assert texts == generated_one_by_one(ended.folder, data, settings)
     assert len(set(texts)) > 5
-    card = (ended.folder / "model" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
-    code = code.replace('"."', repr(str(ended.folder / "model")))
-    exec(compile(code, "card", "exec"), {})  # what the card shows works
+    run_code_of_card(ended.folder)
 
 
 def test_scores_are_those_of_the_libraries(summarize):
@@ -244,7 +242,13 @@ def test_scores_are_those_of_the_libraries(summarize):
 
 @pytest.mark.parametrize(
     ("config", "processes", "name"),
-    [("multi_cpu", 3, "llama"), ("zero2", 2, "t5"), ("zero3", 2, "t5"), ("zero3", 2, "llama")],
+    [
+        ("multi_cpu", 3, "llama"),
+        ("zero1", 2, "t5"),
+        ("zero2", 2, "t5"),
+        ("zero3", 2, "t5"),
+        ("zero3", 2, "llama"),
+    ],
 )
 def test_ranks_and_stages_change_nothing(
     config, processes, name, references, data, tokenizer_folder, tmp_path
@@ -252,29 +256,15 @@ def test_ranks_and_stages_change_nothing(
     folder, reference = tmp_path / "run", references[name]
     words = words_of(folder, data, tokenizer_folder, **REFERENCES[name])
     run(config, processes, words, tmp_path / "log.txt", script=SCRIPT)
-    found, expected = steps(folder), steps(reference)
-    assert [record["tokens"] for record in found] == [record["tokens"] for record in expected]
-    for key in ("loss", "grad_norm"):
-        values = [[record[key] for record in records] for records in (found, expected)]
-        np.testing.assert_allclose(*values, rtol=1e-5)
-    for one, other in zip(metrics(folder), metrics(reference), strict=True):
-        for key, value in one.items():
-            assert value == pytest.approx(other[key], rel=1e-4), key
+    assert_same_run(folder, reference)
     assert predictions(folder) == predictions(reference)
-    weights = load_file(folder / "model" / "model.safetensors")
-    for name, tensor in load_file(reference / "model" / "model.safetensors").items():
-        difference = np.linalg.norm(weights[name] - tensor)
-        assert difference < 1e-4 * np.linalg.norm(tensor) + 1e-7, name
 
 
 def test_micro_batches_change_nothing(summarize):
     settings = {"eval_generate_examples": 0, "test_data": [], "label_smoothing_factor": 0.1}
     runs = [summarize(f"run-{n}", per_device_batch_size=n, **settings) for n in (1, 3, 16)]
-    losses = [[record["loss"] for record in steps(ended.folder)] for ended in runs]
-    norms = [[record["grad_norm"] for record in steps(ended.folder)] for ended in runs]
-    for other in (1, 2):
-        np.testing.assert_allclose(losses[other], losses[0], rtol=1e-5)
-        np.testing.assert_allclose(norms[other], norms[0], rtol=1e-4)
+    for other in runs[1:]:
+        assert_same_losses(other.folder, runs[0].folder, 1e-5)
     (record, *_) = (record for record in metrics(runs[0].folder) if "eval_loss" in record)
     assert record.keys() == {"step", "eval_loss"}  # no text was generated
 
@@ -283,11 +273,7 @@ def test_a_resumed_run_is_bit_identical(summarize):
     model = {**T5, "dropout_rate": 0.1}
     whole = summarize("whole", model=model).folder
     part = whole.with_name("part")
-    shutil.copytree(whole, part)
-    shutil.rmtree(part / "checkpoints" / "step-00000006")
-    shutil.rmtree(part / "model")
-    (part / "finished.json").unlink()
-    (part / "predictions.jsonl").unlink()
+    copy_before_its_end(whole, part)
     ended = summarize("part", model=model)
     assert "continuing" in ended.output
     assert metrics(part) == metrics(whole)
@@ -475,9 +461,6 @@ def test_configs_are_complete_and_run_on_such_rows(file, call, tokenizer_folder,
     settings |= {"tokenizer": str(tokenizer_folder), "model_name_or_path": None}
     settings |= {"model": LLAMA if args.source_suffix else T5, "min_new_tokens": 1}
     settings |= {"max_source_length": 24, "max_target_length": 8, "max_new_tokens": 8}
-    words = [str(file)]
-    for key, value in settings.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    ended = call(summarization.main, words, folder)
+    ended = call(summarization.main, [str(file), *command_line(settings)], folder)
     assert ended.status == 0, ended.error
     assert len(predictions(folder)) == 8
