@@ -6,6 +6,7 @@ import numpy as np
 from sklearn import metrics
 
 from utils.calibration import reliability
+from utils.metrics.label_scores import label_scores
 
 
 class MultiLabelClassification(evaluate.Metric):
@@ -33,13 +34,7 @@ class MultiLabelClassification(evaluate.Metric):
     ) -> dict[str, float]:
         probabilities, labels = np.array(predictions), np.array(references)
         found = (probabilities >= 0.5).astype(int)
-        scores = {"accuracy": metrics.accuracy_score(labels, found)}
-        for average in ("micro", "macro"):
-            values = metrics.precision_recall_fscore_support(
-                labels, found, average=average, zero_division=0
-            )
-            for name, value in zip(("precision", "recall", "f1"), values, strict=False):
-                scores[f"{name}_{average}"] = value
+        scores = label_scores(labels, found)
         told_apart = [x for x in range(labels.shape[1]) if 0 < labels[:, x].sum() < len(labels)]
         correlations = [metrics.matthews_corrcoef(labels[:, x], found[:, x]) for x in told_apart]
         areas = [metrics.roc_auc_score(labels[:, x], probabilities[:, x]) for x in told_apart]

@@ -6,6 +6,7 @@ import numpy as np
 from sklearn import metrics
 
 from utils.calibration import reliability
+from utils.metrics.label_scores import label_scores
 
 
 class SingleLabelClassification(evaluate.Metric):
@@ -27,13 +28,7 @@ class SingleLabelClassification(evaluate.Metric):
     def _compute(self, predictions: list[list[float]], references: list[int]) -> dict[str, float]:
         probabilities, labels = np.array(predictions), np.array(references)
         found = probabilities.argmax(1)
-        scores = {"accuracy": metrics.accuracy_score(labels, found)}
-        for average in ("micro", "macro"):
-            values = metrics.precision_recall_fscore_support(
-                labels, found, average=average, zero_division=0
-            )
-            for name, value in zip(("precision", "recall", "f1"), values, strict=False):
-                scores[f"{name}_{average}"] = value
+        scores = label_scores(labels, found)
         scores["matthews_correlation"] = metrics.matthews_corrcoef(labels, found)
         # one label against the rest; those that all or none of the references have are left out
         areas = [
