@@ -127,6 +127,7 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 EVERYTHING = {
     "class_weights": "balanced",
     "label_smoothing": 0.1,
+    "l1_decay": 0.05,
     "augmentation": {"operations": ["replacement", "swap", "concatenation", "splitting"]},
     "adversarial": {"method": "freelb", "coefficient": 0.5},
 }
