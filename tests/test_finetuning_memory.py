@@ -6,6 +6,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from utils.adapters import AdapterArguments, add_adapter, freeze
 from utils.finetuning_memory import finetuning_bytes, parameter_parts
+from utils.optimizer import adamw
+from utils.training_arguments import TrainingArguments
 
 CONFIG = LlamaConfig(
     hidden_size=256,
@@ -52,8 +54,26 @@ def test_4_bit_weights_take_what_is_said(tmp_path):
     assert said["frozen"] == pytest.approx(held, rel=1e-3)
 
 
+def test_8_bit_moments_take_what_is_said():
+    model = LlamaForCausalLM(CONFIG)
+    optimizer = adamw(model, TrainingArguments(), "adamw_bnb_8bit")
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    held = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name.startswith(("state", "absmax"))
+    )
+    parts = parameter_parts(CONFIG, AdapterArguments())
+    assert parts["embeddings"] == 1000 * 256
+    said = finetuning_bytes(parts, 0, 1, "bf16", half_frozen=False, optim="adamw_bnb_8bit")
+    # the moments of norms, which are small, are kept in 32 bits
+    assert said["optimizer"] == pytest.approx(held, rel=0.005)
+
+
 def test_bytes_of_stages():
-    parts = {"trained": 1000, "frozen": 9000, "quantizable": 0}
+    parts = {"trained": 1000, "embeddings": 0, "frozen": 9000, "quantizable": 0}
     assert finetuning_bytes(parts, 0, 8, "bf16", half_frozen=True) == {
         "frozen": 18000,
         "weights": 4000,

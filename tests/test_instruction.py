@@ -13,7 +13,8 @@ import peft
 import pytest
 import torch
 from conftest import WORDS, Ended, write_jsonl
-from launching import TINY_RUN, checkpoints, command_line, metrics, run, steps
+from launching import TINY_RUN, Launch, checkpoints, command_line, metrics, run, steps
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -39,6 +40,13 @@ from utils.tables import TableRow
 INSTRUCTION = "recipes/finetune/instruction.py"
 TEMPLATES = Path(__file__).parent.parent / "recipes/finetune/chat_templates"
 PLAIN = str(TEMPLATES / "plain.jinja")
+MODEL = TINY_RUN["model"] | {"max_position_embeddings": 256}
+# matrices of less than 4,096 elements keep their moments in 32 bits
+EIGHT_BITS = {
+    "optim": "adamw_bnb_8bit",
+    "model": MODEL | {"hidden_size": 64, "intermediate_size": 128},
+}
+RANK_0 = "rank-00000-of-00001.safetensors"
 LORA = {"r": 4, "lora_alpha": 8}
 
 
@@ -75,7 +83,7 @@ def words_of(folder: Path, data: Path, tokenizer_folder: Path, **settings: Any) 
         "tokenizer": str(tokenizer_folder),
         "chat_template": PLAIN,
         "source_column": "source",
-        "model": TINY_RUN["model"] | {"max_position_embeddings": 256},
+        "model": MODEL,
         "sequence_length": 256,
         "global_batch_size": 12,
         "per_device_batch_size": 2,
@@ -438,9 +446,13 @@ def test_ranks_and_zero_stages_change_nothing(instruct, data, tokenizer_folder, 
         assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora": LORA}], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora": LORA}, EIGHT_BITS],
+    ids=["full", "LoRA", "8 bits"],
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(instruct, settings):
-    settings |= {"lr_scheduler_type": "constant", "neftune_noise_alpha": 5.0}
+    settings = settings | {"lr_scheduler_type": "constant", "neftune_noise_alpha": 5.0}
     whole = instruct("whole", max_steps=10, **settings)
     for steps_ in (4, 7, 10):
         parts = instruct("parts", max_steps=steps_, save_steps=3, **settings)
@@ -686,9 +698,35 @@ def test_bad_settings(instruct, tokenizer_folder, tmp_path, settings, message):
     assert not ended.folder.exists()
 
 
-def test_4bit_under_zero3(data, tokenizer_folder, tmp_path):
-    from launching import Launch
+def test_8_bit_moments(instruct, data, tokenizer_folder, tmp_path):
+    settings = EIGHT_BITS | {"max_steps": 3}
+    alone = instruct("alone", **settings)
+    with safe_open(checkpoints(alone.folder)[-1] / RANK_0, framework="pt") as file:
+        names = file.keys()
+        kinds = {name: str(file.get_slice(name).get_dtype()) for name in names}
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert (kinds[f"state1/{layer}"], kinds[f"absmax2/{layer}"]) == ("U8", "F32")
+    assert kinds["state1/model.embed_tokens.weight"] == "F32"
+    exact = instruct("exact", **settings | {"optim": "adamw_torch_fused"})
+    assert losses(alone.folder) != losses(exact.folder)
+    assert losses(alone.folder) == pytest.approx(losses(exact.folder), rel=1e-2)
+    # written by two processes, read by one
+    words = words_of(tmp_path / "two", data, tokenizer_folder, **settings)
+    run("multi_cpu", 2, words, tmp_path / "two.log", script=INSTRUCTION)
+    for name in ("two", "alone"):
+        assert instruct(name, **settings | {"max_steps": 6}).status == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone.folder), rel=1e-3)
+    other = instruct("alone", **settings | {"max_steps": 9, "optim": "adamw_torch_fused"})
+    assert "the optimizer was AdamW8bit and is AdamW" in other.error
+    words = words_of(tmp_path / "zero", data, tokenizer_folder, **settings)
+    with Launch("zero2", 2, words, tmp_path / "zero.log", script=INSTRUCTION) as launch:
+        assert launch.wait() == [2, 2]
+    message = "error: optim: adamw_bnb_8bit keeps the moments of whole matrices"
+    assert launch.output().count(message) == 1
+    assert not (tmp_path / "zero").exists()
 
+
+def test_4bit_under_zero3(data, tokenizer_folder, tmp_path):
     words = words_of(tmp_path / "run", data, tokenizer_folder, lora=LORA, load_in_4bit=True)
     with Launch("zero3", 2, words, tmp_path / "log", script=INSTRUCTION) as launch:
         assert launch.wait() == [2, 2]

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 from utils.config import InputError
 from utils.fragments import (
+    SCALES,
     fragments,
     get_rank,
     get_world_size,
@@ -162,7 +163,8 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
                 held = pieces.get(f"{kind}/{name}", [])
                 if optimizer_step == 0 and kind != "parameter" and not held:
                     continue  # zeros: all steps so far were skipped
-                if not _fill(tensor, start, held, sizes[name]):
+                size = tensor.numel() if kind in SCALES else sizes[name]
+                if not _fill(tensor, start, held, size):
                     raise InputError(f"{folder} does not hold {kind} of {name} in this size")
     refresh_model(optimizer)
 

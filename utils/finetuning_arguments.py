@@ -1,9 +1,12 @@
 """Settings that the fine-tuning recipes share: their data, and their length in epochs."""
 
 import math
+import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from utils.config import InputError
+from utils.engine import launched_zero_stage
 from utils.tables import Table
 from utils.training_arguments import SchedulerType, TrainingArguments
 
@@ -26,6 +29,8 @@ class FinetuningArguments(TrainingArguments):
     warmup_ratio: float = 0.0  # of the run's steps, where warmup_steps is 0
     weight_decay: float = 0.01  # L2, decoupled: of matrices, not of norms and biases
     l1_decay: float = 0.0  # the same with L1: w moves to 0 by learning_rate x l1_decay a step
+    # the second keeps Adam's moments in 8 bits, those of embeddings in 32; not under ZeRO or FSDP
+    optim: Literal["adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
     adam_beta2: float = 0.999
     eval_steps: int | None = None  # null: at the end of each epoch
     save_steps: int | None = None  # null: at the end of each epoch
@@ -39,6 +44,12 @@ class FinetuningArguments(TrainingArguments):
             raise InputError(f"warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
         if self.l1_decay < 0:
             raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")
+        is_split = launched_zero_stage() > 0 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if self.optim == "adamw_bnb_8bit" and is_split:
+            raise InputError(
+                "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
+                "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
+            )
         if self.max_tokens is not None:
             raise InputError("max_tokens: fine-tuning is given its length by epochs or max_steps")
         if not self.train_data:

@@ -14,21 +14,27 @@ from utils.memory import empty_model
 # NF4 with its scales quantized too (Dettmers et al. 2023, QLoRA): 4 bits, for each 64 weights
 # 8 bits of scale, and for each 256 scales 32 bits
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Adam's two moments: 8 bits each, and for each 256 of them a scale of 32 bits
+MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
 
 
 def parameter_parts(
     config: Any, arguments: AdapterArguments, auto_model: Any = AutoModelForCausalLM
 ) -> dict[str, int]:
-    """Numbers of parameters: "trained"; "frozen"; "quantizable", those that
-    4-bit loading takes: of the linear layers but the head. The model is built without storage.
+    """Numbers of parameters: "trained", and of them the "embeddings"; "frozen"; "quantizable",
+    those that 4-bit loading takes: of the linear layers but the head. The model is built without
+    storage.
     """
     linear = empty_model(config, auto_model).base_model.modules()
     linear = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear))
     # an adapter stands inside of the model
-    parameters = list(check_trained_part(config, arguments, auto_model, "CAUSAL_LM").parameters())
+    model = check_trained_part(config, arguments, auto_model, "CAUSAL_LM")
+    parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    embeddings = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
     return {
         "trained": trained,
+        "embeddings": sum(weight.numel() for weight in embeddings if weight.requires_grad),
         "frozen": sum(p.numel() for p in parameters) - trained,
         "quantizable": linear,
     }
@@ -41,6 +47,7 @@ def finetuning_bytes(
     mixed_precision: str,
     half_frozen: bool,
     load_in_4bit: bool = False,
+    optim: str = "adamw_torch_fused",
 ) -> dict[str, int]:
     """Bytes on each GPU that are held from step to step; activations are not counted.
 
@@ -48,6 +55,7 @@ def finetuning_bytes(
         parts: as `parameter_parts` gives them.
         zero_stage: 0 (DistributedDataParallel) to 3.
         half_frozen: whether frozen weights are kept in 16 bits under stage 0.
+        optim: "adamw_bnb_8bit" goes with stage 0.
 
     Returns:
         "frozen", "weights" (trained), "gradients", "optimizer" (AdamW, and fp32 copies).
@@ -58,11 +66,14 @@ def finetuning_bytes(
     frozen = parts["frozen"] * frozen_width
     if load_in_4bit:
         frozen -= round(parts["quantizable"] * (frozen_width - NF4_BYTES))
+    optimizer = parts["trained"] * (12 if zero_stage else 8)
+    if optim == "adamw_bnb_8bit":
+        optimizer -= round((parts["trained"] - parts["embeddings"]) * (8 - MOMENTS_8BIT_BYTES))
     sizes = {
         "frozen": (frozen, 3),
         "weights": (parts["trained"] * trained_width, 3),
         "gradients": (parts["trained"] * trained_width, 2),
-        "optimizer": (parts["trained"] * (12 if zero_stage else 8), 1),
+        "optimizer": (optimizer, 1),
     }
     return {
         name: -(-size // (world_size if zero_stage >= first_split else 1))
@@ -102,8 +113,11 @@ def finetuning_plan(config: Any, arguments: Any, load_in_4bit: bool = False) -> 
             if stage == 3 and load_in_4bit:
                 cells.append("not with load_in_4bit")
                 continue
+            if stage and a.optim == "adamw_bnb_8bit":
+                cells.append("not with adamw_bnb_8bit")
+                continue
             state = finetuning_bytes(
-                parts, stage, world_size, a.mixed_precision, a.has_adapter, load_in_4bit
+                parts, stage, world_size, a.mixed_precision, a.has_adapter, load_in_4bit, a.optim
             )
             sizes = " + ".join(f"{value / 2**30:.1f}" for value in state.values())
             cells.append(f"{sizes} = {sum(state.values()) / 2**30:.1f} GiB")

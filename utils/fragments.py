@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+# of the blocks of 8-bit moments (bitsandbytes); only where a parameter is whole
+SCALES = ("absmax1", "absmax2")
+
 
 class Fragment(NamedTuple):
     """What this process owns of one parameter: a range of its elements, flattened."""
@@ -43,7 +46,8 @@ def fragments(
         elif zero is None:
             if every_rank or index % get_world_size() == get_rank():
                 state = _torch_optimizer(optimizer).state.get(parameter, {})
-                yield Fragment(name, 0, _views(parameter, state, 0, parameter.numel()))
+                views = _views(parameter, state, 0, parameter.numel())
+                yield Fragment(name, 0, views | {k: state[k] for k in SCALES if k in state})
         elif hasattr(parameter, "ds_id"):
             group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
             flat = zero.fp32_partitioned_groups_flat[group]
@@ -94,6 +98,13 @@ def make_optimizer_state(optimizer: Any, step: int) -> None:
         flats = zero.fp32_partitioned_groups_flat
     else:
         flats = zero.single_partition_of_fp32_groups
+    if hasattr(inner, "init_state"):  # bitsandbytes
+        inner.check_overrides()
+        for index, group in enumerate(inner.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                inner.init_state(group, parameter, index, place)
+                inner.state[parameter]["step"] = step
+        return
     accepted = inspect.signature(type(inner).__init__).parameters
     for flat in flats:
         # one update of a single number shows what the optimizer keeps of a parameter

@@ -8,45 +8,61 @@ import torch
 def adamw(
     model: torch.nn.Module,
     arguments: Any,
+    optim: str = "adamw_torch_fused",
     l1_decay: float = 0.0,
     loraplus_lr_ratio: float | None = None,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Matrices and embeddings decay; norms and biases do not.
 
     A group's `lr_ratio` says how many times faster than the schedule it learns.
 
     Args:
         arguments: a `TrainingArguments`.
+        optim: or "adamw_bnb_8bit" (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
+            Quantization).
         l1_decay: after an update each weight that decays moves towards 0 by learning rate x
             l1_decay, and stays there: the proximal step of an L1 penalty, decoupled from Adam's
             moments as AdamW's decay is (Loshchilov & Hutter 2019; Parikh & Boyd 2014, 6.5.2).
         loraplus_lr_ratio: learning rate of LoRA's B over that of A (Hayou et al. 2024, LoRA+).
     """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # ZeRO-3 leaves an empty tensor in the place of a parameter and its shape beside it
             is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
             is_fast = loraplus_lr_ratio is not None and ".lora_B." in name
-            groups.setdefault((not is_matrix, is_fast), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": 0.0 if is_vector else arguments.weight_decay,
-                "lr_ratio": loraplus_lr_ratio if is_fast else 1.0,
-                "l1_decay": 0.0 if is_vector else l1_decay,
-            }
-            for (is_vector, is_fast), parameters in sorted(groups.items())
-        ],
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        fused=True,
-    )
+            found.setdefault((not is_matrix, is_fast), []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_vector else arguments.weight_decay,
+            "lr_ratio": loraplus_lr_ratio if is_fast else 1.0,
+            "l1_decay": 0.0 if is_vector else l1_decay,
+        }
+        for (is_vector, is_fast), parameters in sorted(found.items())
+    ]
+    settings = {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+    }
+    if optim == "adamw_bnb_8bit":
+        optimizer = _adamw_8bit(model, groups, settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
     if l1_decay:
         optimizer.register_step_post_hook(_shrink)
     return optimizer
+
+
+def _adamw_8bit(model: torch.nn.Module, groups: list[dict], settings: dict[str, Any]) -> Any:
+    import bitsandbytes
+
+    overrides = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):  # a token's gradient is rare and large
+            overrides.register_module_override(module, "weight", {"optim_bits": 32})
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
 
 
 def _shrink(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

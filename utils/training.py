@@ -108,8 +108,10 @@ class Training:
         self.objective, self.flops_per_token = objective, flops_per_token
         self.model_files = ModelFiles(model, tokenizer)
         self.base_model = base_model
+        optimizer = optimizer or adamw(model, a)
         fixed = {
             "seed": a.seed,
+            "the optimizer": type(optimizer).__name__,
             **data.fingerprint(),
             "model": model.config.to_diff_dict() | {"transformers_version": "any"},
             "sequence_length": a.sequence_length,
@@ -118,7 +120,6 @@ class Training:
         }
         self.fixed = json.loads(json.dumps(fixed))  # as it comes back from a checkpoint
         self.learning_rate_factor = a.learning_rate_factor()
-        optimizer = optimizer or adamw(model, a)
         self.engine = Engine(self.accelerator, objective, model, optimizer, a)
         if newest := self.folder.newest_checkpoint():
             self._resume(newest)

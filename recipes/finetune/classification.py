@@ -247,7 +247,7 @@ def main() -> None:
         trained,
         tokenizer,
         Epochs(len(examples["train"]), make, to_batch, fingerprint, args),
-        optimizer=adamw(trained, args, args.l1_decay, args.loraplus_lr_ratio),
+        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
         base_model=base,
         fixed=args.what_is_trained() | {name: asdict(args)[name] for name in LEARNED},
     )

@@ -204,7 +204,7 @@ def main() -> None:
             args,
             args.packing,
         ),
-        optimizer=adamw(trained, args, args.l1_decay, args.loraplus_lr_ratio),
+        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
         base_model=base,
         fixed={"neftune_noise_alpha": args.neftune_noise_alpha, **args.what_is_trained()},
     )

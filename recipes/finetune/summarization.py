@@ -214,7 +214,7 @@ def main() -> None:
             fingerprint,
             args,
         ),
-        optimizer=adamw(trained, args, args.l1_decay, args.loraplus_lr_ratio),
+        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
         base_model=base,
         fixed={
             **{name: getattr(args, name) for name in names},
