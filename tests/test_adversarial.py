@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, softmax
+from torch.distributions import Bernoulli, kl_divergence
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    kl_div,
+    log_softmax,
+    mse_loss,
+    softmax,
+)
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from recipes.finetune.classification import ClassificationLoss
@@ -88,12 +96,17 @@ def reference(settings: dict, batch: dict[str, torch.Tensor], model, problem: st
         def label_loss(d: torch.Tensor, label=label, logits=logits) -> torch.Tensor:
             if problem == "regression":
                 return mse_loss(logits(d)[0, 0], label[0].float())
+            if problem == "multi_label_classification":
+                return binary_cross_entropy_with_logits(logits(d), label)
             return cross_entropy(logits(d), label)
 
         def divergence(d: torch.Tensor, logits=logits) -> torch.Tensor:
             clean, other = logits(torch.zeros_like(d)), logits(d)
             if problem == "regression":
                 return mse_loss(clean, other)
+            if problem == "multi_label_classification":
+                one, two = Bernoulli(logits=clean[0]), Bernoulli(logits=other[0])
+                return (kl_divergence(one, two) + kl_divergence(two, one)).mean()
             p, q = log_softmax(clean, 1), log_softmax(other, 1)
             return kl_div(q, softmax(clean, 1), reduction="sum") + kl_div(
                 p, softmax(other, 1), reduction="sum"
@@ -143,11 +156,15 @@ def assert_close(
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=lambda s: f"{s['method']}-{len(s)}")
-@pytest.mark.parametrize("problem", ["single_label_classification", "regression"])
+@pytest.mark.parametrize(
+    "problem", ["single_label_classification", "multi_label_classification", "regression"]
+)
 def test_losses_and_gradients_are_those_of_a_reference(settings: dict, problem: str):
     model, batch = tiny_model(1 if problem == "regression" else 3), make_batch()
     if problem == "regression":
         batch["labels"] = batch["labels"].float()
+    if problem == "multi_label_classification":
+        batch["labels"] = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 1]])
     label, adversarial = reference(settings, batch, model, problem)
     expected = gradients(model, label + adversarial)
     found = losses(settings, batch, model=model, problem=problem)
