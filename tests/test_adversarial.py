@@ -253,7 +253,7 @@ def test_evaluation_is_not_perturbed():
 )
 def test_settings_that_make_no_sense(settings: dict, message: str):
     with pytest.raises(InputError, match=message):
-        Adversarial(**settings).check()
+        Adversarial(**settings).check("no")
 
 
 def test_a_method_fits_its_step_to_its_ball():

@@ -31,10 +31,10 @@ from launching import (
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     LlamaConfig,
     LlamaForSequenceClassification,
     pipeline,
@@ -115,6 +115,11 @@ def fine_tune(
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = folder.glob("*model.safetensors")
     return load_file(file)
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Of one that a single process wrote; without what the optimizer keeps, too."""
+    return load_file(folder / "rank-00000-of-00001.safetensors")
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -317,15 +322,76 @@ def test_the_merged_model_is_the_adapter_on_its_base(fine_tune: Callable, tmp_pa
     assert not torch.allclose(found, untrained, atol=1e-3)
 
 
-def test_lora_on_a_base_without_a_pooler_exports_what_was_trained(
-    fine_tune: Callable, wordpiece_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
+def test_lora_trains_a_head_that_the_base_does_not_have(
+    model_type: str, fine_tune: Callable, wordpiece_folder: Path, tmp_path: Path
 ):
-    """As an encoder has none that learned from masked tokens alone."""
+    """Or a pooler, which learns nothing from masked tokens alone."""
     set_seed(0)
-    settings = {name: value for name, value in BERT.items() if name != "model_type"}
-    BertForMaskedLM(BertConfig(**settings, vocab_size=320)).save_pretrained(tmp_path / "base")
-    folder = fine_tune(model_name_or_path=str(tmp_path / "base"), lora=LORA).folder
-    assert_pipeline_agrees(folder, make_rows(30, 2))
+    settings = {**BERT, "model_type": model_type, "vocab_size": 320}
+    settings |= {"type_vocab_size": 1} if model_type == "roberta" else {}
+    base = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**settings))
+    base.save_pretrained(tmp_path / "base")
+    settings = {"model_name_or_path": str(tmp_path / "base"), "lora": LORA, "max_steps": 8}
+    ended = fine_tune(**settings, learning_rate=1e-2, save_steps=4, keep_last=9)
+    assert ended.status == 0, ended.error
+    assert_pipeline_agrees(ended.folder, make_rows(30, 2))
+    names = (f"checkpoints/step-0000000{step}" for step in (4, 8))
+    early, late = (checkpoint_tensors(ended.folder / name) for name in names)
+    heads = [name for name in late if "modules_to_save" in name and name.startswith("parameter/")]
+    assert heads
+    assert all(not torch.equal(early[name], late[name]) for name in heads)
+    assert (
+        fine_tune(
+            **settings | {"max_steps": 10}, learning_rate=1e-2, save_steps=4, keep_last=9
+        ).status
+        == 0
+    )
+
+
+def test_lora_in_bf16_keeps_the_head_in_full_precision(fine_tune: Callable):
+    base = fine_tune("base", max_steps=1).folder / "model"
+    settings = {"model_name_or_path": str(base), "lora": LORA, "mixed_precision": "bf16"}
+    ended = fine_tune(**settings)
+    assert ended.status == 0, ended.error
+    held = checkpoint_tensors(checkpoints(ended.folder)[-1])
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32}
+    head = next(n for n in held if n.startswith("parameter/") and "classifier" in n)
+    assert not torch.equal(held[head], held[head].bfloat16().float())
+
+
+def test_what_was_trained_in_full_is_exported_without_its_base(fine_tune: Callable, tmp_path: Path):
+    base = fine_tune("base", max_steps=1).folder / "model"
+    folder = fine_tune(model_name_or_path=str(base)).folder
+    base.rename(tmp_path / "elsewhere")
+    export(checkpoints(folder)[-1], tmp_path / "exported")
+    for name, tensor in weights(folder / "model").items():
+        assert torch.equal(weights(tmp_path / "exported")[name], tensor), name
+
+
+def test_ways_to_draw_an_adapter_are_functions_of_the_seed(fine_tune: Callable):
+    def first(name: str, kind: str) -> dict[str, torch.Tensor]:
+        torch.rand(len(name))
+        lora = {**LORA, "init_lora_weights": kind}
+        ended = fine_tune(name, lora=lora, max_steps=1, learning_rate=1e-12)
+        assert ended.status == 0, ended.error
+        return checkpoint_tensors(checkpoints(ended.folder)[-1])
+
+    for kind in ("gaussian", "orthogonal"):
+        one, other = first(f"{kind}-one", kind), first(f"another-{kind}", kind)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    refused = fine_tune(lora={**LORA, "init_lora_weights": "pissa_niter_2"})
+    assert "lora.init_lora_weights: pissa_niter_2 draws another base each" in refused.error
+
+
+def test_more_processes_than_a_step_has_micro_batches(
+    fine_tune: Callable, texts: Path, wordpiece_folder: Path, tmp_path: Path
+):
+    settings = {"global_batch_size": 8, "per_device_batch_size": 16}
+    one = fine_tune("one", **settings).folder
+    words = words_of(tmp_path / "two", texts, wordpiece_folder, **settings)
+    run("zero2", 2, words, tmp_path / "log", script=SCRIPT)
+    assert_same_losses(tmp_path / "two", one, 1e-5)
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -615,6 +681,17 @@ BAD_SETTINGS = {
     "augmentation.probability must be in [0, 1]": {"augmentation": {"probability": 2}},
     "freeze: LoRA trains its adapter alone": {"freeze": 1, "lora": LORA},
     "model: t5 is an encoder-decoder": {"model": {"model_type": "t5"}},
+    "adversarial: smart compares what perturbations of 1e-05 do, which is lost in bf16": {
+        "adversarial": {"method": "smart"},
+        "mixed_precision": "bf16",
+    },
+    "sequence_length: 64 and the model's first position 1 are more than its max_position_emb": {
+        "model": BERT | {"model_type": "roberta", "type_vocab_size": 1},
+        "sequence_length": 64,
+    },
+    "validation_data: say which split of some/dataset it is, for example {path: some/dataset": {
+        "validation_data": [{"path": "some/dataset"}]
+    },
     "label_names: give two names at least": {"label_names": ["a"]},
 }
 

@@ -8,9 +8,10 @@ import scipy.stats
 from sklearn import metrics
 
 from utils.calibration import reliability
-from utils.classification_metrics import METRICS, check_finite, measure, probabilities
+from utils.classification_metrics import METRICS, measure, probabilities
 from utils.classification_report import write_figures
 from utils.config import InputError
+from utils.scoring import check_finite
 
 
 def approx(values: dict[str, float]):

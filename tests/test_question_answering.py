@@ -258,6 +258,18 @@ def test_questions_that_all_have_an_answer(answer, data, tmp_path):
     )
 
 
+def test_predictions_that_are_not_numbers_end_the_run(answer, monkeypatch):
+    def broken(window, start, end, *options):
+        return best_spans(window, np.full_like(start, np.nan), end, *options)
+
+    monkeypatch.setattr(question_answering, "best_spans", broken)
+    ended = answer(metric_for_best_model="f1")
+    assert (ended.status, ended.error) == (
+        2,
+        "error: the model's predictions are not finite: lower the learning_rate\n",
+    )
+
+
 def test_a_given_threshold_is_that_of_the_test(answer):
     ended = answer(null_score_diff_threshold=-1e9)
     assert not any(record["prediction"] for record in predictions(ended.folder))

@@ -82,6 +82,13 @@ def base_model(
     return str(path)
 
 
+def base_dtype(arguments: Any) -> torch.dtype:
+    """What is not trained needs no more than the precision that it computes in."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    is_half = arguments.has_adapter and arguments.mixed_precision in half
+    return half[arguments.mixed_precision] if is_half else torch.float32
+
+
 def check_trained_part(
     config: Any, arguments: AdapterArguments, auto_model: Any, task_type: str
 ) -> PreTrainedModel:
@@ -134,6 +141,10 @@ def _layers(model: PreTrainedModel, wanted: int) -> list[torch.nn.Module]:
     raise InputError(f"freeze: {model.config.model_type} has no list of {count} layers")
 
 
+# which peft trains and saves beside an adapter, wherever a model has them
+HEADS = {"SEQ_CLS": ("classifier", "score")}
+
+
 def add_adapter(
     model: PreTrainedModel, arguments: AdapterArguments, task_type: str, seed: int
 ) -> peft.PeftModel:
@@ -153,10 +164,19 @@ def add_adapter(
     if task_type == "QUESTION_ANS":  # whose head peft does not know by all its names
         heads = [name for name, child in model.named_children() if child is not model.base_model]
         settings = {"modules_to_save": heads, "exclude_modules": heads} | settings
+    # peft saves these heads by itself; a module inside of a saved one must not be named again
+    saved = {*(settings.get("modules_to_save") or ()), *HEADS.get(task_type, ())}
     # what the base's weights do not hold would be frozen as it is drawn, and be in no file
     new = {name.rpartition(".")[0] for name in getattr(model, "newly_initialized", ())}
+    new = {name for name in new if not saved & {*name.split(".")}}
     if new:
         settings["modules_to_save"] = sorted({*new, *(settings.get("modules_to_save") or ())})
+    kind = settings.get("init_lora_weights", True)
+    if isinstance(kind, str) and kind.startswith("pissa_niter"):
+        raise InputError(
+            f"lora.init_lora_weights: {kind} draws another base each time it is loaded: take pissa"
+        )
+    torch.manual_seed(random_key(seed, "lora"))  # ways to draw an adapter that are not named below
     try:
         config = peft.LoraConfig(**settings)
         with warnings.catch_warnings():
@@ -169,6 +189,10 @@ def add_adapter(
             if isinstance(module, LoraLayer):
                 torch.manual_seed(random_key(seed, name))
                 module.reset_lora_parameters("default", True)
+    for parameter in adapted.parameters():
+        # a head that is copied from a base in 16 bits; ZeRO-3 keeps 32 bits of its own
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.float()
     return adapted
 
 

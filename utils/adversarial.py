@@ -1,7 +1,8 @@
 """Adversarial training on the embeddings: FGM, PGD, FreeLB and SMART's smoothness term.
 
 The perturbation d is added to what the input embeddings put out, for each example in the direction
-in which its loss grows. With L the loss of an example, c the coefficient, and N(g) = g / |g|_2:
+in which its loss grows. With L the loss of an example, c the coefficient, and N(g) = g / |g|, of
+the largest element in smart and else of l2:
 
     fgm     L(0) + c L(e N(g(0)))                           Miyato et al. 2017
     pgd     (1 - c) L(0) + c L(d_K)                         Madry et al. 2018
@@ -59,7 +60,13 @@ class Adversarial:
     step_size: float | None = None
     initial_magnitude: float | None = None
 
-    def check(self) -> None:
+    def check(self, mixed_precision: str) -> None:
+        if self.method == "smart" and mixed_precision != "no":
+            raise InputError(
+                "adversarial: smart compares what perturbations of "
+                f"{self.filled().epsilon:g} do, which is lost in {mixed_precision}: set "
+                "mixed_precision: no"
+            )
         if self.steps is not None and self.steps < 1:
             raise InputError(f"adversarial.steps must be at least 1, not {self.steps}")
         for name in ("coefficient", "epsilon", "step_size", "initial_magnitude"):

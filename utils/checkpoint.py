@@ -158,11 +158,12 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
     make_optimizer_state(optimizer, optimizer_step)
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trainable(model)}
     with _opened(folder) as pieces:
+        updated = {key.partition("/")[2] for key in pieces if not key.startswith("parameter/")}
         for name, start, tensors in fragments(model, optimizer, every_rank=True):
             for kind, tensor in tensors.items():
                 held = pieces.get(f"{kind}/{name}", [])
-                if optimizer_step == 0 and kind != "parameter" and not held:
-                    continue  # zeros: all steps so far were skipped
+                if kind != "parameter" and name not in updated:
+                    continue  # zeros: it never had a gradient, or all steps so far were skipped
                 size = tensor.numel() if kind in SCALES else sizes[name]
                 if not _fill(tensor, start, held, size):
                     raise InputError(f"{folder} does not hold {kind} of {name} in this size")

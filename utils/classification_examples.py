@@ -11,6 +11,7 @@ from utils.config import InputError
 from utils.labelled_texts import LabelledText
 from utils.randomness import random_key
 
+BATCH = 256  # texts that are tokenized at a time: what the tokenizer makes of them is large
 Example = dict[str, Any]  # input_ids, of some models token_type_ids, and the label
 
 
@@ -60,12 +61,15 @@ def encode(
 
     Special tokens that stand in a text are read as such, as transformers' pipelines do.
     """
-    columns = [list(column) for column in zip(*texts, strict=True)]
-    encoded = tokenizer(*columns, truncation=True)
+    examples, cut = [], 0
     names = [name for name in tokenizer.model_input_names if name != "attention_mask"]
-    rows = zip(*(encoded[name] for name in names), strict=True)
-    examples = [{n: np.array(v) for n, v in zip(names, row, strict=True)} for row in rows]
-    return examples, sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
+    for start in range(0, len(texts), BATCH):
+        columns = [list(column) for column in zip(*texts[start : start + BATCH], strict=True)]
+        encoded = tokenizer(*columns, truncation=True)
+        for row in zip(*(encoded[name] for name in names), strict=True):
+            examples.append({n: np.array(v, np.int32) for n, v in zip(names, row, strict=True)})
+        cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
+    return examples, cut
 
 
 def labelled_examples(

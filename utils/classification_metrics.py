@@ -8,8 +8,6 @@ import numpy as np
 from datasets.utils.logging import disable_progress_bar
 from scipy.special import expit, log_expit, log_softmax, softmax
 
-from utils.config import InputError
-
 CLASSIFICATION = (
     "accuracy",
     "precision_micro",
@@ -45,12 +43,6 @@ def mean_loss(problem_type: str, logits: np.ndarray, labels: np.ndarray) -> floa
     if problem_type.startswith("single"):
         return float(-np.take_along_axis(log_softmax(logits, axis=1), labels[:, None], 1).mean())
     return float(-(labels * log_expit(logits) + (1 - labels) * log_expit(-logits)).mean())
-
-
-def check_finite(logits: np.ndarray) -> None:
-    """Raises InputError; to be called by all ranks: they stop together."""
-    if not np.isfinite(logits).all():
-        raise InputError("the model's predictions are not finite: lower the learning_rate")
 
 
 def measure(problem_type: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

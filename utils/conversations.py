@@ -1,5 +1,6 @@
 """Conversations: checked, written out by a chat template, and marked where the assistant speaks."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
@@ -137,15 +139,23 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
 
 
 def encode_conversations(
-    conversations: Sequence[list[Message]], tokenizer: PreTrainedTokenizerBase
+    conversations: Sequence[list[Message]],
+    places: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, np.ndarray]]:
     """{"input_ids", "is_target"} of each: whether the assistant says the token.
+
+    Args:
+        places: where each was read.
 
     Raises:
         InputError: the template cannot write such a conversation.
     """
     examples = []
-    for start in range(0, len(conversations), BATCH):
+    # for a terminal alone
+    is_hidden = None if os.environ.get("RANK", "0") == "0" else True
+    batches = range(0, len(conversations), BATCH)
+    for start in tqdm(batches, desc="tokenizing", leave=False, disable=is_hidden):
         try:
             encoded = tokenizer.apply_chat_template(
                 list(conversations[start : start + BATCH]),
@@ -154,6 +164,7 @@ def encode_conversations(
                 return_assistant_tokens_mask=True,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
+            _name_unwritable(conversations[start : start + BATCH], places[start:], tokenizer)
             problem = shorten(str(error), 200)
             raise InputError(f"chat_template: cannot write the conversations: {problem}") from None
         for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
@@ -161,6 +172,21 @@ def encode_conversations(
                 {"input_ids": np.array(ids, np.int32), "is_target": np.array(mask, bool)}
             )
     return examples
+
+
+def _name_unwritable(
+    conversations: Sequence[list[Message]],
+    places: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    for conversation, place in zip(conversations, places, strict=False):
+        try:
+            tokenizer.apply_chat_template(conversation, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            problem = shorten(str(error), 200)
+            raise InputError(
+                f"{place}: the chat_template cannot write the conversation: {problem}"
+            ) from None
 
 
 def to_examples(
@@ -182,7 +208,7 @@ def to_examples(
     a, length = arguments, arguments.sequence_length
     conversations = [read_messages(row, a) for row in rows]
     examples, counts = [], {"skipped": 0, "truncated": 0}
-    encoded = encode_conversations(conversations, tokenizer)
+    encoded = encode_conversations(conversations, [row.place for row in rows], tokenizer)
     for row, messages, example in zip(rows, conversations, encoded, strict=True):
         ids, is_target = example["input_ids"], example["is_target"]
         if not is_target[1:].any():
@@ -207,7 +233,9 @@ def to_examples(
             {"input_ids": ids, "shift_labels": labels, "source": source, "messages": messages}
         )
     if not examples:
-        raise InputError(f"every conversation is longer than sequence_length {length}")
+        raise InputError(
+            f"every conversation of {rows[0].file} is longer than sequence_length {length}"
+        )
     return examples, counts
 
 

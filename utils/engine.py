@@ -66,6 +66,10 @@ def launched_zero_stage() -> int:
     return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
 
 
+def launched_with_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
     """Initialise each module from (seed, its name): the same weights under every ZeRO stage.
 
@@ -123,6 +127,8 @@ class Engine:
         if arguments.torch_compile:
             # what objectives call; an adapter is inside of it
             getattr(model, "get_base_model", lambda: model)().base_model.compile()
+        # FSDP looks here for the blocks that it splits the model into
+        objective._no_split_modules = getattr(model, "_no_split_modules", None)
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
         if self.deepspeed and zero_optimizer(self.optimizer) is None:
             raise InputError(
@@ -217,7 +223,8 @@ class Engine:
             raise InputError("DeepSpeed without ZeRO: launch with multi_gpu.yaml or multi_cpu.yaml")
         processes = self.accelerator.num_processes
         config["train_micro_batch_size_per_gpu"] = a.per_device_batch_size
-        micro_batches = a.global_batch_size // (processes * a.per_device_batch_size)
+        # fine-tuning's micro-batches are not of one size: their number is set step by step
+        micro_batches = max(1, a.global_batch_size // (processes * a.per_device_batch_size))
         config["gradient_accumulation_steps"] = micro_batches
         self.accelerator.gradient_accumulation_steps = micro_batches
         config["gradient_clipping"] = a.max_grad_norm

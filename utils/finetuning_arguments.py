@@ -1,12 +1,11 @@
 """Settings that the fine-tuning recipes share: their data, and their length in epochs."""
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.config import InputError
-from utils.engine import launched_zero_stage
+from utils.engine import launched_with_fsdp, launched_zero_stage
 from utils.tables import Table
 from utils.training_arguments import SchedulerType, TrainingArguments
 
@@ -44,7 +43,7 @@ class FinetuningArguments(TrainingArguments):
             raise InputError(f"warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
         if self.l1_decay < 0:
             raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")
-        is_split = launched_zero_stage() > 0 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        is_split = launched_zero_stage() > 0 or launched_with_fsdp()
         if self.optim == "adamw_bnb_8bit" and is_split:
             raise InputError(
                 "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
@@ -54,6 +53,14 @@ class FinetuningArguments(TrainingArguments):
             raise InputError("max_tokens: fine-tuning is given its length by epochs or max_steps")
         if not self.train_data:
             raise InputError("train_data: give at least one table: [{path: train.jsonl}]")
+        for name in ("validation_data", "test_data"):
+            for table in getattr(self, name):
+                if table.is_of_the_hub and table.split is None:
+                    raise InputError(
+                        f"{name}: say which split of {table.path} it is, for example "
+                        f"{{path: {table.path}, split: {name.removesuffix('_data')}}}"
+                    )
+        self.metric_for_best_model = f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
         if not self.validation_data and self.early_stopping_patience is not None:
             raise InputError("early_stopping_patience: give validation_data to stop by")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -47,6 +48,12 @@ def score_examples(
     if ranks.stopped:
         return None
     return [result for _, result in sorted(ranks.gather(mine), key=lambda item: item[0])]
+
+
+def check_finite(results: Any) -> None:
+    """Raises InputError; to be called by all ranks, with the same numbers: they stop together."""
+    if not np.isfinite(results).all():
+        raise InputError("the model's predictions are not finite: lower the learning_rate")
 
 
 def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:

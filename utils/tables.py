@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from utils.config import InputError
 
+TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
@@ -25,8 +26,12 @@ class Table:
         str  # a file or glob (.csv, .tsv, .jsonl, .json, .parquet), or a dataset's name on the Hub
     )
     name: str | None = None  # of the Hub dataset's configuration
-    split: str = "train"  # of the Hub dataset
+    split: str | None = None  # of the Hub dataset; null: train, and of train_data alone
     revision: str | None = None  # of the Hub dataset: a commit or a branch
+
+    @property
+    def is_of_the_hub(self) -> bool:
+        return not self.path.endswith(FORMATS)
 
 
 class TableRow(NamedTuple):
@@ -130,7 +135,9 @@ def _parquet(file: str) -> Iterator[tuple[int, Any]]:
 def _csv(file: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if file.endswith(".tsv") else ",")
+        # tab-separated values know no quotes: a cell that begins with one is text
+        format_ = TSV if file.endswith(".tsv") else {"strict": True}
+        reader = csv.DictReader(lines, **format_)
         for values in reader:
             where = f"{file}, line {reader.line_num}"
             if None in values:
@@ -143,7 +150,7 @@ def _csv(file: str) -> Iterator[tuple[int, Any]]:
 def _read_hub(table: Table) -> Iterator[TableRow]:
     try:
         rows = datasets.load_dataset(
-            table.path, table.name, split=table.split, revision=table.revision
+            table.path, table.name, split=table.split or "train", revision=table.revision
         )
     except Exception as error:  # of many libraries
         problem = shorten(f"{type(error).__name__}: {error}", 200)
@@ -152,4 +159,4 @@ def _read_hub(table: Table) -> Iterator[TableRow]:
             f"gives: {problem}"
         ) from None
     for number, values in enumerate(rows, 1):
-        yield TableRow(values, f"{table.path} ({table.split})", "row", number)
+        yield TableRow(values, f"{table.path} ({table.split or 'train'})", "row", number)

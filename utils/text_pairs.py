@@ -133,10 +133,14 @@ class PairEncoder:
         a = self.arguments
         beginnings = [a.source_prefix + text for text in texts]
         if self.is_encoder_decoder:
-            whole = self._encode(beginnings)
-            cut = self._encode(beginnings, truncation=True, max_length=a.max_source_length)
-            self.cut_sources += sum(len(row) > a.max_source_length for row in whole)
-            return cut
+            limit = {"truncation": True, "max_length": a.max_source_length}
+            encoded = self._tokenize(beginnings, **limit)
+            if encoded.encodings is None:  # a slow tokenizer does not say what it cut
+                whole = self._encode(beginnings)
+                self.cut_sources += sum(len(row) > a.max_source_length for row in whole)
+            else:
+                self.cut_sources += sum(bool(row.overflowing) for row in encoded.encodings)
+            return encoded["input_ids"]
         rows = self._without_end(self._encode([text + a.source_suffix for text in beginnings]))
         (suffix,) = self._encode([a.source_suffix], add_special_tokens=False)
         room = a.max_source_length - len(suffix)
@@ -169,8 +173,10 @@ class PairEncoder:
         return [row[:-1] if row[-1:] == [end] else row for row in rows]
 
     def _encode(self, texts: list[str], **options: Any) -> list[list[int]]:
-        options |= {"split_special_tokens": True, "verbose": False}
-        return self.tokenizer(texts, **options)["input_ids"]
+        return self._tokenize(texts, **options)["input_ids"]
+
+    def _tokenize(self, texts: list[str], **options: Any) -> Any:
+        return self.tokenizer(texts, split_special_tokens=True, verbose=False, **options)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """A batch to train on; without examples, a row of padding and no target.

@@ -3,7 +3,8 @@
 An objective is a module whose `forward(**batch)` returns named sums of losses, and whose
 `counts(batch)` tells what each is divided by; `names` lists them. The loss of a step is
 Σ weight x sum / count over the whole global batch: however it is split over ranks and
-micro-batches, it is the same number.
+micro-batches, it is the same number, but for dropout and other noise, which is drawn anew for each
+micro-batch.
 """
 
 import math

@@ -23,7 +23,14 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import AutoModelForSequenceClassification
 
-from utils.adapters import AdapterArguments, add_adapter, base_model, freeze, trainable_share
+from utils.adapters import (
+    AdapterArguments,
+    add_adapter,
+    base_dtype,
+    base_model,
+    freeze,
+    trainable_share,
+)
 from utils.adversarial import Adversarial, Adversary, symmetric_divergence
 from utils.augmentation import Augmentation, Augmenter
 from utils.classification_examples import (
@@ -33,10 +40,11 @@ from utils.classification_examples import (
     configure,
     labelled_examples,
 )
-from utils.classification_metrics import ERRORS, METRICS, check_finite, measure, probabilities
+from utils.classification_metrics import ERRORS, METRICS, measure, probabilities
 from utils.classification_report import prediction_records, write_figures
 from utils.conclusion import conclude
 from utils.config import InputError, command, parse
+from utils.encoders import check_encoder
 from utils.epochs import Epochs, digest
 from utils.finetuning_arguments import FinetuningArguments
 from utils.labelled_texts import (
@@ -50,7 +58,7 @@ from utils.model import build_model, load_tokenizer, model_config
 from utils.optimizer import adamw
 from utils.prediction import predict
 from utils.run_folder import RunFolder
-from utils.scoring import write_predictions
+from utils.scoring import check_finite, write_predictions
 from utils.training import Training
 
 USAGE = """
@@ -92,7 +100,7 @@ class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
         if min(given.values(), default=1) <= 0:
             raise InputError("class_weights must be more than 0: leave the rows out instead")
         if self.adversarial is not None:
-            self.adversarial.check()
+            self.adversarial.check(self.mixed_precision)
             if self.torch_compile:
                 raise InputError(
                     "torch_compile: what is compiled cannot be perturbed: leave it out"
@@ -106,7 +114,6 @@ class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
                 f"metric_for_best_model: {name} is not measured of a {self.problem_type}; "
                 f"these are: {known}"
             )
-        self.metric_for_best_model = f"eval_{name}"
         if self.greater_is_better is None and name in ERRORS:
             self.greater_is_better = False
 
@@ -224,7 +231,10 @@ def main() -> None:
     base = base_model(args, config, AutoModelForSequenceClassification, args.seed, folder.path)
     training = Training(args, folder)
     given = replace(args, model_name_or_path=base)
-    model = build_model(given, config, AutoModelForSequenceClassification, args.seed)
+    model = build_model(
+        given, config, AutoModelForSequenceClassification, args.seed, dtype=base_dtype(args)
+    )
+    check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
     freeze(model, args.freeze)
     objective = ClassificationLoss(
         model, args.problem_type, weights, args.label_smoothing, args.adversarial

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from utils.adapters import (
     AdapterArguments,
     add_adapter,
+    base_dtype,
     base_model,
     check_trained_part,
     freeze,
@@ -37,7 +38,7 @@ from utils.conversations import (
     set_chat_template,
     to_examples,
 )
-from utils.engine import launched_zero_stage
+from utils.engine import launched_with_fsdp, launched_zero_stage
 from utils.epochs import Epochs, digest
 from utils.finetuning_arguments import FinetuningArguments
 from utils.finetuning_memory import finetuning_plan
@@ -77,10 +78,10 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
         self.check_adapter()
         if self.load_in_4bit and not self.has_adapter:
             raise InputError("load_in_4bit: a 4-bit model cannot be trained: give lora too")
-        if self.load_in_4bit and launched_zero_stage() == 3:
+        if self.load_in_4bit and (launched_zero_stage() == 3 or launched_with_fsdp()):
             raise InputError(
-                "load_in_4bit: ZeRO-3 cannot split 4-bit weights over the processes: launch with "
-                "single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
+                "load_in_4bit: ZeRO-3 and FSDP cannot split 4-bit weights over the processes: "
+                "launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
             )
         if self.metric_for_best_model not in METRICS:
             raise InputError(
@@ -160,29 +161,29 @@ def main() -> None:
     config.eos_token_id = tokenizer.eos_token_id
     tables = (args.train_data, args.validation_data, args.test_data)
     rows = [[row for table in part for row in read_table(table)] for part in tables]
-    (train, left_out), (validation, _), (test, _) = (
-        to_examples(part, tokenizer, args) if part else ([], {}) for part in rows
-    )
+    examples = [to_examples(part, tokenizer, args) if part else ([], {}) for part in rows]
+    (train, validation, test), left_out = zip(*examples, strict=True)
     args.set_length(len(train))
     fingerprint = {
         "the training data": digest(example["messages"] for example in train),
         "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
     }
+    del rows, examples
+    for example in train:
+        del example["messages"]  # of long use in evaluations alone
     check_head(check_trained_part(config, args, AutoModelForCausalLM, "CAUSAL_LM"))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
 
-    # what is not trained needs no more than the precision that it computes in
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
-    options: dict[str, Any] = {"dtype": half if args.has_adapter else torch.float32}
+    options: dict[str, Any] = {"dtype": base_dtype(args)}
     base = base_model(args, config, AutoModelForCausalLM, args.seed, folder.path)
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=half,
+            bnb_4bit_compute_dtype=base_dtype(args),
         )
     training = Training(args, folder)
     begin_with = replace(args, model_name_or_path=base)
@@ -228,7 +229,8 @@ def main() -> None:
         return
 
     facts = {"trained": trainable_share(trained), "conversations": f"{len(train):,}"}
-    facts |= {f"conversations {name}": count for name, count in left_out.items() if count}
+    for part, counts in zip(("train", "validation", "test"), left_out, strict=True):
+        facts |= {f"{part} conversations {name}": n for name, n in counts.items() if n}
     if test:
         training.load_best()
         results = evaluate(test, budget=budget)

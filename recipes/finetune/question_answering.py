@@ -24,7 +24,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering
 
-from utils.adapters import AdapterArguments, add_adapter, base_model, freeze, trainable_share
+from utils.adapters import (
+    AdapterArguments,
+    add_adapter,
+    base_dtype,
+    base_model,
+    freeze,
+    trainable_share,
+)
 from utils.answers import (
     Prediction,
     Window,
@@ -44,7 +51,7 @@ from utils.optimizer import adamw
 from utils.packing import IGNORE_INDEX
 from utils.questions import Question, QuestionColumns, check_unanswerable, read_questions
 from utils.run_folder import RunFolder
-from utils.scoring import score_examples, write_predictions
+from utils.scoring import check_finite, score_examples, write_predictions
 from utils.squad_metrics import prediction_record, results_of
 from utils.training import Training
 
@@ -169,6 +176,7 @@ def evaluate(
     results = score_examples(training, lengths, budget, score, "answering")
     if results is None:
         return None
+    check_finite([(loss, no_answer) for loss, no_answer, _ in results])
     targets = [window["start"] != IGNORE_INDEX for window in windows]
     loss = math.fsum(loss for loss, *_ in results) / max(1, sum(targets))
     found = [(no_answer, spans) for _, no_answer, spans in results]
@@ -235,7 +243,9 @@ def main() -> None:
     base = base_model(args, config, AutoModelForQuestionAnswering, args.seed, folder.path)
     training = Training(args, folder)
     begin_with = replace(args, model_name_or_path=base)
-    model = build_model(begin_with, config, AutoModelForQuestionAnswering, args.seed)
+    model = build_model(
+        begin_with, config, AutoModelForQuestionAnswering, args.seed, dtype=base_dtype(args)
+    )
     check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
     freeze(model, args.freeze)
     objective = SpanLoss(model)

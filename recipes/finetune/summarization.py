@@ -20,7 +20,14 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from utils.adapters import AdapterArguments, add_adapter, base_model, freeze, trainable_share
+from utils.adapters import (
+    AdapterArguments,
+    add_adapter,
+    base_dtype,
+    base_model,
+    freeze,
+    trainable_share,
+)
 from utils.conclusion import conclude
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
@@ -30,7 +37,7 @@ from utils.model import build_model, load_tokenizer, model_config
 from utils.optimizer import adamw
 from utils.packing import IGNORE_INDEX
 from utils.run_folder import RunFolder
-from utils.scoring import score_examples, write_predictions
+from utils.scoring import check_finite, score_examples, write_predictions
 from utils.text_generation import GenerationArguments, generate, generation_config
 from utils.text_metrics import ROUGE, first_sentences, signatures, text_scores
 from utils.text_pairs import Example, Pair, PairArguments, PairEncoder, check_tokenizer, read_pairs
@@ -162,6 +169,7 @@ def evaluate_loss(
     losses = score_examples(training, lengths, budget, score, "evaluating")
     if losses is None:
         return None
+    check_finite(losses)
     return math.fsum(losses) / sum(len(e["input_ids"]) - e["source_length"] for e in examples)
 
 
@@ -193,7 +201,13 @@ def main() -> None:
 
     base = base_model(args, config, auto_model, args.seed, folder.path)
     training = Training(args, folder)
-    model = build_model(replace(args, model_name_or_path=base), config, auto_model, args.seed)
+    model = build_model(
+        replace(args, model_name_or_path=base),
+        config,
+        auto_model,
+        args.seed,
+        dtype=base_dtype(args),
+    )
     if not is_encoder_decoder:
         check_head(model)
     model.generation_config = generation_config(model, tokenizer, args)
