@@ -733,7 +733,7 @@ def test_4bit_under_zero3(data, tokenizer_folder, tmp_path):
     words = words_of(tmp_path / "run", data, tokenizer_folder, lora=LORA, load_in_4bit=True)
     with Launch("zero3", 2, words, tmp_path / "log", script=INSTRUCTION) as launch:
         assert launch.wait() == [2, 2]
-    assert launch.output().count("error: load_in_4bit: ZeRO-3 cannot split 4-bit weights") == 1
+    assert launch.output().count("error: load_in_4bit: ZeRO-3 and FSDP cannot split 4-bit") == 1
     assert not (tmp_path / "run").exists()
 
 
