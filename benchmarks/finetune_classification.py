@@ -72,16 +72,21 @@ class Arguments:
     turns: int = 5
     # quality
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    # two thirds of the demo's model are its word embeddings: they take part
+    # of the recipe, for LoRA; two thirds of the demo's model are its word embeddings: they take part
     lora: dict[str, Any] = field(
         default_factory=lambda: {
-            "r": 2,
-            "lora_alpha": 2,
-            "bias": "lora_only",
-            "target_modules": ["word_embeddings", "query", "key", "value", "dense"],
+            "lora": {
+                "r": 2,
+                "lora_alpha": 2,
+                "bias": "lora_only",
+                "target_modules": ["word_embeddings", "query", "key", "value", "dense"],
+            },
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.05,
+            "adam_beta2": 0.98,
         }
     )
-    lora_learning_rate: float = 1e-2
     runs: str = "runs/finetune_classification"
     results: str = "benchmarks/results/finetune_classification"  # quality: …_quality
 
@@ -201,7 +206,7 @@ def fine_tune(arguments: Arguments, kind: str, seed: int) -> dict[str, Any]:
     else:
         settings["model_name_or_path"] = args.model_name_or_path
     if kind == LORA:
-        settings |= {"lora": arguments.lora, "learning_rate": arguments.lora_learning_rate}
+        settings |= arguments.lora
     words = [
         word
         for key, value in settings.items()
@@ -248,7 +253,7 @@ def measure_quality(arguments: Arguments, facts: dict[str, Any]) -> None:
         f"Pretrained above random initialisation: {points(margins[UNTRAINED])} (goal: above, with "
         f"each seed). All weights above LoRA: {points(margins[LORA])} (goal: at most 2).",
     ]
-    facts |= {"lora": arguments.lora, "lora_learning_rate": arguments.lora_learning_rate}
+    facts |= {"lora": arguments.lora}
     write_results(f"{arguments.results}_quality", "\n".join(lines), facts, {"runs": found})
 
 
