@@ -170,7 +170,7 @@ def main() -> None:
     }
     del rows, examples
     for example in train:
-        del example["messages"]  # of long use in evaluations alone
+        del example["messages"]  # texts that nothing reads again
     check_head(check_trained_part(config, args, AutoModelForCausalLM, "CAUSAL_LM"))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
