@@ -72,12 +72,14 @@ class Arguments:
     turns: int = 5
     # quality
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    # of the recipe, for LoRA; two thirds of the demo's model are its word embeddings: they take part
+    # of the recipe, for LoRA. Two thirds of the demo's model are its word embeddings: they take
+    # part, more slowly, since peft draws their fixed matrix ten times as large as those of layers
     lora: dict[str, Any] = field(
         default_factory=lambda: {
             "lora": {
                 "r": 2,
                 "lora_alpha": 2,
+                "alpha_pattern": {"word_embeddings": 0.4},
                 "bias": "lora_only",
                 "target_modules": ["word_embeddings", "query", "key", "value", "dense"],
             },
