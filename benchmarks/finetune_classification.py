@@ -72,7 +72,7 @@ class Arguments:
     turns: int = 5
     # quality
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    # of the recipe, for LoRA. Two thirds of the demo's model are its word embeddings: they have most
+    # of the recipe, for LoRA. Two thirds of the model are its word embeddings: they have most
     # of the ranks, and a small factor, since peft draws their second matrix with unit variance
     lora: dict[str, Any] = field(
         default_factory=lambda: {
