@@ -594,6 +594,8 @@ def test_the_program_names_bad_input_in_one_line_and_ends_with_2():
 def test_ctrl_c_while_the_model_loads_ends_with_130():
     program = (
         "import signal\nfrom utils.config import command\n"
+        # a shell that starts something in the background has it ignore Ctrl-C
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "command(lambda: (print('loading'), signal.raise_signal(signal.SIGINT)))"
     )
     done = programs.start("-c", program)

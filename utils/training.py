@@ -107,10 +107,10 @@ class Training:
         a = self.arguments
         self.objective, self.flops_per_token = objective, flops_per_token
         self.model_files = ModelFiles(model, tokenizer)
-        # buffers (Marian's bias of the logits) are in no checkpoint
-        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-        is_frozen = any(not parameter.requires_grad for parameter in model.parameters())
-        self.base_model = base_model if buffers or is_frozen else None
+        is_whole = all(parameter.requires_grad for parameter in model.parameters())
+        if is_whole and not {name for name, _ in model.named_buffers()} & model.state_dict().keys():
+            base_model = None  # but for saved buffers (Marian's bias of the logits) all is trained
+        self.base_model = base_model
         optimizer = optimizer or adamw(model, a)
         fixed = {
             "seed": a.seed,
