@@ -18,8 +18,8 @@ setup: $(SETUP)
 demo: $(SETUP)
 	OMP_NUM_THREADS=$$(( $(CORES) > $(PROCESSES) ? $(CORES) / $(PROCESSES) : 1 )) \
 		$(BIN)/accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes $(PROCESSES) \
-		recipes/pretrain/causal_lm.py recipes/pretrain/configs/causal_lm_demo.yaml
-	$(BIN)/python recipes/deploy/generate.py recipes/deploy/configs/generate_demo.yaml
+		recipes/causal_lm/pretrain.py recipes/causal_lm/configs/pretrain_demo.yaml
+	$(BIN)/python recipes/causal_lm/generate.py recipes/causal_lm/configs/generate_demo.yaml
 
 test: $(SETUP)
 	$(BIN)/pytest
@@ -50,11 +50,11 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(SAMPLE): recipes/corpus/sample.py utils/installed_packages.py $(INSTALLED)
+$(SAMPLE): recipes/corpus/sample.py recipes/corpus/installed_packages.py $(INSTALLED)
 	$(BIN)/python recipes/corpus/sample.py
 
-$(TASKS): recipes/corpus/sample_tasks.py utils/docstring_questions.py utils/installed_packages.py $(INSTALLED)
+$(TASKS): recipes/corpus/sample_tasks.py recipes/corpus/docstring_questions.py recipes/corpus/installed_packages.py $(INSTALLED)
 	$(BIN)/python recipes/corpus/sample_tasks.py
 
-data/tokenizers/%-8192/tokenizer.json: $(SAMPLE) recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_%_sample.yaml
-	$(BIN)/python recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_$*_sample.yaml
+data/tokenizers/%-8192/tokenizer.json: $(SAMPLE) recipes/corpus/train_tokenizer.py recipes/corpus/configs/train_tokenizer_%_sample.yaml
+	$(BIN)/python recipes/corpus/train_tokenizer.py recipes/corpus/configs/train_tokenizer_$*_sample.yaml

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from benchmarks.measurement import describe, write_results
-from recipes.pretrain import bert
+from recipes.bert import pretrain as bert
 from utils.config import InputError, command, parse
 from utils.model import build_model, load_tokenizer, model_config
 from utils.randomness import keyed_permutation
@@ -52,7 +52,7 @@ NAMES = re.compile(
 class Arguments:
     """Probe encoders pretrained with several seeds, and the same encoders untrained."""
 
-    config: str = "recipes/pretrain/configs/bert_demo.yaml"
+    config: str = "recipes/bert/configs/pretrain_demo.yaml"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     num_processes: int = 2  # that pretrain
     output_dir: str = "runs/bert_probe"  # of the runs: seed-0, seed-1, …
@@ -99,7 +99,7 @@ def pretrain(args: Arguments, seed: int) -> Path:
         launch += ["-m", "accelerate.commands.launch", "--config_file", config_file]
         launch += ["--num_processes", str(args.num_processes)]
     settings = ["--seed", str(seed), "--output_dir", str(folder)]
-    run = subprocess.run([*launch, "recipes/pretrain/bert.py", args.config, *settings], check=False)
+    run = subprocess.run([*launch, "recipes/bert/pretrain.py", args.config, *settings], check=False)
     if run.returncode or not (folder / "model").exists():
         raise InputError(f"the run in {folder} did not finish: start again, and it continues")
     return folder / "model"

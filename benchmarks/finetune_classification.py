@@ -12,8 +12,8 @@ seed from the pretrained encoder, all of it and LoRA, and from the same encoder 
 finished run is not repeated. The settings were chosen on the validation data; the results are of
 the test data, which are read once, at the end of a run.
 
-Both need the export of `bert_demo.yaml`. Results: benchmarks/results/finetune_classification.md,
-finetune_classification_quality.md and .json.
+Both need the export of `recipes/bert/configs/pretrain_demo.yaml`. Results:
+benchmarks/results/finetune_classification.md, finetune_classification_quality.md and .json.
 """
 
 import json
@@ -37,17 +37,17 @@ from transformers import (
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
-from recipes.finetune import classification
-from utils.classification_examples import (
+from classification_examples import (
     TrainingExamples,
     check_tokenizer,
     collate,
     configure,
     labelled_examples,
 )
+from labelled_texts import label_ids, label_names, read_labelled_texts
+from recipes.classification import finetune as classification
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs
-from utils.labelled_texts import label_ids, label_names, read_labelled_texts
 from utils.model import build_model, load_tokenizer, model_config
 from utils.optimizer import adamw
 from utils.run_folder import RunFolder
@@ -64,7 +64,7 @@ class Arguments:
     """Measure the speed of the classification recipe, or what it makes of a model."""
 
     measure: Literal["speed", "quality"] = "speed"
-    config: str = "recipes/finetune/configs/classification_demo.yaml"
+    config: str = "recipes/classification/configs/finetune_demo.yaml"
     model_name_or_path: str | None = None  # null: that of the config
     # speed
     sequence_lengths: list[int] = field(default_factory=lambda: [128, 256])
@@ -98,7 +98,7 @@ class Arguments:
         if not Path(args.model_name_or_path, "config.json").exists():
             raise InputError(
                 f"no model in {args.model_name_or_path}: run "
-                "`python recipes/pretrain/bert.py recipes/pretrain/configs/bert_demo.yaml`"
+                "`python recipes/bert/pretrain.py recipes/bert/configs/pretrain_demo.yaml`"
             )
         return args
 
@@ -214,7 +214,7 @@ def fine_tune(arguments: Arguments, kind: str, seed: int) -> dict[str, Any]:
         for key, value in settings.items()
         for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
-    script = [sys.executable, "recipes/finetune/classification.py", arguments.config, *words]
+    script = [sys.executable, "recipes/classification/finetune.py", arguments.config, *words]
     if subprocess.run(script, check=False).returncode:
         raise InputError(f"the run in {folder} did not finish: start again, and it continues")
     records = RunFolder(str(folder)).records()

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
-from recipes.finetune import instruction
+from conversations import collate, set_chat_template, to_examples
+from recipes.causal_lm import finetune as instruction
 from utils.config import InputError, command, parse
-from utils.conversations import collate, set_chat_template, to_examples
 from utils.epochs import Epochs
 from utils.model import build_model, load_tokenizer, model_config
 from utils.run_folder import RunFolder
@@ -53,7 +53,7 @@ class Arguments:
         }
     )
     tokenizer: str = "data/tokenizers/bpe-8192"
-    chat_template: str = "recipes/finetune/chat_templates/plain.jinja"
+    chat_template: str = "recipes/causal_lm/chat_templates/plain.jinja"
     train_path: str = "data/tasks/instruction/train.jsonl"
     sequence_length: int = 1024
     global_batch_size: int = 32  # conversations a step

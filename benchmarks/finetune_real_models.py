@@ -44,8 +44,8 @@ SMOLLM2 = {
 
 # recipe, ways of training, what counts
 RUNS = {
-    "MiniLM": ("recipes/finetune/classification.py", MINILM, ("test_accuracy", "test_loss")),
-    "SmolLM2": ("recipes/finetune/instruction.py", SMOLLM2, ("test_token_accuracy", "test_loss")),
+    "MiniLM": ("recipes/classification/finetune.py", MINILM, ("test_accuracy", "test_loss")),
+    "SmolLM2": ("recipes/causal_lm/finetune.py", SMOLLM2, ("test_token_accuracy", "test_loss")),
 }
 
 
@@ -118,7 +118,7 @@ def instruction(model: Path, steps: int, folder: Path) -> list[str]:
     short.write_text("".join(lines[:60]))
     return [
         *("--model_name_or_path", str(model)),
-        *("--chat_template", "recipes/finetune/chat_templates/chatml.jinja"),
+        *("--chat_template", "recipes/causal_lm/chat_templates/chatml.jinja"),
         *("--train_data", f"[{{path: {data}/train.jsonl}}]"),
         *("--test_data", f"[{{path: {short}}}]"),
         *("--sequence_length", "256", "--on_long_example", "skip"),

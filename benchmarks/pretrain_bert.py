@@ -30,11 +30,11 @@ from transformers import (
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
-from recipes.pretrain import bert
+from example_rows import example_rows
+from masking import ExampleMaker
+from recipes.bert import pretrain as bert
 from utils.config import command, parse
-from utils.example_rows import example_rows
 from utils.lanes import Corpus
-from utils.masking import ExampleMaker
 from utils.model import build_model, load_tokenizer, model_config
 from utils.randomness import keyed_permutation
 from utils.run_folder import RunFolder

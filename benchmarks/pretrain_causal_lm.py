@@ -23,11 +23,11 @@ from transformers import (
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
-from recipes.pretrain import causal_lm
+from packing import DocumentEncoder, packed_rows
+from recipes.causal_lm import pretrain as causal_lm
 from utils.config import command, parse
 from utils.lanes import Corpus
 from utils.model import build_model, model_config
-from utils.packing import DocumentEncoder, packed_rows
 from utils.run_folder import RunFolder
 from utils.stream import StepStream, TrainingStream, collate
 from utils.training import Training
@@ -42,7 +42,7 @@ WARMUP = 2  # steps of a turn that are not timed
 class Arguments:
     """Measure the recipe beside a bare loop and transformers.Trainer."""
 
-    config: str = "recipes/pretrain/configs/causal_lm_demo.yaml"
+    config: str = "recipes/causal_lm/configs/pretrain_demo.yaml"
     steps: int = 6  # of a turn, after two that are not timed
     turns: int = 5
     results: str = "benchmarks/results/pretrain_causal_lm"

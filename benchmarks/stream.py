@@ -29,9 +29,9 @@ import zstandard
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
+from packing import DocumentEncoder, packed_rows
 from utils.config import command, parse
 from utils.lanes import ENCODE_BATCH, Corpus, StreamArguments
-from utils.packing import DocumentEncoder, packed_rows
 from utils.sources import Source, find_files
 from utils.stream import Row, StepStream
 

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launching import checkpoints, metrics, steps
 from safetensors.torch import load_file
+
+from launching import checkpoints, metrics, steps
 
 
 def assert_same_losses(found: Path, expected: Path, tolerance: float) -> None:

@@ -186,8 +186,7 @@ def pretrain(
 ) -> Callable[..., Ended]:
     """pretrain(name, **settings): the causal LM recipe."""
     from launching import tiny_run
-
-    from recipes.pretrain import causal_lm
+    from recipes.causal_lm import pretrain as causal_lm
 
     def run(name: str = "run", config: Path | None = None, **settings: Any) -> Ended:
         folder = Path(settings.pop("output_dir", tmp_path / name))
@@ -204,8 +203,7 @@ def pretrain_bert(
 ) -> Callable[..., Ended]:
     """pretrain_bert(name, **settings): the BERT recipe."""
     from launching import TINY_BERT, tiny_run
-
-    from recipes.pretrain import bert
+    from recipes.bert import pretrain as bert
 
     def run(name: str = "run", **settings: Any) -> Ended:
         folder = Path(settings.pop("output_dir", tmp_path / name))

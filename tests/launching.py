@@ -24,7 +24,7 @@ from accelerate.utils.launch import (
 )
 
 ROOT = Path(__file__).parent.parent
-CAUSAL_LM = "recipes/pretrain/causal_lm.py"
+CAUSAL_LM = "recipes/causal_lm/pretrain.py"
 TINY_RUN = {
     "model": {
         "model_type": "llama",
@@ -42,7 +42,7 @@ TINY_RUN = {
     "lr_scheduler_type": "constant_with_warmup",
     "report_to": [],
 }
-BERT = "recipes/pretrain/bert.py"
+BERT = "recipes/bert/pretrain.py"
 TINY_BERT = {
     "model": {
         "model_type": "bert",
@@ -73,7 +73,7 @@ _server.set_forkserver_preload(
         "peft",
         "scipy.stats",
         "sklearn.metrics",
-        "utils.evaluation",
+        "bits_per_byte",
         "utils.memory",
         "utils.conclusion",
     ]
@@ -251,4 +251,5 @@ def _run(environment: dict[str, str], script: str, arguments: list[str], log: st
 
     torch.set_num_threads(1)
     sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")

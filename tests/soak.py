@@ -18,10 +18,9 @@ from tempfile import TemporaryDirectory
 
 sys.path.append(str(Path(__file__).parent.parent))  # of benchmarks, which is not installed
 
-from launching import ROOT, checkpoints
-from test_kill import STAGES, Runs, kill, result
-
 from benchmarks.measurement import describe, write_results
+from killing import STAGES, Runs, kill, result
+from launching import ROOT, checkpoints
 from utils.config import InputError, command, parse
 
 SAMPLE = ROOT / "data" / "sample"

@@ -19,6 +19,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
+
 from launching import CAUSAL_LM, ROOT, checkpoints, run, steps, tiny_run
 
 LAUNCH = ROOT / "accelerate_configs"

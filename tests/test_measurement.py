@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from benchmarks import trainers
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import observed, timed, trainer_settings
-from recipes.finetune import instruction
+from recipes.causal_lm import finetune as instruction
 
 
 def test_ratios_are_taken_turn_by_turn():

@@ -1,7 +1,8 @@
 """The result of every one of a finite set of examples, worked out by all ranks together."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from utils.config import InputError
-from utils.evaluation import batches_of
+from utils.ranks import Ranks
 from utils.run_folder import written_aside
+from utils.stream import collate
 from utils.training import Training
 
 
@@ -64,3 +66,50 @@ def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def batches_of(
+    ranks: Ranks, lengths: list[int], budget: int, limit: int | None = None
+) -> Iterator[list[int]]:
+    """Every example once, over all ranks: indices of similar lengths, as many times on every rank.
+
+    A rank that has no more gets empty lists. Ends, with `ranks.stopped` set, at a stop signal.
+
+    Args:
+        lengths: of the examples, in tokens.
+        budget: of a batch, padding included, in tokens; a longer example comes alone.
+        limit: of examples in a batch.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        longest = lengths[groups[-1][0]] if groups else 0
+        size = len(groups[-1]) + 1 if groups else 0
+        if not groups or size * longest > budget or (limit is not None and size > limit):
+            groups.append([])
+        groups[-1].append(index)
+    for start in range(0, len(groups), ranks.world_size):
+        if ranks.any_rank(False) or ranks.stopped:
+            return
+        yield dict(enumerate(groups[start : start + ranks.world_size])).get(ranks.rank, [])
+
+
+def batches(
+    ranks: Ranks, rows: Iterator[tuple[dict[str, np.ndarray], list]], batch_size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], list[list]]]:
+    """Rows, each with what it holds, to batches: as many on every rank, until none has any more.
+
+    Ends, with `ranks.stopped` set, when a signal has come.
+    """
+    while True:
+        failure = None
+        try:
+            batch = list(itertools.islice(rows, batch_size))
+        except InputError as error:  # of one rank's share of the documents
+            failure, batch = error, []
+        if ranks.any_rank(failure is not None):
+            if failure is None:
+                raise SystemExit(2)  # the rank that met it says so
+            raise InputError(str(failure), one_rank=True)
+        if ranks.stopped or not ranks.any_rank(any(contents for _, contents in batch)):
+            return
+        yield collate([row for row, _ in batch]), [contents for _, contents in batch]

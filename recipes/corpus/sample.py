@@ -28,9 +28,8 @@ from importlib.metadata import Distribution
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from utils.config import InputError, command, parse
-from utils.dataset_folder import replaced_folder
-from utils.installed_packages import (
+from dataset_folder import replaced_folder
+from installed_packages import (
     DOCSTRING_DOMAINS,
     SKIPPED_FOLDERS,
     definitions,
@@ -38,6 +37,7 @@ from utils.installed_packages import (
     pinned_packages,
     versions,
 )
+from utils.config import InputError, command, parse
 
 MINIMUM_CHARACTERS = 100
 SPLITS = {

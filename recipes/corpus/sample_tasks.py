@@ -29,16 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.config import InputError, command, parse
-from utils.dataset_folder import replaced_folder
-from utils.docstring_questions import POINTER, WORDINGS, Question, questions, without_answer
-from utils.installed_packages import (
+from dataset_folder import replaced_folder
+from docstring_questions import POINTER, WORDINGS, Question, questions, without_answer
+from installed_packages import (
     DOCSTRING_DOMAINS,
     Definition,
     definitions,
     installed,
     versions,
 )
+from utils.config import InputError, command, parse
 
 MINIMUM_CHARACTERS = 100  # of a docstring to classify
 MAXIMUM_CONTEXT = 6000

@@ -1,7 +1,8 @@
 """Train a tokenizer: byte-level BPE for causal language models, WordPiece for BERT.
 
-    python recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_bpe_sample.yaml
-    python recipes/corpus/train_tokenizer.py recipes/corpus/configs/tokenizer_wordpiece_sample.yaml
+    python recipes/corpus/train_tokenizer.py recipes/corpus/configs/train_tokenizer_bpe_sample.yaml
+    python recipes/corpus/train_tokenizer.py \\
+        recipes/corpus/configs/train_tokenizer_wordpiece_sample.yaml
 
 The text is streamed from whatever the pretraining recipes read: only the counts of distinct words
 are kept in memory. The same text and settings give the same `tokenizer.json`, byte for byte. The

@@ -1,0 +1,322 @@
+"""Pretrain an encoder on a stream of raw text: masked tokens, and pairs of segments.
+
+BERT (masked language modelling, MLM, and next-sentence prediction, NSP), ALBERT (MLM and
+sentence-order prediction) or RoBERTa (MLM alone), on one process, eight GPUs, several nodes:
+
+    python recipes/bert/pretrain.py recipes/bert/configs/pretrain_smoke.yaml
+    accelerate launch --config_file accelerate_configs/multi_cpu.yaml \\
+        recipes/bert/pretrain.py recipes/bert/configs/pretrain_demo.yaml
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 \\
+        recipes/bert/pretrain.py recipes/bert/configs/pretrain_base_slimpajama.yaml
+    sbatch accelerate_configs/slurm_multi_node.sh \\
+        recipes/bert/pretrain.py recipes/bert/configs/pretrain_large_slimpajama.yaml
+
+The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
+
+from example_rows import check_examples, example_rows
+from masked_evaluation import MaskedEvaluation
+from masking import ExampleMaker, MaskingArguments
+from utils.conclusion import conclude
+from utils.config import InputError, command, parse
+from utils.encoders import (
+    block_diagonal_mask,
+    check_encoder,
+    first_position,
+    optional_inputs,
+)
+from utils.lanes import Corpus, StreamArguments
+from utils.loss import IGNORE_INDEX, check_packing
+from utils.memory import empty_model, flops_per_token, parameter_count, plan
+from utils.model import ModelArguments, build_model, load_tokenizer, model_config
+from utils.run_folder import RunFolder
+from utils.sentences import SentenceEncoder
+from utils.sources import Source, check_held_out, held_out_documents
+from utils.stream import TrainingStream
+from utils.training import Training
+from utils.training_arguments import TrainingArguments
+
+USAGE = """
+from transformers import pipeline
+
+fill = pipeline("fill-mask", "{model}")
+print(fill(f"the sum of two {fill.tokenizer.mask_token}.")[0]["sequence"])
+"""
+
+
+@dataclass
+class Phase:
+    """A part of the run with its own length."""
+
+    sequence_length: int
+    steps: int
+    per_device_batch_size: int | None = None  # null: that of the run
+
+
+@dataclass
+class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArguments):
+    """Pretrain an encoder on a stream of raw text: masked tokens, and pairs of segments."""
+
+    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
+    sequence_length: int = 512  # tokens of a row; with phases, that of the last
+    phases: list[Phase] = field(default_factory=list)  # their steps add up to max_steps
+    packing: bool = True  # several sequences a row, which do not see each other; false: padding
+    train_sources: list[Source] = field(default_factory=list)
+    validation_sources: list[Source] = field(default_factory=list)  # each read once
+    test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
+    eval_documents: int | None = None  # of each validation source; null: all
+    pseudo_perplexity_documents: int = 0  # of each domain of the test, token by token: slow
+    dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
+
+    def check(self) -> None:
+        lengths = [phase.sequence_length for phase in self.phases]
+        if self.phases:
+            steps = [phase.steps for phase in self.phases]
+            if min(steps) < 1:
+                raise InputError(f"phases: steps must be at least 1, not {min(steps)}")
+            if sum(steps) != self.max_steps:
+                raise InputError(
+                    f"phases: {' + '.join(map(str, steps))} steps do not add up to max_steps "
+                    f"{self.max_steps}"
+                )
+            if lengths != sorted(lengths):
+                raise InputError(f"phases: the lengths {lengths} must not become shorter")
+            if self.max_tokens is not None:
+                raise InputError("max_tokens: a run in phases is given its length by max_steps")
+            if self.sequence_length not in (Arguments.sequence_length, lengths[-1]):
+                raise InputError(
+                    f"sequence_length: {self.sequence_length} is not the {lengths[-1]} of the last "
+                    "of the phases: leave it out"
+                )
+            self.sequence_length = lengths[-1]
+        super().check()
+        for size in {phase.per_device_batch_size for phase in self.phases} - {None}:
+            self.check_batch(size)
+        self.check_lanes(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+        self.check_masking(min([self.sequence_length, *lengths]))
+        self.check_model()
+        if self.eval_documents is not None and self.eval_documents < 1:
+            raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
+        if self.pseudo_perplexity_documents and not self.test_sources:
+            raise InputError("pseudo_perplexity_documents: give test_sources, of which they are")
+        if self.packing and (self.attn_implementation or "").startswith("flash"):
+            raise InputError(
+                f"attn_implementation: {self.attn_implementation} takes no mask of packed rows: "
+                "set sdpa or eager, or packing: false"
+            )
+
+    def all_phases(self) -> list[Phase]:
+        return self.phases or [Phase(self.sequence_length, self.total_steps or 1)]
+
+    def phase_at(self, step: int) -> Phase:
+        """That of the step after `step` steps; the last one goes on."""
+        ends = accumulate(phase.steps for phase in self.all_phases())
+        phases = zip(self.all_phases(), ends, strict=True)
+        return next((phase for phase, end in phases if step < end), self.all_phases()[-1])
+
+    def micro_batch_size(self, step: int) -> int:
+        return self.phase_at(step).per_device_batch_size or self.per_device_batch_size
+
+
+class MaskedLoss(torch.nn.Module):
+    """Σ -log p(token | what is not masked), and of the label of each pair of segments.
+
+    The heads see the masked positions and the first token of each pair alone: the logits of all
+    other positions are never computed.
+    """
+
+    def __init__(self, model: torch.nn.Module, objective: str, packing: bool):
+        super().__init__()
+        self.model, self.config, self.packing = model, model.config, packing
+        self.terms = objective.split("_")  # mlm, and nsp or sop
+        self.names = tuple(f"{term}_loss" for term in self.terms)
+        self.optional, self.first_position = optional_inputs(model), first_position(model)
+        model.base_model.register_forward_hook(self._keep_targets)
+
+    def forward(self, per_target: bool = False, **batch: torch.Tensor) -> dict[str, Any]:
+        """
+        Args:
+            batch: of shape (rows, sequence_length), as `example_rows.features` names them.
+
+        Returns:
+            {term_loss: its sum over the targets}, or if `per_target` {term: (the loss of each
+            target, whether the most likely class is right)}, in the order of the rows.
+        """
+        if self.packing:
+            mask = block_diagonal_mask(batch["sequence_ids"], self.config, self.model.dtype)
+        else:  # columns of nothing but padding are left out
+            longest = max(1, int((batch["sequence_ids"] > 0).sum(1).max()))
+            batch = {name: values[:, :longest] for name, values in batch.items()}
+            mask = (batch["sequence_ids"] > 0).long()
+        labels, pair_labels = batch["labels"].flatten(), batch["pair_labels"].flatten()
+        self.targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        self.firsts = (pair_labels != IGNORE_INDEX).nonzero().squeeze(1)
+        batch["position_ids"] = batch["position_ids"] + self.first_position
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            **{name: batch[name] for name in self.optional},
+        )
+        pairs = output.get("seq_relationship_logits", output.get("sop_logits"))
+        logits = [output.get("prediction_logits", output.get("logits"))[0], pairs]
+        classes = [labels[self.targets], pair_labels[self.firsts]]
+        found = zip(self.terms, logits, classes, strict=False)
+        if per_target:
+            return {
+                term: (cross_entropy(x.float(), y, reduction="none"), x.argmax(1) == y)
+                for term, x, y in found
+            }
+        return {
+            f"{term}_loss": cross_entropy(x.float(), y, reduction="sum") for term, x, y in found
+        }
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        labels = zip(self.names, (batch["labels"], batch["pair_labels"]), strict=False)
+        return {name: int((values != IGNORE_INDEX).sum()) for name, values in labels}
+
+    def _keep_targets(self, base_model: torch.nn.Module, _: Any, output: Any) -> Any:
+        """Of the hidden states, what the heads are to see."""
+        hidden = output.last_hidden_state.flatten(0, 1)
+        output.last_hidden_state = hidden[self.targets][None]
+        if len(self.terms) > 1:
+            firsts = hidden[self.firsts]
+            if hasattr(base_model, "pooler_activation"):  # ALBERT
+                output.pooler_output = base_model.pooler_activation(base_model.pooler(firsts))
+            else:
+                output.pooler_output = base_model.pooler(firsts[:, None])
+        return output
+
+
+def scores(training: Training, batch: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    training.objective.eval()
+    device = training.accelerator.device
+    with torch.no_grad(), training.accelerator.autocast():
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return training.engine.module(**batch, per_target=True)
+
+
+def position_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of every token of two sequences a row, none of them masked."""
+    tokens, places = batch["input_ids"], batch["position_ids"]
+    batch = {
+        **batch,
+        "labels": tokens,
+        "token_type_ids": torch.zeros_like(tokens),
+        "sequence_ids": 1 + (places == 0).cumsum(1),
+        "pair_labels": torch.full_like(tokens, IGNORE_INDEX),
+    }
+    return scores(training, batch)["mlm"][0].view(tokens.shape)
+
+
+def main() -> None:
+    args = parse(Arguments)
+    auto_model = AutoModelForMaskedLM if args.objective == "mlm" else AutoModelForPreTraining
+    predicted = args.mlm_probability
+    needs = (args.sequence_length, args.objective != "mlm", args.packing)
+    if args.dry_run:
+        config = model_config(args, args.sequence_length)
+        check_encoder(empty_model(config, auto_model), *needs)
+        phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
+        phases = phases or [(args.sequence_length, args.total_steps)]
+        print(plan(config, args, phases, auto_model, predicted))
+        return
+    tokenizer = load_tokenizer(args)
+    config = model_config(args, args.sequence_length, tokenizer)
+    encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
+    corpus = Corpus(args.train_sources, encode, args, args.seed)
+    check_examples(args.train_sources, encode, args.objective)
+    check_held_out(args.validation_sources + args.test_sources)
+    folder = RunFolder(args.output_dir, args.resume)
+    if folder.is_finished(args, corpus.fingerprint()):
+        return
+
+    training = Training(args, folder)
+    model = build_model(args, config, auto_model, args.seed)
+    check_encoder(model, *needs)
+    objective = MaskedLoss(model, args.objective, args.packing)
+    phases, per_lane = args.all_phases(), args.global_batch_size // args.lanes
+    flops = {
+        phase.sequence_length: flops_per_token(config, phase.sequence_length, auto_model, predicted)
+        for phase in phases
+    }
+    rows = [(phase.sequence_length, phase.steps * per_lane) for phase in phases]
+    rows_of = partial(example_rows, corpus, make_examples, rows, args.packing)
+    training.prepare(
+        objective,
+        model,
+        tokenizer,
+        TrainingStream(corpus, rows_of, args),
+        fixed={
+            # the last phase may be made longer
+            "phases": [[phase.sequence_length, phase.steps] for phase in phases[:-1]],
+            "packing": args.packing,
+            **args.masking(),
+        },
+        flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
+    )
+    if args.packing:
+        losses_of = partial(position_losses, training)
+        try:
+            for length in sorted(flops):
+                # what a mask hides weighs exactly 0, in every precision
+                check_packing(losses_of, (1, length), config.vocab_size)
+        except (torch.OutOfMemoryError, torch.distributed.DistBackendError):
+            raise
+        except Exception as error:  # models fail in ways of their own on a mask they do not expect
+            raise InputError(
+                f"model: {config.model_type} cannot be trained on packed rows "
+                f"({type(error).__name__}: {shorten(str(error), 100)}): set packing: false"
+            ) from None
+    evaluation = MaskedEvaluation(
+        training, encode, make_examples, partial(scores, training), args.packing
+    )
+    for step in training.steps():
+        if training.evaluates():
+            results: dict[str, Any] | None = {}
+            if args.validation_sources:
+                length = args.phase_at(max(step - 1, 0)).sequence_length
+                documents = held_out_documents(
+                    args.validation_sources, args.eval_documents, args.on_bad_record
+                )
+                results = evaluation.loss_and_accuracy(documents, length)
+            training.record_evaluation(results)
+        if args.phase_at(step) != args.phase_at(step - 1):
+            training.forget_losses()  # those of another length
+    if training.stopped:
+        return
+
+    facts = {"parameters": f"{parameter_count(config, auto_model)['total']:,}"}
+    if args.test_sources:
+        length = args.sequence_length
+        documents = partial(held_out_documents, args.test_sources, None, args.on_bad_record)
+        results = evaluation.loss_and_accuracy(documents(), length)
+        if results is not None and args.pseudo_perplexity_documents:
+            count = args.pseudo_perplexity_documents
+            more = evaluation.pseudo_perplexity(documents(), count, length)
+            results = None if more is None else results | more
+        if results is None:
+            return training.stop()
+        training.record_test(results)
+        facts |= {
+            f"{name.removeprefix('eval_').replace('_', ' ')} of the test documents": f"{value:.4f}"
+            for name, value in results.items()
+            if isinstance(value, float)
+        }
+    logged = (r["sequence_counts"] for r in reversed(folder.records()) if "sequence_counts" in r)
+    facts |= {name.replace("_", " "): f"{count:,}" for name, count in next(logged, {}).items()}
+    conclude(training, "Encoder", "fill-mask", USAGE, facts)
+
+
+if __name__ == "__main__":
+    command(main)

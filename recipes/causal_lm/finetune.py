@@ -1,0 +1,245 @@
+"""Fine-tune a causal language model on instructions and conversations: in full, or with LoRA.
+
+One CPU process, two, one GPU with LoRA or QLoRA, eight GPUs with ZeRO-3:
+
+    python recipes/causal_lm/finetune.py recipes/causal_lm/configs/finetune_smoke.yaml
+    accelerate launch --config_file accelerate_configs/multi_cpu.yaml \\
+        recipes/causal_lm/finetune.py recipes/causal_lm/configs/finetune_demo.yaml
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml \\
+        recipes/causal_lm/finetune.py recipes/causal_lm/configs/finetune_7b_qlora.yaml
+    accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 8 \\
+        recipes/causal_lm/finetune.py recipes/causal_lm/configs/finetune_7b_full.yaml
+
+The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from conversation_evaluation import evaluate_answers, write_answers
+from conversations import (
+    ConversationArguments,
+    collate,
+    set_chat_template,
+    to_examples,
+)
+from utils.adapters import (
+    AdapterArguments,
+    add_adapter,
+    base_dtype,
+    base_model,
+    check_trained_part,
+    freeze,
+    trainable_share,
+)
+from utils.conclusion import conclude
+from utils.config import InputError, command, parse
+from utils.engine import launched_with_fsdp, launched_zero_stage
+from utils.epochs import Epochs, digest
+from utils.finetuning_arguments import FinetuningArguments
+from utils.finetuning_memory import finetuning_plan
+from utils.loss import IGNORE_INDEX, check_head, check_packing, summed_cross_entropy, token_scores
+from utils.model import build_model, load_tokenizer, model_config
+from utils.optimizer import adamw
+from utils.run_folder import RunFolder
+from utils.tables import read_table
+from utils.training import Training
+
+USAGE = """
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{model}")
+question = [{"role": "user", "content": "What is a list comprehension?"}]
+print(chat(question, max_new_tokens=60)[0]["generated_text"][-1]["content"])
+"""
+METRICS = ("eval_loss", "eval_token_accuracy")
+
+
+@dataclass
+class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
+    """Fine-tune a causal language model on instructions and conversations."""
+
+    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
+    # several conversations a row, which do not see each other; else sorted by length and padded
+    packing: bool = False
+    load_in_4bit: bool = False  # QLoRA: the base in NF4, its scales quantized too; needs lora
+    neftune_noise_alpha: float = 0.0  # noise on the embeddings, 5 for example; 0: none
+    sample_answers: int = 3  # to the first conversations of validation_data, at each evaluation
+    dry_run: bool = False  # print parameters and memory, and load nothing
+
+    def check(self) -> None:
+        super().check()
+        self.check_model()
+        self.check_adapter()
+        if self.load_in_4bit and not self.has_adapter:
+            raise InputError("load_in_4bit: a 4-bit model cannot be trained: give lora too")
+        if self.load_in_4bit and (launched_zero_stage() == 3 or launched_with_fsdp()):
+            raise InputError(
+                "load_in_4bit: ZeRO-3 and FSDP cannot split 4-bit weights over the processes: "
+                "launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
+            )
+        if self.metric_for_best_model not in METRICS:
+            raise InputError(
+                f"metric_for_best_model: {self.metric_for_best_model} is not measured; these are: "
+                + ", ".join(METRICS)
+            )
+        if self.neftune_noise_alpha < 0:
+            raise InputError(f"neftune_noise_alpha: {self.neftune_noise_alpha} is negative")
+
+
+class AnswerLoss(torch.nn.Module):
+    """Σ -log p(token | the conversation so far) over what the assistant says."""
+
+    names = ("loss",)
+
+    def __init__(self, model: torch.nn.Module, packing: bool, neftune_noise_alpha: float = 0.0):
+        super().__init__()
+        self.model, self.packing, self.noise_alpha = model, packing, neftune_noise_alpha
+        if neftune_noise_alpha:
+            model.get_input_embeddings().register_forward_hook(self._add_noise)
+
+    def forward(self, input_ids, shift_labels, position_ids, per_token=False) -> Any:
+        """All of shape (rows, tokens); position ids restart with each conversation.
+
+        Returns:
+            {"loss": the sum over the targets}, or if `per_token` (the loss, whether the label is
+            the most likely token) of each position.
+        """
+        self.position_ids = position_ids
+        # alone in its row a conversation sees nothing before it, and no target what comes after it
+        hidden = self.model.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids if self.packing else None,
+            use_cache=False,
+        ).last_hidden_state
+        head = self.model.get_output_embeddings()
+        cross_entropy = token_scores if per_token else summed_cross_entropy
+        loss = cross_entropy(hidden, head.weight, shift_labels, head.bias)
+        return loss if per_token else {"loss": loss}
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}
+
+    def _add_noise(self, module: torch.nn.Module, _: Any, embedded: torch.Tensor) -> torch.Tensor:
+        """NEFTune: uniform noise of alpha / √(tokens of the conversation x width)."""
+        if not self.training:
+            return embedded
+        numbers = (self.position_ids == 0).cumsum(1) - 1  # of the conversations in each row
+        tokens = torch.zeros_like(numbers).scatter_add(1, numbers, torch.ones_like(numbers))
+        size = self.noise_alpha / (tokens.gather(1, numbers) * embedded.shape[-1]).sqrt()
+        noise = torch.empty_like(embedded).uniform_(-1, 1)
+        return embedded + noise * size[..., None].to(embedded.dtype)
+
+
+def scores(training: Training, batch: dict[str, torch.Tensor]) -> Any:
+    """(loss, whether the label is the most likely token) of each position."""
+    training.objective.eval()
+    device = training.accelerator.device
+    with torch.no_grad(), training.accelerator.autocast():
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return training.engine.module(**batch, per_token=True)
+
+
+def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    labels = torch.nn.functional.pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    return scores(training, {**batch, "shift_labels": labels})[0]
+
+
+def main() -> None:
+    args = parse(Arguments)
+    if args.dry_run:
+        print(finetuning_plan(model_config(args, args.sequence_length), args, args.load_in_4bit))
+        return
+    tokenizer = load_tokenizer(args)
+    set_chat_template(tokenizer, args)
+    config = model_config(args, args.sequence_length, tokenizer)
+    config.eos_token_id = tokenizer.eos_token_id
+    tables = (args.train_data, args.validation_data, args.test_data)
+    rows = [[row for table in part for row in read_table(table)] for part in tables]
+    examples = [to_examples(part, tokenizer, args) if part else ([], {}) for part in rows]
+    (train, validation, test), left_out = zip(*examples, strict=True)
+    args.set_length(len(train))
+    fingerprint = {
+        "the training data": digest(example["messages"] for example in train),
+        "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
+    }
+    del rows, examples
+    for example in train:
+        del example["messages"]  # texts that nothing reads again
+    check_head(check_trained_part(config, args, AutoModelForCausalLM, "CAUSAL_LM"))
+    folder = RunFolder(args.output_dir, args.resume)
+    if folder.is_finished(args, fingerprint["the training data"]):
+        return
+
+    options: dict[str, Any] = {"dtype": base_dtype(args)}
+    base = base_model(args, config, AutoModelForCausalLM, args.seed, folder.path)
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=base_dtype(args),
+        )
+    training = Training(args, folder)
+    begin_with = replace(args, model_name_or_path=base)
+    model = build_model(begin_with, config, AutoModelForCausalLM, args.seed, **options)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    freeze(model, args.freeze)
+    objective = AnswerLoss(model, args.packing, args.neftune_noise_alpha)
+    trained = add_adapter(model, args, "CAUSAL_LM", args.seed) if args.has_adapter else model
+    training.prepare(
+        objective,
+        trained,
+        tokenizer,
+        Epochs(
+            len(train),
+            lambda indices, epoch: [train[index] for index in indices],
+            collate,
+            fingerprint,
+            args,
+            args.packing,
+        ),
+        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
+        base_model=base,
+        fixed={"neftune_noise_alpha": args.neftune_noise_alpha, **args.what_is_trained()},
+    )
+    if args.packing:
+        check_packing(
+            partial(next_token_losses, training),
+            (1, min(args.sequence_length, 128)),
+            config.vocab_size,
+        )
+    budget = args.per_device_batch_size * args.sequence_length
+    evaluate = partial(evaluate_answers, training, token_scores=partial(scores, training))
+    for step in training.steps():
+        if training.evaluates():
+            results = evaluate(validation, budget=budget) if validation else {}
+            training.record_evaluation(results)
+            if not training.stopped and validation and args.sample_answers:
+                chosen = validation[: args.sample_answers]
+                samples = write_answers(training, model, tokenizer, chosen)
+                training.log({"step": step, "samples": samples})
+    if training.stopped:
+        return
+
+    facts = {"trained": trainable_share(trained), "conversations": f"{len(train):,}"}
+    for part, counts in zip(("train", "validation", "test"), left_out, strict=True):
+        facts |= {f"{part} conversations {name}": n for name, n in counts.items() if n}
+    if test:
+        training.load_best()
+        results = evaluate(test, budget=budget)
+        if results is None:
+            return training.stop()
+        training.record_test(results)
+        for name in ("loss", "token_accuracy"):
+            facts[f"{name.replace('_', ' ')} of the test"] = f"{results[f'eval_{name}']:.4f}"
+    conclude(training, "Assistant", "text-generation", USAGE, facts)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,283 @@
+"""Generate text with a causal language model: an exported folder, or a name on the Hub.
+
+The likeliest continuation, printed as its tokens come; four samples; the two best of eight beams:
+
+    python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model --prompt "def "
+    python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model --prompt "def " \
+        --temperature 0.8 --top_p 0.95 --num_return_sequences 4
+    python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model --prompt "def " \
+        --num_beams 8 --num_return_sequences 2
+
+Many prompts, the texts also written to a file:
+
+    python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model \
+        --prompt_file prompts.txt --batch_size 16 --output_file generated.jsonl
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    set_seed,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from utils.config import InputError, command, parse
+from utils.run_folder import written_aside
+
+
+@dataclass
+class Arguments:
+    """Generate text with a causal language model: an exported folder, or a name on the Hub."""
+
+    model_name_or_path: str
+    prompt: str | list[str] | None = None  # a text to continue; in a YAML file also a list of them
+    prompt_file: str | None = None  # a prompt a line; .jsonl: an object with a "prompt" a line
+    output_file: str | None = None  # JSON lines of "prompt" and "text"; null: only printed
+    max_new_tokens: int = 64
+    temperature: float = 0.0  # 0: the likeliest token (greedy, beams); above 0: sampling
+    top_k: int | None = None  # sample among this many likeliest tokens; null: among all
+    top_p: float | None = None  # sample among the likeliest that hold this much probability
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the text get less likely
+    num_beams: int = 1
+    num_return_sequences: int = 1  # texts per prompt
+    batch_size: int = 8  # prompts that are continued together
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as it was saved
+
+    def check(self) -> None:
+        if self.prompt is None and self.prompt_file is None:
+            raise InputError("there is nothing to continue: give prompt or prompt_file")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise InputError("prompt and prompt_file are both given: keep one of them")
+        for name in ("max_new_tokens", "top_k", "num_beams", "num_return_sequences", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 (no sampling) or more, not {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        for name in ("top_k", "top_p"):
+            if getattr(self, name) is not None and self.temperature == 0:
+                raise InputError(f"{name} needs sampling: set temperature above 0")
+        texts = self.num_beams if self.num_beams > 1 or self.temperature == 0 else math.inf
+        if self.num_return_sequences > texts:
+            raise InputError(
+                f"num_return_sequences ({self.num_return_sequences}) is more than num_beams "
+                f"({self.num_beams}): raise num_beams, or sample (temperature above 0, one beam)"
+            )
+        if self.output_file is not None and Path(self.output_file).is_dir():
+            raise InputError(f"output_file {self.output_file} is a folder: name a file")
+        if self.output_file is not None and not os.access(Path(self.output_file).parent, os.W_OK):
+            raise InputError(f"output_file {self.output_file}: its folder is missing or read-only")
+
+
+def main() -> None:
+    args = parse(Arguments)
+    prompts = read_prompts(args)
+    tokenizer, model = load(args.model_name_or_path, args.dtype)
+    encoded = encode(prompts, tokenizer, model, args.max_new_tokens)
+
+    # All choices are made here: a generation_config.json beside the model counts for nothing.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.temperature > 0,
+        num_beams=args.num_beams,
+        num_return_sequences=args.num_return_sequences,
+        repetition_penalty=args.repetition_penalty,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=encoded[0][0],
+    )
+    if args.temperature > 0:
+        model.generation_config.temperature = args.temperature
+        model.generation_config.top_k = args.top_k or 0  # 0 is all tokens; None would be 50
+        model.generation_config.top_p = args.top_p
+    set_seed(args.seed)
+
+    interrupt = Interrupt()
+    signal.signal(signal.SIGINT, interrupt.press)
+    streams = len(prompts) == args.num_return_sequences == args.num_beams == 1
+    progress = tqdm(total=len(prompts), unit="prompt", disable=streams)
+    rows = []
+    for first in range(0, len(prompts), args.batch_size):
+        batch = encoded[first : first + args.batch_size]
+        length = max(map(len, batch))
+        # Padding stands on the left, so that a text goes on where its prompt ends, and is the begin
+        # token, which every prompt holds: the repetition penalty of transformers 5.17 sees padding.
+        input_ids = [ids[:1] * (length - len(ids)) + ids for ids in batch]
+        attention_mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in batch]
+        sequences = model.generate(
+            torch.tensor(input_ids, device=model.device),
+            attention_mask=torch.tensor(attention_mask, device=model.device),
+            streamer=Stream(tokenizer) if streams else None,
+            stopping_criteria=[interrupt],
+        )
+        for number, sequence in enumerate(sequences.tolist()):
+            row, which = divmod(number, args.num_return_sequences)
+            place, prompt = prompts[first + row]
+            text = decode(tokenizer, sequence)
+            if not streams:
+                progress.write(f"--- {place}, text {which + 1} of {args.num_return_sequences}")
+                progress.write(text)
+            # decoded with its prompt: alone, some tokenizers drop the blank that a text begins with
+            rows.append({"prompt": prompt, "text": text[len(decode(tokenizer, batch[row])) :]})
+        if interrupt.pressed:
+            break
+        progress.update(len(batch))
+    progress.close()
+
+    if interrupt.pressed:
+        unwritten = f"; {args.output_file} is not written" if args.output_file else ""
+        print(f"interrupted: what was made so far stands above{unwritten}", file=sys.stderr)
+        sys.exit(130)
+    if args.output_file is not None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        try:
+            with written_aside(Path(args.output_file)) as aside:
+                aside.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {args.output_file}: {error.strerror}") from None
+
+
+def read_prompts(args: Arguments) -> list[tuple[str, str]]:
+    """The prompts, each with the place where it stands, for messages."""
+    if args.prompt_file is None:
+        texts = [args.prompt] if isinstance(args.prompt, str) else args.prompt
+        prompts = [(f"prompt {number}", text) for number, text in enumerate(texts, start=1)]
+    else:
+        try:
+            with open(args.prompt_file, encoding="utf-8") as file:
+                lines = [line.removesuffix("\n") for line in file]
+        except OSError as error:
+            raise InputError(f"cannot read {args.prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{args.prompt_file} is not UTF-8 text: {error.reason}") from None
+        prompts = [(f"{args.prompt_file}, line {n}", line) for n, line in enumerate(lines, start=1)]
+        if args.prompt_file.endswith(".jsonl"):
+            prompts = [(place, prompt_of_json(place, line)) for place, line in prompts]
+    if not prompts:
+        raise InputError(f"{args.prompt_file or 'prompt'} is empty: there is nothing to continue")
+    return prompts
+
+
+def prompt_of_json(place: str, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+        prompt.encode()  # fails on half a surrogate pair, which no tokenizer takes
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise InputError(f'{place}: expected {{"prompt": "a text"}}, not {line:.60}') from None
+    return prompt
+
+
+def load(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer, and the model: on the GPU if there is one, spread over all if several."""
+    part = "tokenizer"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        part = "causal language model"
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map="auto", output_loading_info=True
+        )
+    except Exception as error:  # each file format and each kind of name fails in its own way
+        where = name if Path(name).is_dir() else f"{name} (no such folder, so a name on the Hub)"
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where} has no {part} that loads: {reason}") from None
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise InputError(f"{name} has no causal language model: it lacks the weights {missing}")
+    return tokenizer, model
+
+
+def encode(
+    prompts: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of the prompts, as documents begin in training: [begin] + tokens.
+
+    A training document is [begin] + tokens + [end]: begin is bos, or eos without a bos, and end is
+    eos. The tokenizer's own template, which may add a begin token or none, stays out of it.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begin = eos if bos is None else bos
+    if begin is None:
+        raise InputError("the tokenizer has neither a bos nor an eos token to begin a text with")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    embeddings = model.get_input_embeddings().num_embeddings
+    encoded = []
+    for place, text in prompts:
+        ids = [begin, *tokenizer.encode(text, add_special_tokens=False)]
+        if len(ids) + max_new_tokens > positions:
+            raise InputError(
+                f"{place}: {len(ids)} tokens and max_new_tokens ({max_new_tokens}) are more than "
+                f"the model's max_position_embeddings ({positions}): shorten one of them"
+            )
+        if max(ids) >= embeddings:
+            raise InputError(
+                f"{place}: token {max(ids)} is beyond the model's {embeddings} embeddings: "
+                "this is not the model's tokenizer"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Stream(BaseStreamer):
+    """Prints one text, its prompt first, as its tokens come.
+
+    transformers' TextStreamer holds each word back until the next begins, and decodes line by line,
+    which loses the blank that a line begins with for tokenizers that mark the starts of words.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.printed = 0  # characters
+
+    def put(self, value: torch.Tensor) -> None:
+        """`value`: first the prompt's token ids, (1, length), then each new one, (1,)."""
+        self.ids += value.flatten().tolist()
+        text = decode(self.tokenizer, self.ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a part of a character
+            print(text[self.printed :], end="", flush=True)
+            self.printed = len(text)
+
+    def end(self) -> None:
+        print(decode(self.tokenizer, self.ids)[self.printed :], flush=True)
+
+
+class Interrupt(StoppingCriteria):
+    """Ctrl-C ends generation after the token in hand, so that what was made is printed."""
+
+    pressed = False
+
+    def press(self, *_) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.pressed, device=input_ids.device)
+
+
+if __name__ == "__main__":
+    command(main)

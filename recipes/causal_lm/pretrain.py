@@ -1,0 +1,214 @@
+"""Pretrain a causal language model on a stream of raw text, from scratch or from a checkpoint.
+
+One CPU process, two, one GPU, eight GPUs with ZeRO-2, several nodes with ZeRO-3:
+
+    python recipes/causal_lm/pretrain.py recipes/causal_lm/configs/pretrain_smoke.yaml
+    accelerate launch --config_file accelerate_configs/multi_cpu.yaml \\
+        recipes/causal_lm/pretrain.py recipes/causal_lm/configs/pretrain_smoke.yaml
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml \\
+        recipes/causal_lm/pretrain.py recipes/causal_lm/configs/pretrain_125m.yaml
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 \\
+        recipes/causal_lm/pretrain.py recipes/causal_lm/configs/pretrain_7b_slimpajama.yaml
+    sbatch accelerate_configs/slurm_multi_node.sh \\
+        recipes/causal_lm/pretrain.py recipes/causal_lm/configs/pretrain_7b_slimpajama.yaml
+
+The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+"""
+
+import inspect
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM
+
+from bits_per_byte import baselines, evaluate_by_domain
+from packing import DocumentEncoder, packed_rows
+from utils.conclusion import conclude
+from utils.config import InputError, command, parse
+from utils.lanes import Corpus, StreamArguments
+from utils.loss import (
+    IGNORE_INDEX,
+    check_head,
+    check_packing,
+    summed_cross_entropy,
+    token_cross_entropy,
+)
+from utils.memory import flops_per_token, parameter_count, plan
+from utils.model import ModelArguments, build_model, load_tokenizer, model_config
+from utils.run_folder import RunFolder
+from utils.sources import Source, check_held_out, held_out_documents
+from utils.stream import TrainingStream
+from utils.training import Training
+from utils.training_arguments import TrainingArguments
+
+USAGE = """
+from transformers import pipeline
+
+generate = pipeline("text-generation", "{model}")
+print(generate("def ", max_new_tokens=60)[0]["generated_text"])
+"""
+
+
+@dataclass
+class Arguments(TrainingArguments, StreamArguments, ModelArguments):
+    """Pretrain a causal language model on a stream of raw text."""
+
+    train_sources: list[Source] = field(default_factory=list)
+    validation_sources: list[Source] = field(default_factory=list)  # each read once
+    test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
+    baselines: bool = False  # gzip -9 and a unigram model beside the bits per byte of the test
+    eval_documents: int | None = None  # of each validation source; null: all
+    sample_prompts: list[str] = field(default_factory=list)  # continued at each evaluation
+    dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
+
+    def check(self) -> None:
+        super().check()
+        self.check_lanes(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+        if self.eval_documents is not None and self.eval_documents < 1:
+            raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
+        self.check_model()
+
+
+class NextTokenLoss(torch.nn.Module):
+    """Σ -log p(token | the tokens before it in its document), without holding the logits."""
+
+    names = ("loss",)
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids, shift_labels, position_ids, per_token=False) -> Any:
+        """All of shape (rows, sequence_length). Position ids that restart keep documents apart.
+
+        Returns:
+            {"loss": the sum over the targets}, or the loss of each position if `per_token`.
+        """
+        # without an attention mask transformers builds the block-diagonal one from position_ids
+        hidden = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        head = self.model.get_output_embeddings()
+        cross_entropy = token_cross_entropy if per_token else summed_cross_entropy
+        loss = cross_entropy(hidden, head.weight, shift_labels, head.bias)
+        return loss if per_token else {"loss": loss}
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}
+
+
+def check_architecture(model: torch.nn.Module) -> None:
+    takes = inspect.signature(model.base_model.forward).parameters
+    if "position_ids" not in takes or getattr(model, "_is_stateful", False):
+        raise InputError(
+            f"model: {model.config.model_type} cannot keep packed documents apart: "
+            "it is recurrent, or takes no position_ids"
+        )
+    check_head(model)
+
+
+def token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    training.objective.eval()
+    device = training.accelerator.device
+    with torch.no_grad(), training.accelerator.autocast():
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return training.engine.module(**batch, per_token=True)
+
+
+def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    labels = pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    return token_losses(training, {**batch, "shift_labels": labels})
+
+
+def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, Any] | None:
+    """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
+    documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
+    losses, size = partial(token_losses, training), args.per_device_batch_size
+    return evaluate_by_domain(training.ranks, documents, encode, losses, args.sequence_length, size)
+
+
+def write_samples(training: Training, model, tokenizer, encode, prompts: list[str]) -> list[dict]:
+    """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8."""
+    samples = []
+    positions = getattr(model.config, "max_position_embeddings", 2**31)
+    room = min(60, positions // 2)
+    model.eval()
+    for prompt in prompts:
+        prompt_tokens = encode([prompt])[0][:-1][room - positions :]
+        tokens = torch.from_numpy(prompt_tokens[None]).to(training.accelerator.device)
+        torch.manual_seed(0)
+        with torch.no_grad(), training.accelerator.autocast():
+            output = model.generate(
+                tokens.long(),
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=room,
+                do_sample=True,
+                temperature=0.8,
+                pad_token_id=encode.end,
+                synced_gpus=training.ranks.world_size > 1,
+            )
+        text = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
+        samples.append({"prompt": prompt, "text": text})
+    return samples
+
+
+def main() -> None:
+    args = parse(Arguments)
+    if args.dry_run:
+        config = model_config(args, args.sequence_length)
+        print(plan(config, args, [(args.sequence_length, args.total_steps)]))
+        return
+    tokenizer = load_tokenizer(args)
+    config = model_config(args, args.sequence_length, tokenizer)
+    encode = DocumentEncoder(tokenizer)
+    corpus = Corpus(args.train_sources, encode, args, args.seed)
+    check_held_out(args.validation_sources + args.test_sources)
+    folder = RunFolder(args.output_dir, args.resume)
+    if folder.is_finished(args, corpus.fingerprint()):
+        return
+
+    flops = flops_per_token(config, args.sequence_length)
+    training = Training(args, folder)
+    model = build_model(args, config, AutoModelForCausalLM, args.seed)
+    check_architecture(model)
+    objective = NextTokenLoss(model)
+    rows_of = partial(packed_rows, corpus, args.sequence_length)
+    data = TrainingStream(corpus, rows_of, args)
+    training.prepare(objective, model, tokenizer, data, flops_per_token=lambda step: flops)
+    check_packing(
+        partial(next_token_losses, training),
+        (args.per_device_batch_size, args.sequence_length),
+        config.vocab_size,
+    )
+    for step in training.steps():
+        if training.evaluates():
+            results: dict[str, Any] | None = {}
+            if args.validation_sources:
+                results = evaluate(training, args.validation_sources, encode, args)
+            training.record_evaluation(results)
+            if not training.stopped and args.sample_prompts:
+                samples = write_samples(training, model, tokenizer, encode, args.sample_prompts)
+                training.log({"step": step, "samples": samples})
+    if training.stopped:
+        return
+
+    facts = {"parameters": f"{parameter_count(config)['total']:,}"}
+    if args.test_sources:
+        results = evaluate(training, args.test_sources, encode, args)
+        if results is None:
+            return training.stop()
+        training.record_test(results)
+        facts["bits per byte of the test documents"] = f"{results['eval_bits_per_byte']:.4f}"
+        if args.baselines and training.is_main:
+            test = held_out_documents(args.test_sources, args.eval_documents)
+            train = held_out_documents(args.train_sources, 20_000)
+            facts |= baselines(test, train, encode, len(tokenizer))
+    conclude(training, "Causal language model", "text-generation", USAGE, facts)
+
+
+if __name__ == "__main__":
+    command(main)

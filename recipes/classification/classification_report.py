@@ -1,0 +1,119 @@
+"""What people look at of a classifier: its predictions as a file, confusion and calibration."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix
+
+from calibration import reliability
+from utils.report import COLORS
+from utils.run_folder import written_aside
+
+
+def prediction_records(
+    names: list[str], probabilities: np.ndarray, labels: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """In the order of the rows: label, prediction, and probabilities by name.
+
+    Args:
+        probabilities: (rows, labels), or the numbers that a regression predicts (rows,).
+        labels: (rows,) numbers, or with several labels (rows, labels) zeros and ones.
+    """
+    for values, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+        if probabilities.ndim == 1:
+            yield {"label": label, "prediction": values}
+            continue
+        if labels.ndim == 2:
+            pick = [value >= 0.5 for value in values]
+            found = [n for n, is_found in zip(names, pick, strict=True) if is_found]
+            true = [n for n, is_true in zip(names, label, strict=True) if is_true]
+        else:
+            found, true = names[int(np.argmax(values))], names[label]
+        shares = dict(zip(names, values, strict=True))
+        yield {"label": true, "prediction": found, "probabilities": shares}
+
+
+def write_figures(
+    folder: Path, names: list[str], probabilities: np.ndarray, labels: np.ndarray
+) -> list[Path]:
+    """Of labels plots/reliability.png, of one a row plots/confusion_matrix.png; their paths.
+
+    Of a regression plots/predictions.png.
+    """
+    figures = {}
+    if probabilities.ndim == 1:
+        figures["predictions"] = _scatter(names[0], probabilities, labels)
+    elif labels.ndim == 1:
+        found = probabilities.argmax(1)
+        figures["confusion_matrix"] = _confusion(names, found, labels)
+        figures["reliability"] = _reliability(probabilities.max(1), found == labels)
+    else:
+        found = probabilities >= 0.5
+        confidence = np.where(found, probabilities, 1 - probabilities)
+        figures["reliability"] = _reliability(confidence.ravel(), (found == labels).ravel())
+    paths = [folder / "plots" / f"{name}.png" for name in figures]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        with written_aside(path) as file:
+            figures[path.stem].savefig(file, format="png", dpi=200)
+    return paths
+
+
+def _confusion(names: list[str], found: np.ndarray, labels: np.ndarray) -> Figure:
+    counts = confusion_matrix(labels, found, labels=range(len(names)))
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    side = min(4 + 0.5 * len(names), 20)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 30:
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, count or "", ha="center", va="center", color=color, size=9)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
+    title = f"Confusion: {np.trace(counts) / counts.sum():.1%} of {counts.sum():,} are right"
+    axes.set_title(title, loc="left", weight="bold", size=11)
+    return figure
+
+
+def _reliability(confidence: np.ndarray, is_right: np.ndarray) -> Figure:
+    """Accuracy over confidence; the area of a point is the share of the predictions in its bin."""
+    bins = reliability(confidence, is_right)
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=COLORS[6], linewidth=0.8, label="as often right as confident")
+    axes.plot(bins.confidence, bins.accuracy, color=COLORS[0], linewidth=0.8)
+    sizes = 20 + 600 * bins.counts / bins.counts.sum()
+    axes.scatter(bins.confidence, bins.accuracy, sizes, color=COLORS[0], alpha=0.6)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
+    title = f"Expected calibration error: {bins.expected_calibration_error:.3f}"
+    axes.set_title(title, loc="left", weight="bold", size=11)
+    _finish(axes)
+    return figure
+
+
+def _scatter(name: str, found: np.ndarray, labels: np.ndarray) -> Figure:
+    """What is predicted over what is true."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.axline((labels[0], labels[0]), slope=1, color=COLORS[6], linewidth=0.8, label="equal")
+    axes.scatter(labels, found, 8, color=COLORS[0], alpha=0.4, label="a row")
+    axes.set(xlabel=name, ylabel="prediction")
+    error = np.abs(found - labels).mean()
+    axes.set_title(f"Mean absolute error: {error:.3g}", loc="left", weight="bold", size=11)
+    _finish(axes)
+    return figure
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(color="#E8E8E8")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", frameon=False)

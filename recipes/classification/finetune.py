@@ -1,0 +1,304 @@
+"""Fine-tune a model to classify texts: one label, several labels, or a number (regression).
+
+Encoders and decoders; single texts and pairs; all weights, a part of them, or LoRA:
+
+    python recipes/classification/finetune.py recipes/classification/configs/finetune_smoke.yaml
+    accelerate launch --config_file accelerate_configs/multi_cpu.yaml \\
+        recipes/classification/finetune.py recipes/classification/configs/finetune_demo.yaml
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 \\
+        recipes/classification/finetune.py recipes/classification/configs/finetune_mnli.yaml
+    sbatch accelerate_configs/slurm_multi_node.sh \\
+        recipes/classification/finetune.py recipes/classification/configs/finetune_mnli.yaml
+
+The same command continues a run that was stopped. Besides what every run writes there are
+predictions.jsonl, of the test data in their order, and plots of the errors and the calibration.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from transformers import AutoModelForSequenceClassification
+
+from adversarial import Adversarial, Adversary, symmetric_divergence
+from augmentation import Augmentation, Augmenter
+from classification_examples import (
+    TrainingExamples,
+    check_tokenizer,
+    collate,
+    configure,
+    labelled_examples,
+)
+from classification_metrics import ERRORS, METRICS, measure, probabilities
+from classification_report import prediction_records, write_figures
+from labelled_texts import (
+    LabelledTextArguments,
+    class_weights,
+    label_ids,
+    label_names,
+    read_labelled_texts,
+)
+from utils.adapters import (
+    AdapterArguments,
+    add_adapter,
+    base_dtype,
+    base_model,
+    freeze,
+    trainable_share,
+)
+from utils.conclusion import conclude
+from utils.config import InputError, command, parse
+from utils.encoders import check_encoder
+from utils.epochs import Epochs, digest
+from utils.finetuning_arguments import FinetuningArguments
+from utils.model import build_model, load_tokenizer, model_config
+from utils.optimizer import adamw
+from utils.prediction import predict
+from utils.run_folder import RunFolder
+from utils.scoring import check_finite, write_predictions
+from utils.training import Training
+
+USAGE = """
+from transformers import pipeline
+
+classify = pipeline("text-classification", "{model}", truncation=True, top_k=None)
+print(classify({text}))
+"""
+# what is learned from the texts: it must not change over the life of a run
+LEARNED = ("class_weights", "label_smoothing", "adversarial", "augmentation")
+
+
+@dataclass
+class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
+    """Fine-tune a model to classify texts: one label, several labels, or a number."""
+
+    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
+    merge_adapter: bool = True  # the head of a classifier is no part of any base model
+    # of settings of the model's config, for example {classifier_dropout: 0.2}
+    dropout: dict[str, float] = field(default_factory=dict)
+    # label → weight, or rows / (labels x rows of the label); with several labels of a row it is
+    # the weight of a label's presence over its absence (balanced: absent / present rows)
+    class_weights: dict[str, float] | Literal["balanced"] | None = None
+    label_smoothing: float = 0.0
+    adversarial: Adversarial | None = None
+    augmentation: Augmentation | None = None  # of the training texts alone
+
+    def check(self) -> None:
+        super().check()
+        self.check_model()
+        self.check_labels()
+        self.merge_adapter = self.merge_adapter and self.has_adapter
+        self.check_adapter()
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        if self.problem_type == "regression" and (self.label_smoothing or self.class_weights):
+            raise InputError("label_smoothing and class_weights: a regression has no labels")
+        given = self.class_weights if isinstance(self.class_weights, dict) else {}
+        if min(given.values(), default=1) <= 0:
+            raise InputError("class_weights must be more than 0: leave the rows out instead")
+        if self.adversarial is not None:
+            self.adversarial.check(self.mixed_precision)
+            if self.torch_compile:
+                raise InputError(
+                    "torch_compile: what is compiled cannot be perturbed: leave it out"
+                )
+        if self.augmentation is not None:
+            self.augmentation.check(self.problem_type, self.text_pair_column is not None)
+        name = self.metric_for_best_model.removeprefix("eval_")
+        if name not in METRICS[self.problem_type]:
+            known = ", ".join(METRICS[self.problem_type])
+            raise InputError(
+                f"metric_for_best_model: {name} is not measured of a {self.problem_type}; "
+                f"these are: {known}"
+            )
+        if self.greater_is_better is None and name in ERRORS:
+            self.greater_is_better = False
+
+
+class ClassificationLoss(torch.nn.Module):
+    """Σ of the loss of each text's label: cross-entropy, of each label's yes or no, or squared.
+
+    With an adversary the adversarial loss stands beside it.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        problem_type: str,
+        label_weights: list[float] | None = None,
+        label_smoothing: float = 0.0,
+        adversarial: Adversarial | None = None,
+    ):
+        super().__init__()
+        self.model, self.problem_type, self.label_smoothing = model, problem_type, label_smoothing
+        self.label_weights = None if label_weights is None else torch.tensor(label_weights)
+        is_plain = adversarial is None or adversarial.coefficient == 0
+        self.adversary = None if is_plain else Adversary(model, adversarial)
+        self.names = ("loss",) if is_plain else ("label_loss", "adversarial_loss")
+
+    def forward(
+        self,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        noise_keys: torch.Tensor,
+        predict: bool = False,
+        **inputs: torch.Tensor,
+    ) -> Any:
+        """
+        Args:
+            labels, weights, noise_keys: (rows,), labels also (rows, labels).
+            inputs: input_ids and attention_mask, of some models token_type_ids: (rows, tokens).
+
+        Returns:
+            {name: the sum of its losses}, or if `predict` the logits, (rows, labels).
+        """
+
+        def logits() -> torch.Tensor:
+            return self.model(**inputs).logits.float()
+
+        if predict:
+            return logits()
+        if self.adversary is None or not self.training:
+            return {self.names[0]: (weights * self.label_losses(logits(), labels)).sum()}
+        label, adversarial = self.adversary.losses(
+            logits,
+            partial(self.label_losses, labels=labels),
+            partial(symmetric_divergence, self.problem_type),
+            inputs["attention_mask"],
+            noise_keys,
+        )
+        # how smooth the model is has nothing to do with labels and their weights
+        is_smart = self.adversary.settings.method == "smart"
+        of_adversary = (weights > 0).float() if is_smart else weights
+        sums = (weights * label).sum(), (of_adversary * adversarial).sum()
+        return dict(zip(self.names, sums, strict=True))
+
+    def label_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(rows, labels) → (rows,)"""
+        weights = self.label_weights
+        weights = None if weights is None else weights.to(logits.device)
+        smoothing = self.label_smoothing
+        if self.problem_type == "regression":
+            return mse_loss(logits.squeeze(1), labels, reduction="none")
+        if self.problem_type == "single_label_classification":
+            return cross_entropy(
+                logits, labels, weights, reduction="none", label_smoothing=smoothing
+            )
+        labels = labels * (1 - smoothing) + smoothing / 2
+        return binary_cross_entropy_with_logits(
+            logits, labels, reduction="none", pos_weight=weights
+        ).mean(1)
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        return dict.fromkeys(self.names, int((batch["weights"] > 0).sum()))
+
+
+def evaluate(training: Training, logits: np.ndarray | None, labels: np.ndarray) -> dict | None:
+    """The metrics of these logits, on all ranks; of no logits None."""
+    if logits is None:
+        return None
+    check_finite(logits)
+    problem = training.arguments.problem_type
+    return training.ranks.gather([measure(problem, logits, labels)] if training.is_main else [])[0]
+
+
+def main() -> None:
+    args = parse(Arguments)
+    tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
+    rows = {split: read_labelled_texts(table, args) for split, table in tables.items()}
+    names = label_names(rows["train"], args)
+    labels = {split: label_ids(found, names, args) for split, found in rows.items()}
+    weights = class_weights(args.class_weights, names, labels["train"], args)
+    tokenizer = load_tokenizer(args)
+    config = model_config(args, args.sequence_length, tokenizer)
+    check_tokenizer(tokenizer, config, args.sequence_length)
+    configure(config, names, args.problem_type, args.dropout)
+    examples, cut = {}, {}
+    for split in tables:
+        examples[split], cut[split] = labelled_examples(tokenizer, rows[split], labels[split])
+    args.set_length(len(examples["train"]))
+    fingerprint = {
+        "the training data": digest((row.texts, row.label) for row in rows["train"]),
+        "the tokenizer": digest(example["input_ids"].tobytes() for example in examples["train"]),
+    }
+    folder = RunFolder(args.output_dir, args.resume)
+    if folder.is_finished(args, fingerprint["the training data"]):
+        return
+
+    base = base_model(args, config, AutoModelForSequenceClassification, args.seed, folder.path)
+    training = Training(args, folder)
+    given = replace(args, model_name_or_path=base)
+    model = build_model(
+        given, config, AutoModelForSequenceClassification, args.seed, dtype=base_dtype(args)
+    )
+    check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
+    freeze(model, args.freeze)
+    objective = ClassificationLoss(
+        model, args.problem_type, weights, args.label_smoothing, args.adversarial
+    )
+    trained = add_adapter(model, args, "SEQ_CLS", args.seed) if args.has_adapter else model
+    augmenter = (
+        Augmenter(rows["train"], args.augmentation, args.seed) if args.augmentation else None
+    )
+    step_weights = None if args.is_multi_label else weights
+    make = TrainingExamples(examples["train"], tokenizer, step_weights, augmenter, args.seed)
+    to_batch = partial(collate, pad_token_id=tokenizer.pad_token_id, label=labels["train"][0])
+    facts = {
+        "labels": ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else ""),
+        "examples": ", ".join(f"{len(found):,} {split}" for split, found in rows.items()),
+        "cut to sequence_length": ", ".join(f"{n:,} {split}" for split, n in cut.items()),
+        "trained": trainable_share(trained),
+    }
+    training.prepare(
+        objective,
+        trained,
+        tokenizer,
+        Epochs(len(examples["train"]), make, to_batch, fingerprint, args),
+        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
+        base_model=base,
+        fixed=args.what_is_trained() | {name: asdict(args)[name] for name in LEARNED},
+    )
+    if training.is_main:
+        print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+    for _ in training.steps():
+        if training.evaluates():
+            results: dict[str, Any] | None = {}
+            if examples["validation"]:
+                logits = predict(training, examples["validation"], to_batch)
+                results = evaluate(training, logits, labels["validation"])
+            training.record_evaluation(results)
+    if training.stopped:
+        return
+
+    training.load_best()
+    split = "test" if examples["test"] else "validation"
+    if examples[split]:
+        logits = predict(training, examples[split], to_batch)
+        results = evaluate(training, logits, labels[split])
+        if results is None:
+            return training.stop()
+        if split == "test":
+            training.record_test(results)
+        facts |= {
+            f"{name.removeprefix('eval_').replace('_', ' ')} of the {split} data": f"{value:.4f}"
+            for name, value in results.items()
+        }
+        if training.is_main:
+            found = probabilities(args.problem_type, logits.astype(np.float64))
+            facts["predictions"] = folder.path / "predictions.jsonl"
+            records = prediction_records(names, found, labels[split])
+            write_predictions(facts["predictions"], records)
+            for path in write_figures(folder.path, names, found, labels[split]):
+                facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
+    is_pair = args.text_pair_column is not None
+    text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
+    conclude(
+        training, "Text classifier", "text-classification", USAGE.replace("{text}", text), facts
+    )
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,304 @@
+"""Fine-tune an encoder to find the answer to a question in a text: SQuAD, with or without "none".
+
+One CPU process, two, eight GPUs:
+
+    python recipes/question_answering/finetune.py \\
+        recipes/question_answering/configs/finetune_smoke.yaml
+    accelerate launch --config_file accelerate_configs/multi_cpu.yaml \\
+        recipes/question_answering/finetune.py \\
+        recipes/question_answering/configs/finetune_demo.yaml
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 \\
+        recipes/question_answering/finetune.py \\
+        recipes/question_answering/configs/finetune_squad_v2.yaml
+
+The same command continues a run that was stopped.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForQuestionAnswering
+
+from answers import (
+    Prediction,
+    Window,
+    best_answers,
+    best_spans,
+    check_tokenizer,
+    collate_windows,
+    make_windows,
+)
+from questions import Question, QuestionColumns, check_unanswerable, read_questions
+from squad_metrics import prediction_record, results_of
+from utils.adapters import (
+    AdapterArguments,
+    add_adapter,
+    base_dtype,
+    base_model,
+    freeze,
+    trainable_share,
+)
+from utils.conclusion import conclude
+from utils.config import InputError, command, parse
+from utils.encoders import check_encoder, optional_inputs
+from utils.epochs import Epochs, digest
+from utils.finetuning_arguments import FinetuningArguments
+from utils.loss import IGNORE_INDEX
+from utils.model import build_model, load_tokenizer, model_config
+from utils.optimizer import adamw
+from utils.run_folder import RunFolder
+from utils.scoring import check_finite, score_examples, write_predictions
+from utils.training import Training
+
+USAGE = """
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = AutoModelForQuestionAnswering.from_pretrained("{model}")
+question, context = "Where is the treasure?", "Gold lies in the cave behind the fall."
+inputs = tokenizer(question, context, truncation="only_second", return_tensors="pt")
+with torch.no_grad():
+    output = model(**inputs)
+spans = output.start_logits[0][:, None] + output.end_logits[0][None, :]
+in_context = torch.tensor([part == 1 for part in inputs.sequence_ids()])
+spans = spans.masked_fill(~(in_context[:, None] & in_context[None, :]).triu(), -torch.inf)
+start, end = divmod(int(spans.argmax()), len(spans))
+print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))
+"""
+
+
+@dataclass
+class Arguments(FinetuningArguments, AdapterArguments, QuestionColumns):
+    """Fine-tune an encoder to find the answer to a question in a text."""
+
+    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
+    # tokens of a window: the question and a part of the context; global_batch_size counts windows
+    sequence_length: int = 384
+    doc_stride: int = 128  # tokens of the context that a window shares with the one before it
+    max_answer_length: int = 30  # tokens of a prediction, at most
+    n_best_size: int = 20  # answers of each question in predictions.jsonl
+    # no answer, where it scores higher than the best span by more than this; null: in the test what
+    # gives the best F1 on the validation data, else 0
+    null_score_diff_threshold: float | None = None
+
+    def check(self) -> None:
+        super().check()
+        self.check_model()
+        self.check_adapter()
+        for name in ("max_answer_length", "n_best_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.doc_stride < self.sequence_length:
+            raise InputError(
+                f"doc_stride must be at least 0 and less than sequence_length "
+                f"{self.sequence_length}, not {self.doc_stride}"
+            )
+
+
+class SpanLoss(torch.nn.Module):
+    """-log p(first token of the answer) / 2 - log p(last token) / 2, summed over the windows.
+
+    The distributions are over the tokens of the context and [CLS], as they are in prediction.
+    """
+
+    names = ("loss",)
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        self.takes_types = "token_type_ids" in optional_inputs(model)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        is_candidate: torch.Tensor,
+        start_positions: torch.Tensor,
+        end_positions: torch.Tensor,
+        per_window: bool = False,
+    ) -> Any:
+        """
+        Args:
+            batch: as `collate_windows` makes it.
+
+        Returns:
+            {"loss": the sum over the windows with a target}, or if `per_window` (loss (rows,),
+            start logits, end logits (rows, longest window)).
+        """
+        types = {"token_type_ids": token_type_ids} if self.takes_types else {}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
+        nowhere = torch.finfo(torch.float32).min
+        logits = [
+            scores.float().masked_fill(~is_candidate, nowhere)
+            for scores in (output.start_logits, output.end_logits)
+        ]
+        targets = zip(logits, (start_positions, end_positions), strict=True)
+        losses = [
+            cross_entropy(x, y, ignore_index=IGNORE_INDEX, reduction="none") for x, y in targets
+        ]
+        loss = (losses[0] + losses[1]) / 2
+        return (loss, *logits) if per_window else {"loss": loss.sum()}
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"loss": int((batch["start_positions"] != IGNORE_INDEX).sum())}
+
+
+def evaluate(
+    training: Training,
+    collate: Callable[[list[Window]], dict[str, torch.Tensor]],
+    questions: list[Question],
+    windows: list[Window],
+    args: Arguments,
+) -> tuple[float, list[Prediction]] | None:
+    """Mean loss over the windows, and the predictions; None when a signal interrupts."""
+
+    def score(indices: list[int]) -> list[tuple]:
+        of_batch = [windows[index] for index in indices]
+        batch, device = collate(of_batch), training.accelerator.device
+        losses, *logits = training.engine.module(
+            **{name: values.to(device) for name, values in batch.items()}, per_window=True
+        )
+        logits = (values.cpu().numpy() for values in logits)
+        return [
+            (loss, *best_spans(window, start, end, args.max_answer_length, args.n_best_size))
+            for window, loss, start, end in zip(of_batch, losses.tolist(), *logits, strict=False)
+        ]
+
+    lengths = [len(window["input_ids"]) for window in windows]
+    budget = args.per_device_batch_size * args.sequence_length
+    results = score_examples(training, lengths, budget, score, "answering")
+    if results is None:
+        return None
+    check_finite([(loss, no_answer) for loss, no_answer, _ in results])
+    targets = [window["start"] != IGNORE_INDEX for window in windows]
+    loss = math.fsum(loss for loss, *_ in results) / max(1, sum(targets))
+    found = [(no_answer, spans) for _, no_answer, spans in results]
+    return loss, best_answers(questions, windows, found, args.n_best_size)
+
+
+def check_metric(args: Arguments, validation: list[Question], threshold: float | None) -> None:
+    """Raises InputError unless an evaluation will give metric_for_best_model."""
+    if validation:
+        nothing = [Prediction("", 0.0, [])] * len(validation)
+        known = results_of(validation, 0.0, nothing, threshold)
+        if args.metric_for_best_model not in known:
+            raise InputError(
+                f"metric_for_best_model: {args.metric_for_best_model} is not measured; these are: "
+                f"{', '.join(known)}"
+            )
+
+
+def threshold_of(training: Training) -> float:
+    """What gave the best F1 on the validation data, with the weights that are tested."""
+    name, best_step = "eval_best_f1_threshold", training.best.best_step
+    records = [record for record in training.folder.records() if name in record]
+    if training.arguments.load_best_model_at_end:
+        records = [record for record in records if record["step"] == best_step]
+    return records[-1][name] if records else 0.0
+
+
+def main() -> None:
+    args = parse(Arguments)
+    tokenizer = load_tokenizer(args)
+    check_tokenizer(tokenizer)
+    config = model_config(args, args.sequence_length, tokenizer)
+    tables = (args.train_data, args.validation_data, args.test_data)
+    train, validation, test = (read_questions(part, args) for part in tables)
+    has_unanswerable = check_unanswerable(train, validation + test)
+    threshold = (args.null_score_diff_threshold or 0.0) if has_unanswerable else None
+    check_metric(args, validation, threshold)
+    fingerprint = {
+        "the training data": digest(question[:4] for question in train),
+        "the tokenizer": digest([tokenizer.backend_tokenizer.to_str()]),
+    }
+    windows_of = partial(
+        make_windows,
+        tokenizer=tokenizer,
+        sequence_length=args.sequence_length,
+        doc_stride=args.doc_stride,
+    )
+    collate = partial(collate_windows, padding=tokenizer.pad_token_id or 0)
+    windows = windows_of(train)
+    cut = {window["question"] for window in windows if window["start"] == IGNORE_INDEX}
+    # they would teach that there is no answer where there is one
+    windows = [window for window in windows if window["start"] != IGNORE_INDEX]
+    if not windows:
+        raise InputError(
+            "train_data: no window holds a whole answer: raise sequence_length, or doc_stride"
+        )
+    validation_windows = windows_of(validation, keep_offsets=True)
+    test_windows = windows_of(test, keep_offsets=True)
+    args.set_length(len(windows))
+    folder = RunFolder(args.output_dir, args.resume)
+    if folder.is_finished(args, fingerprint["the training data"]):
+        return
+
+    base = base_model(args, config, AutoModelForQuestionAnswering, args.seed, folder.path)
+    training = Training(args, folder)
+    begin_with = replace(args, model_name_or_path=base)
+    model = build_model(
+        begin_with, config, AutoModelForQuestionAnswering, args.seed, dtype=base_dtype(args)
+    )
+    check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
+    freeze(model, args.freeze)
+    objective = SpanLoss(model)
+    trained = add_adapter(model, args, "QUESTION_ANS", args.seed) if args.has_adapter else model
+    training.prepare(
+        objective,
+        trained,
+        tokenizer,
+        Epochs(
+            len(windows),
+            lambda indices, epoch: [windows[index] for index in indices],
+            lambda rows: collate([window for row in rows for window in row]),
+            fingerprint,
+            args,
+        ),
+        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
+        base_model=base,
+        fixed={"doc_stride": args.doc_stride, **args.what_is_trained()},
+    )
+    for _ in training.steps():
+        if training.evaluates() and validation:
+            found = evaluate(training, collate, validation, validation_windows, args)
+            training.record_evaluation(found and results_of(validation, *found, threshold))
+    if training.stopped:
+        return
+
+    facts = {
+        "trained": trainable_share(trained),
+        "questions": f"{len(train):,} in {len(windows):,} windows",
+    }
+    if cut:
+        facts["questions left out: no window holds the whole answer"] = f"{len(cut):,}"
+    if test:
+        training.load_best()
+        found = evaluate(training, collate, test, test_windows, args)
+        if found is None:
+            return training.stop()
+        if has_unanswerable and args.null_score_diff_threshold is None:
+            threshold = threshold_of(training)
+        results = results_of(test, *found, threshold)
+        training.record_test(results)
+        for name, key in {"exact match": "exact_match", "F1": "f1"}.items():
+            facts[f"{name} of the test questions"] = f"{results[f'eval_{key}']:.2f}"
+        if has_unanswerable:
+            facts["no-answer threshold of the test"] = f"{threshold:.4f}"
+            share = sum(not question.answers for question in test) / len(test)
+            facts["exact match and F1 if no question were answered"] = f"{100 * share:.2f}"
+        if training.is_main:
+            pairs = zip(test, found[1], strict=True)
+            records = (prediction_record(*pair, threshold) for pair in pairs)
+            write_predictions(folder.path / "predictions.jsonl", records)
+    conclude(training, "Extractive question answering", "question-answering", USAGE, facts)
+
+
+if __name__ == "__main__":
+    command(main)

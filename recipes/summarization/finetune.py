@@ -1,0 +1,294 @@
+"""Fine-tune a model to write a text from a text: summaries, translations.
+
+With an encoder-decoder (T5, BART, Marian) or a decoder alone (GPT-2, Llama), on one CPU process,
+two, eight GPUs:
+
+    python recipes/summarization/finetune.py recipes/summarization/configs/finetune_smoke.yaml
+    accelerate launch --config_file accelerate_configs/multi_cpu.yaml \\
+        recipes/summarization/finetune.py recipes/summarization/configs/finetune_demo.yaml
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 8 \\
+        recipes/summarization/finetune.py recipes/summarization/configs/finetune_cnn_dailymail.yaml
+
+The same command continues a run that was stopped.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch.nn.functional import cross_entropy, pad
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from text_generation import GenerationArguments, generate, generation_config
+from text_metrics import ROUGE, first_sentences, signatures, text_scores
+from text_pairs import Example, Pair, PairArguments, PairEncoder, check_tokenizer, read_pairs
+from utils.adapters import (
+    AdapterArguments,
+    add_adapter,
+    base_dtype,
+    base_model,
+    freeze,
+    trainable_share,
+)
+from utils.conclusion import conclude
+from utils.config import InputError, command, parse
+from utils.epochs import Epochs, digest
+from utils.finetuning_arguments import FinetuningArguments
+from utils.loss import IGNORE_INDEX, check_head
+from utils.model import build_model, load_tokenizer, model_config
+from utils.optimizer import adamw
+from utils.run_folder import RunFolder
+from utils.scoring import check_finite, score_examples, write_predictions
+from utils.training import Training
+
+USAGE = """
+from transformers import {auto_model}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = {auto_model}.from_pretrained("{model}")
+source = "The text that is to be read."
+inputs = tokenizer({prefix} + source + {suffix}, return_tensors="pt", return_token_type_ids=False)
+tokens = model.generate(**inputs)[0]
+print(tokenizer.decode(tokens{after_prompt}, skip_special_tokens=True))
+"""
+
+
+@dataclass
+class Arguments(FinetuningArguments, PairArguments, GenerationArguments, AdapterArguments):
+    """Fine-tune a model to write a text from a text: summaries, translations."""
+
+    model: dict[str, Any] = field(default_factory=lambda: {"model_type": "t5"})
+    sequence_length: int | None = None  # follows: max_source_length + max_target_length
+    label_smoothing_factor: float = 0.0  # of the probability, spread over the vocabulary
+    metrics: list[Literal["rouge", "bleu", "chrf"]] = field(default_factory=lambda: ["rouge"])
+    # the first ones of validation_data, for which texts are generated; 0: the loss alone; null: all
+    eval_generate_examples: int | None = None
+    lead_sentences: int = 0  # of the test's sources: a baseline beside the scores; 0: none
+
+    def check(self) -> None:
+        self.check_lengths()
+        total = self.max_source_length + self.max_target_length
+        if self.sequence_length not in (None, total):
+            raise InputError(
+                f"sequence_length: {self.sequence_length} is not the {total} of max_source_length "
+                "and max_target_length: leave it out"
+            )
+        self.sequence_length = total
+        self.max_new_tokens = self.max_new_tokens or self.max_target_length
+        super().check()
+        self.check_generation()
+        self.check_model()
+        self.check_adapter()
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise InputError(
+                f"label_smoothing_factor must be in [0, 1), not {self.label_smoothing_factor}"
+            )
+        for name in ("eval_generate_examples", "lead_sentences"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
+        known = self.measured()
+        if self.validation_data and self.metric_for_best_model not in known:
+            raise InputError(
+                f"metric_for_best_model: {self.metric_for_best_model} is not measured; these are: "
+                f"{', '.join(known)}"
+            )
+
+    def measured(self) -> list[str]:
+        """What evaluations give."""
+        scores = [
+            score
+            for name in self.metrics
+            for score in (ROUGE if name == "rouge" else (name,))
+            if self.eval_generate_examples != 0
+        ]
+        return ["eval_loss", *(f"eval_{score}" for score in scores)]
+
+
+class TargetLoss(torch.nn.Module):
+    """Σ -log p(token | source, the target before it), over the tokens of the targets."""
+
+    names = ("loss",)
+
+    def __init__(self, model: torch.nn.Module, label_smoothing_factor: float = 0.0):
+        super().__init__()
+        self.model, self.label_smoothing_factor = model, label_smoothing_factor
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        per_example: bool = False,
+    ) -> Any:
+        """
+        Args:
+            batch: as `PairEncoder.collate` makes it.
+
+        Returns:
+            {"loss": the sum}, with label smoothing; or that of each row without, if `per_example`.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.model.config.is_encoder_decoder:
+            shifted = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+            is_target = labels != IGNORE_INDEX
+            logits = self.model(**inputs, decoder_input_ids=shifted).logits[is_target]
+        else:
+            labels = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            is_target = labels != IGNORE_INDEX
+            hidden = self.model.base_model(**inputs).last_hidden_state
+            # of the prompt, most of the tokens, no logits are computed
+            logits = self.model.get_output_embeddings()(hidden[is_target])
+        losses = cross_entropy(
+            logits.float(),
+            labels[is_target],
+            reduction="none",
+            label_smoothing=0.0 if per_example else self.label_smoothing_factor,
+        )
+        if per_example:
+            return losses.new_zeros(labels.shape).masked_scatter(is_target, losses).sum(1)
+        return {"loss": losses.sum()}
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"loss": int((batch["labels"] != IGNORE_INDEX).sum())}
+
+
+def evaluate_loss(
+    training: Training, encode: PairEncoder, examples: list[Example], args: Arguments
+) -> float | None:
+    """Mean loss of a target token; None when a signal interrupts."""
+
+    def score(indices: list[int]) -> list[float]:
+        batch = encode.collate([examples[index] for index in indices])
+        batch = {name: values.to(training.accelerator.device) for name, values in batch.items()}
+        return training.engine.module(**batch, per_example=True).tolist()
+
+    lengths = [len(example["input_ids"]) for example in examples]
+    budget = args.per_device_batch_size * args.sequence_length
+    losses = score_examples(training, lengths, budget, score, "evaluating")
+    if losses is None:
+        return None
+    check_finite(losses)
+    return math.fsum(losses) / sum(len(e["input_ids"]) - e["source_length"] for e in examples)
+
+
+def main() -> None:
+    args = parse(Arguments)
+    tokenizer = load_tokenizer(args)
+    check_tokenizer(tokenizer)
+    config = model_config(args, 1, tokenizer)
+    args.check_model_fits(config, args.max_new_tokens)
+    is_encoder_decoder = config.is_encoder_decoder
+    auto_model = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    if is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as T5 has it
+    tables = (args.train_data, args.validation_data, args.test_data)
+    train_pairs, validation_pairs, test_pairs = (read_pairs(part, args) for part in tables)
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+    fingerprint = {"the training data": digest(train_pairs), "the tokenizer": digest([backend])}
+    encode = PairEncoder(tokenizer, args, config)
+    train = encode(train_pairs)
+    facts: dict[str, Any] = {
+        "pairs": f"{len(train):,}; cut are {encode.cut_sources:,} sources and "
+        f"{encode.cut_targets:,} targets"
+    }
+    validation, test = encode(validation_pairs), encode(test_pairs)
+    args.set_length(len(train))
+    folder = RunFolder(args.output_dir, args.resume)
+    if folder.is_finished(args, fingerprint["the training data"]):
+        return
+
+    base = base_model(args, config, auto_model, args.seed, folder.path)
+    training = Training(args, folder)
+    model = build_model(
+        replace(args, model_name_or_path=base),
+        config,
+        auto_model,
+        args.seed,
+        dtype=base_dtype(args),
+    )
+    if not is_encoder_decoder:
+        check_head(model)
+    model.generation_config = generation_config(model, tokenizer, args)
+    freeze(model, args.freeze)
+    objective = TargetLoss(model, args.label_smoothing_factor)
+    task = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+    trained = add_adapter(model, args, task, args.seed) if args.has_adapter else model
+    facts = {"trained": trainable_share(trained), **facts}
+    names = ("source_prefix", "source_suffix", "max_source_length", "max_target_length")
+    training.prepare(
+        objective,
+        trained,
+        tokenizer,
+        Epochs(
+            len(train),
+            lambda indices, epoch: [train[index] for index in indices],
+            lambda rows: encode.collate([example for row in rows for example in row]),
+            fingerprint,
+            args,
+        ),
+        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
+        base_model=base,
+        fixed={
+            **{name: getattr(args, name) for name in names},
+            "label_smoothing_factor": args.label_smoothing_factor,
+            **args.what_is_trained(),
+        },
+    )
+
+    def evaluate(
+        pairs: list[Pair], examples: list[Example], count: int | None
+    ) -> tuple[dict[str, float] | None, list[str]]:
+        """Loss, scores of the first `count` texts, and these; None when a signal interrupts."""
+        loss = evaluate_loss(training, encode, examples, args)
+        if loss is None:
+            return None, []
+        examples = examples[:count]
+        if not examples:
+            return {"eval_loss": loss}, []
+        texts = generate(training, model, encode, examples, args.per_device_eval_batch_size)
+        if texts is None:
+            return None, []
+        references = [pair.target for pair in pairs[:count]]
+        scores = text_scores(texts, references, args.metrics)
+        return {"eval_loss": loss} | {f"eval_{name}": v for name, v in scores.items()}, texts
+
+    for _ in training.steps():
+        if training.evaluates() and validation:
+            results, _ = evaluate(validation_pairs, validation, args.eval_generate_examples)
+            training.record_evaluation(results)
+    if training.stopped:
+        return
+
+    if test:
+        training.load_best()
+        results, texts = evaluate(test_pairs, test, None)
+        if results is None:
+            return training.stop()
+        training.record_test(results)
+        named = {name.removeprefix("eval_"): value for name, value in results.items()}
+        facts |= {f"{name} of the test texts": f"{value:.4f}" for name, value in named.items()}
+        if args.lead_sentences:
+            leads = [first_sentences(pair.source, args.lead_sentences) for pair in test_pairs]
+            targets = [pair.target for pair in test_pairs]
+            for name, value in text_scores(leads, targets, args.metrics).items():
+                facts[f"{name} of the first {args.lead_sentences} sentences"] = f"{value:.4f}"
+        facts |= {
+            f"how {name} is computed": text for name, text in signatures(args.metrics).items()
+        }
+        if training.is_main:
+            records = (
+                {"source": pair.source, "reference": pair.target, "prediction": text}
+                for pair, text in zip(test_pairs, texts, strict=True)
+            )
+            write_predictions(folder.path / "predictions.jsonl", records)
+    usage = USAGE.replace("{auto_model}", auto_model.__name__)
+    usage = usage.replace("{prefix}", repr(args.source_prefix))
+    usage = usage.replace("{suffix}", repr(args.source_suffix))
+    after = "" if is_encoder_decoder else '[inputs["input_ids"].shape[1] :]'
+    tag = "summarization" if "rouge" in args.metrics else "translation"
+    conclude(training, "Text to text", tag, usage.replace("{after_prompt}", after), facts)
+
+
+if __name__ == "__main__":
+    command(main)

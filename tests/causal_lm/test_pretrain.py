@@ -1,0 +1,527 @@
+"""The causal LM recipe: the same numbers as plain PyTorch and as transformers.Trainer."""
+
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from conftest import make_documents, write_jsonl
+from launching import TINY_RUN, metrics, steps
+from packing import DocumentEncoder, pack, packed_rows
+from recipes.causal_lm.pretrain import NextTokenLoss
+from utils import loss
+from utils.engine import Engine
+from utils.lanes import Corpus, StreamArguments
+from utils.loss import IGNORE_INDEX
+from utils.sources import Source
+from utils.stream import StepStream, collate
+
+STEPS = 12
+COSINE = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+    "max_steps": STEPS,
+    "weight_decay": 0.5,
+    "max_grad_norm": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A corpus whose lanes end at different times: rows have from 0 to 31 targets."""
+    file = tmp_path_factory.mktemp("uneven") / "data.jsonl"
+    write_jsonl(file, make_documents("uneven", 70))
+    return [{"path": str(file), "epochs": 1}]
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory, tokenizer_folder):
+    """A folder with a model that has not been trained, and its tokenizer."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(**TINY_RUN["model"], vocab_size=512)
+    folder = tmp_path_factory.mktemp("initial")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def global_batches(sources, tokenizer, count=STEPS):
+    """The batches that the recipe trains on, as the stream gives them."""
+    sources = [Source(**source) for source in sources]
+    corpus = Corpus(sources, DocumentEncoder(tokenizer), StreamArguments(lanes=8), seed=0)
+    stream = StepStream(corpus, partial(packed_rows, corpus, 32), 2, 0, 1).steps()
+    return [collate([row.features for row in next(stream)]) for _ in range(count)]
+
+
+def plain_loop(folder, batches, factor):
+    """A training loop as it stands in a tutorial, for `factor(step)` times the learning rate."""
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    records = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * factor(step)
+        labels = batch["shift_labels"]
+        places = batch["position_ids"]
+        logits = model(batch["input_ids"], position_ids=places, use_cache=False).logits
+        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        mean = total / (labels != IGNORE_INDEX).sum()
+        mean.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        records.append((mean.item(), norm.item()))
+    return records, model.state_dict()
+
+
+def cosine(step):
+    if step < 3:
+        return step / 3
+    return 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
+
+
+@pytest.mark.parametrize("rows", ["full rows", "rows with few targets"])
+def test_the_numbers_are_those_of_a_plain_loop(
+    rows, pretrain, initial, corpus_folder, uneven, tokenizer
+):
+    full = [{"path": str(corpus_folder / "train-0.jsonl")}]
+    sources = full if rows == "full rows" else uneven
+    batches = global_batches(sources, tokenizer)
+    targets = {int((row != IGNORE_INDEX).sum()) for b in batches for row in b["shift_labels"]}
+    # the last rows of a finite corpus: a mean of means would be far off
+    assert min(targets) >= 20 if sources is full else min(targets) == 0
+    ended = pretrain(model_name_or_path=str(initial), train_sources=sources, **COSINE)
+    assert ended.status == 0, ended.error
+    expected, weights = plain_loop(initial, batches, cosine)
+    records = steps(ended.folder)
+    assert len(records) == STEPS
+    assert any(norm > 0.5 for _, norm in expected)  # clipping has something to do
+    for step, (record, (mean, norm)) in enumerate(zip(records, expected, strict=True)):
+        assert record["learning_rate"] == pytest.approx(3e-3 * cosine(step), rel=1e-12)
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    trained = AutoModelForCausalLM.from_pretrained(ended.folder / "model").state_dict()
+    begun = AutoModelForCausalLM.from_pretrained(initial).state_dict()
+    for name, weight in weights.items():
+        moved = (weight - begun[name]).norm()
+        assert moved > 0
+        assert (trained[name] - weight).norm() < 1e-4 * moved
+
+
+def test_the_loss_curve_is_that_of_transformers_trainer(
+    pretrain, initial, corpus_folder, tokenizer, tmp_path
+):
+    sources = [{"path": str(corpus_folder / "train-0.jsonl")}]
+    ended = pretrain(model_name_or_path=str(initial), train_sources=sources, **COSINE)
+    rows = [
+        {
+            "input_ids": batch["input_ids"][i],
+            "position_ids": batch["position_ids"][i],
+            "labels": batch["shift_labels"][i],  # so that the model computes a loss; of …
+            "shift_labels": batch["shift_labels"][i],  # … these, where a row's last has a target
+        }
+        for batch in global_batches(sources, tokenizer)
+        for i in range(16)
+    ]
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(initial),
+        TrainingArguments(
+            output_dir=str(tmp_path / "trainer"),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=3,
+            max_steps=STEPS,
+            weight_decay=0.5,
+            max_grad_norm=0.5,
+            adam_beta2=0.95,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+    )
+    trainer.train()
+    theirs = [record for record in trainer.state.log_history if "loss" in record]
+    ours = steps(ended.folder)
+    assert len(theirs) == len(ours) == STEPS
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+    assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
+
+
+# one global batch, split in several ways
+
+
+@pytest.fixture
+def gradient_norms(monkeypatch):
+    """Norms by parameter of every step's gradients, as the optimizer would get them."""
+    norms = []
+    step = Engine.step
+
+    def recording_step(engine, is_last):
+        if is_last:
+            norms.append({n: float(p.grad.norm()) for n, p in engine.model.named_parameters()})
+        step(engine, is_last)
+
+    monkeypatch.setattr(Engine, "step", recording_step)
+    return norms
+
+
+def test_accumulation_and_micro_batches_do_not_change_the_numbers(
+    pretrain, uneven, gradient_norms, monkeypatch
+):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 512 * 100)  # chunks, too, fall differently
+    runs = {}
+    for size in (16, 8, 4, 1):
+        gradient_norms.clear()
+        ended = pretrain(
+            f"{size}", train_sources=uneven, per_device_batch_size=size, save_steps=1000
+        )
+        assert "the data is spent" in ended.output
+        runs[size] = steps(ended.folder), list(gradient_norms)
+    records, norms = runs[16]
+    assert len(records) == len(norms) > STEPS
+    for other_records, other_norms in (runs[8], runs[4], runs[1]):
+        for record, other in zip(records, other_records, strict=True):
+            assert other["tokens"] == record["tokens"]
+            assert other["loss"] == pytest.approx(record["loss"], rel=1e-6)
+        for norm, other in zip(norms, other_norms, strict=True):
+            assert other == pytest.approx(norm, rel=1e-4)
+        # before updates let the roundings of one step grow in the next
+        assert other_norms[0] == pytest.approx(norms[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradient_checkpointing_changes_no_number(dropout, pretrain, gradient_norms, monkeypatch):
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda *args, **kw: calls.append(None) or forward(*args, **kw)
+    )
+    model = {**TINY_RUN["model"], "attention_dropout": dropout}
+    plain = pretrain("plain", max_steps=4, model=model)
+    plain_norms, plain_calls = list(gradient_norms), len(calls)
+    gradient_norms.clear()
+    checkpointed = pretrain("checkpointed", max_steps=4, model=model, gradient_checkpointing=True)
+    # steps x micro-batches x layers are computed once more
+    assert len(calls) - plain_calls == plain_calls + 4 * 4 * 2
+    for mine, other in zip(steps(plain.folder), steps(checkpointed.folder), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    for mine, other in zip(plain_norms, gradient_norms, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+def test_dropout_is_drawn_anew_in_every_step_and_is_off_in_evaluations(
+    pretrain, tokenizer, tmp_path
+):
+    """Seen in the losses of weights that do not change on data that is always the same."""
+    encode = DocumentEncoder(tokenizer)
+    words = (make_documents("x", 1)[0]["text"][:size] for size in range(200))
+    text = next(text for text in words if len(encode([text])[0]) == 32)  # a row
+    write_jsonl(tmp_path / "same.jsonl", [{"text": text}] * 50)
+    source = [{"path": str(tmp_path / "same.jsonl")}]
+    settings = {
+        "train_sources": source,
+        "validation_sources": source,
+        "learning_rate": 0.0,
+        "weight_decay": 0.0,
+        "max_steps": 4,
+        "eval_steps": 1,
+        "eval_documents": 5,
+    }
+
+    def losses(name, dropout, **more):
+        model = {**TINY_RUN["model"], "attention_dropout": dropout}
+        ended = pretrain(name, model=model, **settings, **more)
+        lines = metrics(ended.folder)
+        assert len({line["eval_loss"] for line in lines if "eval_loss" in line}) == 1
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert len(set(losses("without", 0.0))) == 1
+    first = losses("with", 0.5)
+    assert len(set(first)) == 4
+    assert losses("again", 0.5) == first
+    other = losses("other", 0.5, seed=1)
+    assert not set(other) & set(first)
+
+
+def test_bf16_is_near_fp32_and_keeps_fp32_weights(pretrain):
+    settings = {"max_steps": 10, "save_steps": 10}
+    exact = pretrain("fp32", **settings)
+    rough = pretrain("bf16", mixed_precision="bf16", **settings)
+    losses = [s["loss"] for s in steps(exact.folder)]
+    assert [s["loss"] for s in steps(rough.folder)] == pytest.approx(losses, rel=1e-2)
+    assert [s["loss"] for s in steps(rough.folder)] != losses
+    dtypes = {
+        ended: AutoConfig.from_pretrained(ended.folder / "model").dtype for ended in (exact, rough)
+    }
+    assert dtypes == {exact: torch.float32, rough: torch.bfloat16}
+    (checkpoint,) = rough.folder.glob("checkpoints/*/rank-*.safetensors")
+    from safetensors.torch import load_file
+
+    assert {tensor.dtype for tensor in load_file(checkpoint).values()} == {torch.float32}
+
+
+def test_fp16_on_a_cpu_is_refused(pretrain):
+    """Accelerate would train in fp32 there without a word."""
+    ended = pretrain(mixed_precision="fp16", max_steps=1)
+    message = "mixed_precision: fp16 needs a GPU, or DeepSpeed and a CPU that knows fp16"
+    assert (ended.status, ended.error) == (2, f"error: {message}\n")
+    assert not ended.folder.exists()
+
+
+# packed documents do not see each other
+
+
+def tiny_model(model_type, attention="sdpa"):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    for name, value in {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)  # so that attention matters
+    return model
+
+
+def packed_batch(documents, length=48):
+    rows = pack(((np.array(tokens, np.int32), None) for tokens in documents), length)
+    return collate([next(rows)[0]])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3", "gpt_neox"])
+def test_packed_documents_do_not_see_each_other(model_type, attention):
+    objective = NextTokenLoss(tiny_model(model_type, attention))
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(1, 64, size).tolist() for size in (11, 2, 20, 9)]
+    with torch.no_grad():
+        losses = objective(**packed_batch(documents), per_token=True)[0]
+        total = objective(**packed_batch(documents))["loss"]
+        start = 0
+        for index, tokens in enumerate(documents):
+            end = start + len(tokens)
+            ids = torch.tensor([tokens])
+            logits = objective.model(input_ids=ids, use_cache=False).logits[0, :-1]
+            alone = cross_entropy(logits, ids[0, 1:], reduction="none")
+            torch.testing.assert_close(losses[start : end - 1], alone, atol=1e-5, rtol=1e-5)
+            assert losses[end - 1] == 0
+            changed = [
+                [t % 63 + 1 for t in d] if i == index else d for i, d in enumerate(documents)
+            ]
+            other = objective(**packed_batch(changed), per_token=True)[0]
+            assert not torch.equal(other[start:end], losses[start:end])
+            assert torch.equal(other[:start], losses[:start])
+            assert torch.equal(other[end:], losses[end:])
+            start = end
+    assert total.item() == pytest.approx(losses.sum().item(), rel=1e-6)
+    assert not losses[start:].any()  # padding
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])  # not tied, tied, with a bias
+def test_loss_and_gradients_are_those_of_the_logits_of_the_model(model_type, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 64 * 5)
+    model = tiny_model(model_type)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    batch = packed_batch([[5, 6, 7, 8, 9], list(range(20, 60)), [9, 8, 7]])
+    value = NextTokenLoss(model)(**batch)["loss"]
+    places = batch["position_ids"]
+    logits = model(batch["input_ids"], position_ids=places, use_cache=False).logits
+    expected = cross_entropy(logits[0], batch["shift_labels"][0], reduction="sum")
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(x, parameters) for x in (value, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"model_type": "mamba"}, "mamba cannot keep packed documents apart: it is recurrent, or"),
+        ({"model_type": "bloom"}, "bloom cannot keep packed documents apart: it is recurrent, or"),
+        ({"model_type": "jamba"}, "jamba cannot keep packed documents apart: it is recurrent, or"),
+        # they take position_ids, and build their masks without
+        ({"model_type": "falcon"}, "documents in one row see each other: it cannot train on"),
+        ({"model_type": "gpt_oss"}, "documents in one row see each other: it cannot train on"),
+        ({"model_type": "opt"}, "documents in one row see each other: it cannot train on"),
+        ({"model_type": "gemma2"}, "model.final_logit_softcapping: 30.0 changes the logits after"),
+        ({"model_type": "cohere"}, "model.logit_scale: 0.0625 changes the logits after the head"),
+        ({"model_type": "roberta"}, "roberta has more than a linear head between its hidden"),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)
+def test_models_that_would_be_trained_wrongly_are_refused(model, message, pretrain):
+    known = AutoConfig.for_model(model["model_type"])
+    accepted = known.to_dict().keys() | known.attribute_map.keys()
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "num_local_experts": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "max_position_embeddings": 64,
+    }
+    model |= {name: value for name, value in small.items() if name in accepted}
+    ended = pretrain(model=model, max_steps=1)
+    assert ended.status == 2
+    assert message in ended.error
+    assert ended.error.count("\n") == 1
+    assert not ended.folder.exists()
+
+
+# bad input: one message, status 2, and nothing is written
+
+BAD_SETTINGS = [
+    ({"lerning_rate": 1}, "unknown key 'lerning_rate': the nearest valid one is 'learning_rate'"),
+    ({"train_sources.0.pat": "x"}, "unknown key .*pat': the nearest valid one is .*path'"),
+    ({"model.hidden_siz": 3}, "llama has no setting 'hidden_siz': .* valid one is 'hidden_size'"),
+    ({"model.model_type": "lama"}, "model: Unrecognized model identifier: lama"),
+    ({"model.hidden_size": "big"}, "model: .*hidden_size' expected int, got str"),
+    ({"model.hidden_size": 31}, r"model: .*hidden size \(31\) is not a multiple of .* heads"),
+    ({"model.num_key_value_heads": 4}, "num_key_value_heads: 4 does not divide the 2 heads"),
+    ({"max_steps": "many"}, "--max_steps: max_steps must be a whole number, not 'many'"),
+    ({"max_steps": 2.5}, "--max_steps: max_steps must be a whole number, not 2.5"),
+    ({"resume": "always"}, '--resume: resume must be "auto" or "never", not \'always\''),
+    ({"logging_steps": 0}, "logging_steps must be at least 1, not 0"),
+    ({"eval_steps": 0}, "eval_steps must be at least 1, not 0"),
+    ({"eval_documents": 0}, "eval_documents must be at least 1, not 0"),
+    ({"train_sources": []}, "no sources: give at least one path"),
+    ({"train_sources": [{"path": "no/such.jsonl"}]}, "source 'no/such.jsonl': no file matches"),
+    ({"train_sources": [{"path": "EMPTY"}]}, r"source '.*empty.jsonl' is empty: no document in"),
+    (
+        {"train_sources": [{"path": "CORPUS", "text_field": "body"}]},
+        r"train-0.jsonl, line 1: no field 'body' \(it has: text, meta\)",
+    ),
+    (
+        {"train_sources": [{"path": "CORPUS", "weight": 0}]},
+        r"the weights of the sources must be positive \(.*: 0\)",
+    ),
+    (
+        {"train_sources": [{"path": "CORPUS", "weight": -1}]},
+        r"the weights of the sources must be positive \(.*: -1\)",
+    ),
+    ({"validation_sources": [{"path": "EMPTY"}]}, "empty.jsonl' is empty: no document"),
+    (
+        {"per_device_batch_size": 3},
+        "global_batch_size: 16 is not divisible by 1 processes x per_device_batch_size 3",
+    ),
+    (
+        {"lanes": 6},
+        "lanes: 6 do not fit: global_batch_size 16 must be a multiple of lanes",
+    ),
+    (
+        {"model.vocab_size": 100},
+        "model.vocab_size: 100 is less than the tokenizer's 512 tokens",
+    ),
+    ({"tokenizer": "/no/such/tokenizer"}, "tokenizer: cannot load /no/such/tokenizer: "),
+    ({"tokenizer": "null"}, "tokenizer: give a folder or Hub name"),
+    ({"model_name_or_path": "/no/such/model"}, "model: .*/no/such/model"),
+    (
+        {"sequence_length": 65},
+        "sequence_length: 65 is more than the model's max_position_embeddings of 64",
+    ),
+    ({"output_dir": "FILE"}, "output_dir: .*/file is a file, not a folder"),
+    ({"output_dir": "FILE/run"}, "output_dir: .*/file is a file, not a folder"),
+    ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: cosine needs max_steps or max_tokens"),
+    (
+        {"max_steps": 9, "warmup_steps": 10},
+        "warmup_steps: 10 is more than the run's 9 steps",
+    ),
+    (
+        {"max_steps": 9, "lr_scheduler_type": "warmup_stable_decay"},
+        "lr_scheduler_kwargs: .*num_decay_steps",
+    ),
+    ({"report_to": ["paper"]}, "report_to: .*paper.* Choose between"),
+    ({"attn_implementation": "magic"}, 'model: .*attn_implementation="magic"` is not supported'),
+    ({"dataloader_num_workers": 9}, "dataloader_num_workers: 9 is more than a rank's 8 lanes"),
+    ({"warm_start": "/no/such/checkpoint"}, "no checkpoint /no/such/checkpoint"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), BAD_SETTINGS, ids=[str(settings) for settings, _ in BAD_SETTINGS]
+)
+def test_bad_settings(settings, message, pretrain, corpus_folder, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": "  "}\n\n')
+    (tmp_path / "file").write_text("kept")
+    places = {
+        "CORPUS": str(corpus_folder / "train-0.jsonl"),
+        "EMPTY": str(tmp_path / "empty.jsonl"),
+        "FILE": str(tmp_path / "file"),
+    }
+    text = json.dumps(settings)
+    for word, place in places.items():
+        text = text.replace(word, place)
+    ended = pretrain(**json.loads(text))
+    assert ended.status == 2
+    assert ended.error.startswith("error: ")
+    assert ended.error.count("\n") == 1
+    assert re.search(message, ended.error), ended.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_bad_config_files(pretrain, tmp_path):
+    ended = pretrain(config=tmp_path / "none.yaml")
+    assert ended.error == (
+        f"error: cannot read the config {tmp_path}/none.yaml: No such file or directory\n"
+    )
+    file = tmp_path / "some.yaml"
+    file.write_text("# a comment\nmax_step: 3\n")
+    ended = pretrain(config=file)
+    assert ended.status == 2
+    assert ended.error == (
+        f"error: {file}, line 2: unknown key 'max_step': the nearest valid one is 'max_steps'\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["some.yaml"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write in")
+def test_an_output_dir_that_cannot_be_written(pretrain):
+    ended = pretrain(output_dir="/proc/run")
+    assert ended.status == 2
+    assert re.fullmatch(r"error: output_dir: cannot write in /proc: [\w ]+\n", ended.error)

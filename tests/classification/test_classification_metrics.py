@@ -1,0 +1,143 @@
+"""The metrics of classifiers beside scikit-learn's and SciPy's, and by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from sklearn import metrics
+
+from calibration import reliability
+from classification_metrics import METRICS, measure, probabilities
+from classification_report import write_figures
+from utils.config import InputError
+from utils.scoring import check_finite
+
+
+def approx(values: dict[str, float]):
+    return pytest.approx({f"eval_{name}": value for name, value in values.items()}, rel=1e-9)
+
+
+def averages(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    functions = {
+        "precision": metrics.precision_score,
+        "recall": metrics.recall_score,
+        "f1": metrics.f1_score,
+    }
+    return {
+        f"{name}_{average}": function(labels, found, average=average, zero_division=0)
+        for name, function in functions.items()
+        for average in ("micro", "macro")
+    }
+
+
+def test_single_label_metrics_are_scikit_learns():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 4, 60)
+    logits = draw.normal(size=(60, 4)) + 2 * np.eye(4)[labels] * draw.random((60, 1))
+    shares = probabilities("single_label_classification", logits)
+    found = logits.argmax(1)
+    confidence, is_right = shares.max(1), found == labels
+    gaps = [
+        abs((is_right[inside] - confidence[inside]).sum())
+        for low in range(15)
+        if (inside := (confidence > low / 15) & (confidence <= (low + 1) / 15)).any()
+    ]
+    results = measure("single_label_classification", logits.astype(np.float32), labels)
+    expected = {
+        "loss": metrics.log_loss(labels, shares),
+        "accuracy": metrics.accuracy_score(labels, found),
+        **averages(labels, found),
+        "matthews_correlation": metrics.matthews_corrcoef(labels, found),
+        "roc_auc": metrics.roc_auc_score(labels, shares, multi_class="ovr"),
+        "expected_calibration_error": sum(gaps) / 60,
+    }
+    assert results == pytest.approx({f"eval_{k}": v for k, v in expected.items()}, rel=1e-5)
+    assert set(expected) == set(METRICS["single_label_classification"])
+    assert 0.2 < results["eval_accuracy"] < 1
+
+
+def test_two_labels_are_told_apart_by_the_probability_of_one():
+    logits = np.array([[0.0, 1.0], [0.0, -1.0], [0.0, 2.0], [0.0, 0.5]])
+    labels = np.array([1, 0, 0, 1])
+    results = measure("single_label_classification", logits, labels)
+    assert results["eval_roc_auc"] == metrics.roc_auc_score(labels, logits[:, 1]) == 0.5
+
+
+def test_multi_label_metrics_are_scikit_learns():
+    draw = np.random.default_rng(1)
+    labels = draw.integers(0, 2, (50, 3))
+    logits = draw.normal(size=(50, 3)) + labels
+    shares = probabilities("multi_label_classification", logits)
+    found = (shares >= 0.5).astype(int)
+    results = measure("multi_label_classification", logits, labels)
+    calibration = reliability(np.maximum(shares, 1 - shares).ravel(), (found == labels).ravel())
+    assert results == approx(
+        {
+            "loss": np.mean([metrics.log_loss(labels[:, x], shares[:, x]) for x in range(3)]),
+            "accuracy": metrics.accuracy_score(labels, found),
+            **averages(labels, found),
+            "matthews_correlation": np.mean(
+                [metrics.matthews_corrcoef(labels[:, x], found[:, x]) for x in range(3)]
+            ),
+            "roc_auc": metrics.roc_auc_score(labels, shares, average="macro"),
+            "expected_calibration_error": calibration.expected_calibration_error,
+        }
+    )
+
+
+def test_regression_metrics_are_scipys():
+    draw = np.random.default_rng(2)
+    labels = draw.normal(size=40)
+    logits = (labels + draw.normal(size=40))[:, None]
+    assert measure("regression", logits, labels) == approx(
+        {
+            "loss": metrics.mean_squared_error(labels, logits[:, 0]),
+            "pearsonr": scipy.stats.pearsonr(logits[:, 0], labels).statistic,
+            "spearmanr": scipy.stats.spearmanr(logits[:, 0], labels).statistic,
+            "mean_absolute_error": metrics.mean_absolute_error(labels, logits[:, 0]),
+        }
+    )
+
+
+def test_what_has_no_definition_is_chance_and_not_nan():
+    constant = measure("regression", np.ones((3, 1)), np.arange(3.0))
+    assert constant["eval_pearsonr"] == constant["eval_spearmanr"] == 0.0
+    missing = measure("single_label_classification", np.eye(3)[[0, 1]], np.array([0, 1]))
+    assert missing["eval_roc_auc"] == 1.0  # of the labels that occur
+    single = measure("single_label_classification", np.eye(2), np.array([0, 0]))
+    assert single["eval_roc_auc"] == 0.5
+
+
+def test_predictions_that_are_not_finite_are_refused():
+    with pytest.raises(InputError, match="not finite: lower the learning_rate"):
+        check_finite(np.array([[0.0, np.nan]]))
+
+
+def test_calibration_error_by_hand():
+    confidence = np.array([0.55, 0.6, 0.9, 0.95, 1.0])
+    is_right = np.array([True, False, True, True, True])
+    found = reliability(confidence, is_right, bins=5)
+    # bins (0.4, 0.6] and (0.8, 1]
+    assert found.counts.tolist() == [0, 0, 2, 0, 3]
+    assert found.accuracy[[2, 4]].tolist() == [0.5, 1.0]
+    expected = 0.4 * abs(0.5 - 0.575) + 0.6 * abs(1 - 0.95)
+    assert found.expected_calibration_error == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "plots"),
+    [
+        (np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 1]), ["confusion_matrix", "reliability"]),
+        (np.array([[0.9, 0.2], [0.1, 0.7]]), np.array([[1, 0], [1, 1]]), ["reliability"]),
+        (np.array([1.0, 2.5]), np.array([1.5, 2.0]), ["predictions"]),
+    ],
+)
+def test_plots_of_each_kind_of_problem(
+    probabilities: np.ndarray, labels: np.ndarray, plots: list[str], tmp_path: Path
+):
+    paths = write_figures(
+        tmp_path, ["a", "b", "c"][: probabilities.shape[-1]], probabilities, labels
+    )
+    assert paths == [tmp_path / "plots" / f"{plot}.png" for plot in plots]
+    assert all(path.stat().st_size > 10_000 for path in paths)

@@ -1,0 +1,527 @@
+"""utils/config.py: what is read, from where, and what is said of input that is wrong."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from utils.config import InputError, parse, write_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Source:
+    path: str  # a file of JSON lines
+    weight: float = 1.0  # its share of the tokens
+
+
+@dataclass
+class Optimizer:
+    name: Literal["adamw", "sgd"] = "adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.1  # not on norms and biases
+
+
+@dataclass
+class Arguments:
+    """Train a model.
+
+    The text after the first line is shown as well.
+    """
+
+    output_dir: str  # where everything goes
+    max_steps: int = 20  # optimizer steps
+    learning_rate: float = 3e-4  # the peak, after warmup
+    bf16: bool = False
+    mixed_precision: Literal["no", "bf16"] = "no"
+    # Continue from the newest checkpoint,
+    # or refuse a folder that has one.
+    resume: Literal["auto", "never"] = "auto"
+    revision: str | None = None
+    max_tokens: int | None = None  # null: no limit
+    seed: str | int = 0
+    prompt: str | list[str] | None = None
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(weight_decay=0.2))
+    sources: list[Source] = field(default_factory=list)  # what is read
+    model: dict[str, Any] = field(default_factory=lambda: {"hidden_size": 64, "layers": 2})
+    averages: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        if self.bf16 and self.mixed_precision == "bf16":
+            raise InputError("bf16 and mixed_precision say the same: keep one of them")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A function that writes config.yaml, in the folder where the test then runs."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str) -> str:
+        Path("config.yaml").write_text(text, encoding="utf-8")
+        return "config.yaml"
+
+    return write
+
+
+def read(*words: str) -> Arguments:
+    return parse(Arguments, list(words))
+
+
+def value_of(key: str, *words: str) -> Any:
+    return getattr(read("--output_dir", "out", *words), key)
+
+
+def message(settings: type, *words: str) -> str:
+    with pytest.raises(InputError) as error:
+        parse(settings, list(words))
+    return str(error.value)
+
+
+# what is read
+
+
+def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(config):
+    name = config("output_dir: from_file\nmax_steps: 30\nlearning_rate: 0.1\n")
+    args = read(name, "--learning_rate", "0.2", "--revision=main=1")
+    assert (args.resume, args.bf16, args.max_tokens) == ("auto", False, None)
+    assert (args.output_dir, args.max_steps) == ("from_file", 30)
+    assert (args.learning_rate, args.revision) == (0.2, "main=1")
+
+
+def test_the_last_of_two_options_counts():
+    assert value_of("max_steps", "--max_steps", "1", "--max_steps", "2") == 2
+
+
+def test_an_empty_file_sets_nothing(config):
+    assert read(config("# only a comment\n"), "--output_dir", "a") == Arguments("a")
+
+
+def test_two_reads_share_no_default():
+    read("--output_dir", "a").sources.append("x")
+    assert value_of("sources") == []
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.e-4", ".3e-3", "+0.0003", "30.0e-5"])
+@pytest.mark.parametrize("place", ["file", "command line", "inside a mapping"])
+def test_numbers_with_exponents_are_numbers_everywhere(config, text, place):
+    if place == "file":
+        value = read(config(f"output_dir: out\nlearning_rate: {text}\n")).learning_rate
+    elif place == "command line":
+        value = value_of("learning_rate", "--learning_rate", text)
+    else:
+        value = read(config(f"output_dir: out\nmodel: {{rms_norm_eps: {text}}}\n")).model
+        value = value["rms_norm_eps"]
+    assert type(value) is float
+    assert value == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("max_steps", "-3", -3),
+        ("max_steps", "1_000_000", 1_000_000),
+        ("learning_rate", "1", 1.0),
+        ("learning_rate", ".inf", float("inf")),
+        ("bf16", "true", True),
+        ("bf16", "True", True),
+        ("bf16", "FALSE", False),
+        ("mixed_precision", "no", "no"),  # false, if it were YAML 1.1
+        ("revision", "2024-01-31", "2024-01-31"),  # a date, if it were
+        ("revision", "0123456", "0123456"),  # 42798, if it were
+        ("revision", "31_01_2024", "31_01_2024"),
+        ("revision", "12:30", "12:30"),
+        ("revision", "yes", "yes"),
+        ("revision", "1234567", "1234567"),
+        ("revision", "null", None),
+        ("max_tokens", "null", None),
+        ("max_tokens", "5", 5),
+        ("averages", "{ema: 1, sma: 2.5}", {"ema": 1.0, "sma": 2.5}),
+        ("model", "{a: [1, 2.5, x, null, 0x10]}", {"a": [1, 2.5, "x", None, "0x10"]}),
+        ("optimizer", "{betas: [0.5, 1]}", Optimizer(betas=[0.5, 1.0])),
+        ("sources", "[{path: a}]", [Source("a")]),
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_values(config, place, key, text, expected):
+    if place == "file":
+        value = getattr(read(config(f"output_dir: out\n{key}: {text}\n")), key)
+    else:
+        value = value_of(key, f"--{key}", text)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["def ", "class A:", "# a comment", "", "- a", "'quoted'", "a\nb", "1.10", "~", "[x"]
+)
+def test_text_on_the_command_line_stands_as_it_is(text):
+    assert value_of("revision", "--revision", text) == text
+    assert value_of("prompt", "--prompt", text) == text
+    assert read("--output_dir", text).output_dir == text
+    sources = value_of("sources", "--sources", "[{path: a}]", "--sources.0.path", text)
+    assert sources == [Source(text)]
+
+
+def test_a_union_keeps_the_type_that_the_file_gives(config):
+    assert read(config("output_dir: out\nseed: 5\n")).seed == 5
+    assert read(config("output_dir: out\nseed: '5'\n")).seed == "5"
+    assert read(config("output_dir: out\nprompt: [a, b]\n")).prompt == ["a", "b"]
+
+
+def test_dotted_keys_reach_into_what_the_file_sets(config):
+    name = config(
+        "output_dir: out\n"
+        "optimizer: {name: sgd, betas: [0.1, 0.2]}\n"
+        "sources:\n"
+        "- {path: a, weight: 2}\n"
+        "- path: b\n"
+        "model: {hidden_size: 8, rope: {theta: 1e4}}\n"
+    )
+    words = ["--optimizer.betas.1", "0.3", "--sources.1.weight", "5", "--sources.0.path", "c"]
+    args = read(name, *words, "--model.rope.theta", "1e6", "--model.new.deep", "x")
+    assert args.optimizer == Optimizer(name="sgd", betas=[0.1, 0.3])
+    assert args.sources == [Source("c", 2.0), Source("b", 5.0)]
+    assert args.model == {"hidden_size": 8, "rope": {"theta": 1e6}, "new": {"deep": "x"}}
+
+
+def test_dotted_keys_reach_into_defaults():
+    words = ["--model.hidden_size", "128", "--optimizer.betas.0", "0.5"]
+    args = read("--output_dir", "out", *words)
+    assert args.model == {"hidden_size": 128, "layers": 2}
+    assert args.optimizer == Optimizer(betas=[0.5, 0.95], weight_decay=0.2)
+    assert value_of("model") == {"hidden_size": 64, "layers": 2}
+
+
+def test_a_whole_value_replaces_what_was_there(config):
+    name = config("output_dir: out\nmodel: {a: 1, b: 2}\n")
+    assert read(name, "--model", "{c: 3}", "--model.d", "4").model == {"c": 3, "d": 4}
+
+
+def test_anchors_and_merge_keys(config):
+    name = config(
+        "output_dir: out\nsources:\n- &first {path: a, weight: 2}\n- {<<: *first, path: b}\n"
+    )
+    assert read(name).sources == [Source("a", 2.0), Source("b", 2.0)]
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "12e4567", "no", "null", "~", "2024-01-31", "0123", "a: b"]
+)
+def test_write_yaml_is_read_back_equal(tmp_path, text):
+    args = Arguments(
+        output_dir=text,
+        learning_rate=1e-5,
+        revision=text,
+        seed=text,
+        prompt=[text, "línea\nnaïve ☃"],
+        optimizer=Optimizer(betas=[1e20, float("inf")]),
+        sources=[Source(text, 0.1), Source("b")],
+        model={"eps": 1e-5, "name": text, "none": None, "flag": True, "long": "word " * 50},
+    )
+    path = tmp_path / "config.yaml"
+    write_yaml(args, path)
+    assert parse(Arguments, [str(path)]) == args
+    # any other YAML reader gets the same
+    assert yaml.safe_load(path.read_text()) == asdict(args)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "learning_rat: 1",
+            "config.yaml, line 2: unknown key 'learning_rat': the nearest valid one is "
+            "'learning_rate'",
+        ),
+        (
+            "\n\noptimizer:\n  weightdecay: 1",
+            "config.yaml, line 5: unknown key 'optimizer.weightdecay': the nearest valid one is "
+            "'optimizer.weight_decay'",
+        ),
+        (
+            "sources:\n- path: a\n- pth: b",
+            "config.yaml, line 4: unknown key 'sources.1.pth': the nearest valid one is "
+            "'sources.1.path'",
+        ),
+        (
+            "sources:\n- weight: 1",
+            "config.yaml, line 3: sources.0.path is missing: it has no default",
+        ),
+        (
+            "max_steps: 1\nbf16: true\nmax_steps: 2",
+            "config.yaml, line 4: 'max_steps' is set twice (also: config.yaml, line 2)",
+        ),
+        (
+            "optimizer:\n  name: sgd\n  name: sgd",
+            "config.yaml, line 4: 'optimizer.name' is set twice (also: config.yaml, line 3)",
+        ),
+        ("max_steps: many", "config.yaml, line 2: max_steps must be a whole number, not 'many'"),
+        ("max_steps: 1.5", "config.yaml, line 2: max_steps must be a whole number, not 1.5"),
+        ("max_steps: 1e6", "config.yaml, line 2: max_steps must be a whole number, not 1000000.0"),
+        ("max_steps: true", "config.yaml, line 2: max_steps must be a whole number, not True"),
+        ("max_steps: '3'", "config.yaml, line 2: max_steps must be a whole number, not '3'"),
+        ("max_steps:", "config.yaml, line 2: max_steps must be a whole number, not None"),
+        ("max_tokens: x", "config.yaml, line 2: max_tokens must be a whole number, not 'x'"),
+        ("learning_rate: x", "config.yaml, line 2: learning_rate must be a number, not 'x'"),
+        ("learning_rate: true", "config.yaml, line 2: learning_rate must be a number, not True"),
+        ("learning_rate: [1]", "config.yaml, line 2: learning_rate must be a number, not [1]"),
+        ("bf16: 1", "config.yaml, line 2: bf16 must be true or false, not 1"),
+        ("bf16: yes", "config.yaml, line 2: bf16 must be true or false, not 'yes'"),
+        ("revision: 1.10", "config.yaml, line 2: revision must be text, not 1.1"),
+        ("revision: true", "config.yaml, line 2: revision must be text, not True"),
+        ("revision: {a: b}", "config.yaml, line 2: revision must be text, not {'a': 'b'}"),
+        ("resume: no", 'config.yaml, line 2: resume must be "auto" or "never", not \'no\''),
+        (
+            "prompt: {a: b}",
+            "config.yaml, line 2: prompt must be text or a list of text or null, not {'a': 'b'}",
+        ),
+        (
+            "sources: a.jsonl",
+            "config.yaml, line 2: sources must be a list of Source, not 'a.jsonl'",
+        ),
+        (
+            "sources:\n- a.jsonl",
+            "config.yaml, line 3: sources.0 must be settings, not 'a.jsonl'",
+        ),
+        (
+            "sources:\n- path: a\n  weight: heavy",
+            "config.yaml, line 4: sources.0.weight must be a number, not 'heavy'",
+        ),
+        (
+            "optimizer:\n  betas:\n  - 0.9\n  - x",
+            "config.yaml, line 5: optimizer.betas.1 must be a number, not 'x'",
+        ),
+        ("optimizer: sgd", "config.yaml, line 2: optimizer must be settings, not 'sgd'"),
+        ("averages: 3", "config.yaml, line 2: averages must be a mapping, not 3"),
+        (
+            "averages: {ema: x}",
+            "config.yaml, line 2: averages.ema must be a number, not 'x'",
+        ),
+        (
+            "bf16: true\nmixed_precision: bf16",
+            "bf16 and mixed_precision say the same: keep one of them",
+        ),
+    ],
+)
+def test_a_wrong_line_of_the_file_is_named(config, text, expected):
+    assert message(Arguments, config(f"output_dir: out\n{text}\n")) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "output_dir is missing: it has no default"),
+        (
+            ["--learning-rate", "1"],
+            "--learning-rate: unknown key 'learning-rate': the nearest valid one is "
+            "'learning_rate'",
+        ),
+        (
+            ["--optimizer.nam", "sgd"],
+            "--optimizer.nam: unknown key 'optimizer.nam': the nearest valid one is "
+            "'optimizer.name'",
+        ),
+        (["--max_steps"], "--max_steps has no value: options are written --key value"),
+        (["--max_steps", "1", "2"], "unexpected '2': options are written --key value"),
+        (["-x", "2"], "unexpected '-x': options are written --key value"),
+        (["--max_steps", "x"], "--max_steps: max_steps must be a whole number, not 'x'"),
+        (["--max_steps", ""], "--max_steps: max_steps must be a whole number, not None"),
+        (["--max_steps", "[1"], "--max_steps: max_steps must be a whole number, not '[1'"),
+        (["--max_steps.a", "1"], "--max_steps.a: max_steps is not a setting that holds others"),
+        (
+            ["--optimizer.name.a.b", "1"],
+            "--optimizer.name.a.b: optimizer.name is not a setting that holds others",
+        ),
+        (
+            ["--optimizer.betas.2", "1"],
+            "--optimizer.betas.2: optimizer.betas.2 does not exist (2 entries, from 0)",
+        ),
+        (
+            ["--sources.0.path", "a"],
+            "--sources.0.path: sources.0 does not exist (0 entries, from 0)",
+        ),
+        (
+            ["--optimizer.betas.last", "1"],
+            "--optimizer.betas.last: optimizer.betas.last does not exist (2 entries, from 0)",
+        ),
+        (
+            ["--optimizer.betas.0", "x"],
+            "--optimizer.betas.0: optimizer.betas.0 must be a number, not 'x'",
+        ),
+        (
+            ["--sources", "[{path: a, weight: x}]"],
+            "--sources: sources.0.weight must be a number, not 'x'",
+        ),
+    ],
+)
+def test_a_wrong_option_is_named(words, expected):
+    given = ["--output_dir", "out"] if words else []
+    assert message(Arguments, *given, *words) == expected
+
+
+def test_a_wrong_option_is_named_and_not_the_line_of_the_file_that_it_replaces(config):
+    name = config("output_dir: out\noptimizer: {weight_decay: 0.1}\n")
+    expected = "--optimizer: optimizer.weight_decay must be a number, not 'x'"
+    assert message(Arguments, name, "--optimizer", "{weight_decay: x}") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.yaml", None, "cannot read the config missing.yaml: No such file or directory"),
+        (".", None, "cannot read the config .: Is a directory"),
+        ("m.bin", b"\x80\x81", "m.bin is not YAML: it is not even text in UTF-8"),
+        ("a.yaml", b"- a\n- b\n", "a.yaml holds no settings: expected lines of 'key: value'"),
+        ("a.yaml", b"just words\n", "a.yaml holds no settings: expected lines of 'key: value'"),
+        (
+            "a.yaml",
+            b"a: [1, 2\nb: 3\n",
+            'a.yaml is not YAML: while parsing a flow sequence in "<unicode string>", line 1, '
+            "column 4: a: [1, 2 ^ expected ',' or ']', but got ':' in \"<unicode string>\", "
+            "line 2, column 2: b: 3 ^",
+        ),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch, name, content, expected):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content)
+    assert message(Arguments, name) == expected
+
+
+# what the program does
+
+HELP = """\
+Train a model.
+
+The text after the first line is shown as well.
+
+usage: [CONFIG.yaml] [--key value …]
+  --output_dir  text, required
+      where everything goes
+  --max_steps  a whole number, 20
+      optimizer steps
+  --learning_rate  a number, 0.0003
+      the peak, after warmup
+  --bf16  true or false, false
+  --mixed_precision  "no" or "bf16", "no"
+  --resume  "auto" or "never", "auto"
+      Continue from the newest checkpoint, or refuse a folder that has one.
+  --revision  text or null, null
+  --max_tokens  a whole number or null, null
+      null: no limit
+  --seed  text or a whole number, 0
+  --prompt  text or a list of text or null, null
+  --optimizer  Optimizer, {"name": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.2}
+  --optimizer.name  "adamw" or "sgd", "adamw"
+  --optimizer.betas  a list of a number, [0.9, 0.95]
+  --optimizer.weight_decay  a number, 0.1
+      not on norms and biases
+  --sources  a list of Source, []
+      what is read
+  --sources.0.path  text, required
+      a file of JSON lines
+  --sources.0.weight  a number, 1.0
+      its share of the tokens
+  --model  a mapping, {"hidden_size": 64, "layers": 2}
+  --averages  a mapping, {}
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["no.yaml", "--max_steps", "x", "--help"]])
+def test_help_lists_each_field_with_its_comment(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        read(*words)
+    assert end.value.code == 0
+    assert capsys.readouterr().out == HELP
+
+
+PROGRAM = """
+import sys
+from dataclasses import dataclass
+from utils.config import command, parse
+
+@dataclass
+class Arguments:
+    max_steps: int = 20
+    fault: str = "none"
+
+def main():
+    args = parse(Arguments)
+    print("read", args.max_steps)
+    if args.fault == "interrupt":
+        raise KeyboardInterrupt
+    if args.fault == "bug":
+        raise ValueError("a bug")
+
+command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "rank", "status", "output", "error"),
+    [
+        (["--max_steps", "3"], None, 0, "read 3\n", ""),
+        (["--max_steps", "3"], "1", 0, "read 3\n", ""),
+        (
+            ["--max_step", "3"],
+            None,
+            2,
+            "",
+            "error: --max_step: unknown key 'max_step': the nearest valid one is 'max_steps'\n",
+        ),
+        (
+            ["--max_steps", "x"],
+            "0",
+            2,
+            "",
+            "error: --max_steps: max_steps must be a whole number, not 'x'\n",
+        ),
+        (["--max_steps", "x"], "1", 2, "", ""),
+        (["--fault", "interrupt"], None, 130, "read 20\n", ""),
+    ],
+)
+def test_the_end_of_a_program(tmp_path, words, rank, status, output, error):
+    done = run_program(tmp_path, words, rank)
+    assert (done.returncode, done.stdout, done.stderr) == (status, output, error)
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    done = run_program(tmp_path, ["--fault", "bug"], "1")
+    assert (done.returncode, done.stdout) == (1, "read 20\n")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ValueError: a bug\n")
+
+
+def test_a_file_is_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "config.yaml").write_text("max_steps: 3\nfault: naïve ☃\n", encoding="utf-8")
+    done = run_program(tmp_path, [tmp_path / "config.yaml"], None)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "read 3\n", "")
+
+
+def run_program(
+    folder: Path, words: list[str | Path], rank: str | None
+) -> subprocess.CompletedProcess:
+    (folder / "program.py").write_text(PROGRAM)
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    environment["PYTHONPATH"] = str(ROOT)
+    if rank is not None:
+        environment["RANK"] = rank
+    return subprocess.run(
+        [sys.executable, folder / "program.py", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )

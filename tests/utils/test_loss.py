@@ -1,0 +1,212 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from utils import loss
+from utils.config import InputError
+from utils.loss import IGNORE_INDEX, check_head, summed_cross_entropy, token_cross_entropy
+
+ROWS, HIDDEN, VOCABULARY = 50, 16, 90
+
+
+@pytest.fixture(params=[1, 7, ROWS - 1, ROWS, 10 * ROWS], ids=lambda rows: f"{rows} rows a chunk")
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", request.param * VOCABULARY + VOCABULARY // 2)
+
+
+def inputs(dtype=torch.float32, bias=True, shape=(ROWS,)):
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*shape, HIDDEN, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=draw).to(dtype).requires_grad_()
+    offset = torch.randn(VOCABULARY, generator=draw).to(dtype).requires_grad_() if bias else None
+    labels = torch.randint(VOCABULARY, shape, generator=draw)
+    labels[torch.rand(shape, generator=draw) < 0.3] = IGNORE_INDEX
+    return hidden, weight, labels, offset
+
+
+def whole(hidden, weight, labels, bias=None, reduction="sum"):
+    logits = linear(hidden, weight, bias).float()
+    return cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+    )
+
+
+def gradients(value, *tensors):
+    return torch.autograd.grad(value, [tensor for tensor in tensors if tensor is not None])
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_value_and_gradients_are_those_of_cross_entropy(chunks, bias):
+    hidden, weight, labels, offset = inputs(bias=bias)
+    expected = whole(hidden, weight, labels, offset)
+    value = summed_cross_entropy(hidden, weight, labels, offset)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    # a loss is scaled and added to others before its backward
+    ours = gradients(0.25 * value + value, hidden, weight, offset)
+    for mine, theirs in zip(ours, gradients(1.25 * expected, hidden, weight, offset), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        assert abs(mine.norm() / theirs.norm() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_the_truth_as_whole_logits(chunks, dtype):
+    hidden, weight, labels, _ = inputs(dtype, bias=False)
+    truth = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+    value, exact = summed_cross_entropy(hidden, weight, labels), whole(*truth, labels)
+    epsilon = torch.finfo(dtype).eps
+    assert abs(value / exact - 1) < epsilon
+    for mine, theirs in zip(
+        gradients(value, hidden, weight), gradients(exact, *truth), strict=True
+    ):
+        assert mine.dtype == dtype
+        # the norm of the error: single elements near zero have no relative precision
+        assert (mine.float() - theirs).norm() < 2 * epsilon * theirs.norm()
+
+
+def test_weights_in_fp32_under_hidden_states_in_bf16(monkeypatch):
+    """As autocast hands them over: over the chunks their gradient is summed in fp32."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", VOCABULARY)
+    hidden, weight, labels, _ = inputs(bias=False, shape=(1000,))
+    low = hidden.detach().bfloat16().requires_grad_()
+    value = summed_cross_entropy(low, weight, labels)
+    truth = [x.detach().bfloat16().float().requires_grad_() for x in (low, weight)]
+    exact = whole(*truth, labels)
+    epsilon = torch.finfo(torch.bfloat16).eps
+    assert abs(value / exact - 1) < epsilon
+    hidden_gradient, weight_gradient = gradients(value, low, weight)
+    assert (hidden_gradient.dtype, weight_gradient.dtype) == (torch.bfloat16, torch.float32)
+    _, expected = gradients(exact, *truth)
+    assert (weight_gradient - expected).norm() < 0.5 * epsilon * expected.norm()
+
+
+def test_rows_that_are_all_ignored_add_nothing(chunks):
+    hidden, weight, labels, offset = inputs()
+    labels[:] = IGNORE_INDEX
+    value = summed_cross_entropy(hidden, weight, labels, offset)
+    assert value.item() == 0
+    for gradient in gradients(value, hidden, weight, offset):
+        assert not gradient.any()
+
+
+def test_extreme_logits_stay_finite(chunks):
+    hidden, weight, labels, _ = inputs(bias=False)
+    with torch.no_grad():
+        hidden *= 1e3
+    value, expected = summed_cross_entropy(hidden, weight, labels), whole(hidden, weight, labels)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    assert all(gradient.isfinite().all() for gradient in gradients(value, hidden, weight))
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    hidden, weight, labels, _ = inputs(bias=False)
+    value = summed_cross_entropy(hidden, weight.detach(), labels)
+    (gradient,) = gradients(value, hidden)
+    (expected,) = gradients(whole(hidden, weight.detach(), labels), hidden)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert not summed_cross_entropy(hidden, weight, labels).requires_grad
+
+
+def test_loss_of_each_token(chunks):
+    hidden, weight, labels, offset = inputs(shape=(5, ROWS // 5))
+    losses = token_cross_entropy(hidden, weight, labels, offset)
+    expected = whole(hidden, weight, labels, offset, "none").view(labels.shape)
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    assert not losses.requires_grad
+    assert not losses[labels == IGNORE_INDEX].any()
+    total = summed_cross_entropy(hidden, weight, labels, offset)
+    torch.testing.assert_close(losses.sum(), total.detach(), rtol=1e-6, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("function", [summed_cross_entropy, token_cross_entropy])
+def test_no_tensor_is_larger_than_a_chunk(function, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    hidden, weight, labels, _ = inputs(bias=False)
+    with LargestTensor() as largest:
+        value = function(hidden, weight, labels)
+        if value.requires_grad:
+            value.backward()
+    assert largest.elements == max(weight.numel(), hidden.numel(), 4 * VOCABULARY)
+    with LargestTensor() as largest:
+        whole(hidden, weight, labels).backward()
+    assert largest.elements == ROWS * VOCABULARY
+
+
+# which models' logits the losses reproduce
+
+
+def tiny_model(model_type, **settings):
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    known = AutoConfig.for_model(model_type)
+    accepted = known.to_dict().keys() | known.attribute_map.keys()
+    small = {name: value for name, value in small.items() if name in accepted} | settings
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {}),  # tied
+        ("phi", {}),  # its head has a bias
+        ("gemma3_text", {}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("cohere", {"logit_scale": 1.0}),
+        ("granite", {"logits_scaling": 1.0}),
+    ],
+    ids=str,
+)
+def test_models_whose_logits_are_those_of_a_linear_head(model_type, settings):
+    torch.manual_seed(0)
+    model = tiny_model(model_type, **settings).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # a transformation of the logits would show
+    check_head(model)
+    tokens = torch.randint(64, (2, 20))
+    labels = torch.randint(64, (2, 20))
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = model(input_ids=tokens, use_cache=False).logits
+    losses = token_cross_entropy(hidden, head.weight, labels, head.bias)
+    expected = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("gemma2", {}, "model.final_logit_softcapping: 30.0 changes the logits .* set it to null"),
+        ("cohere", {}, "model.logit_scale: 0.0625 changes the logits .* set it to 1"),
+        ("granite", {"logits_scaling": 8.0}, "model.logits_scaling: 8.0 .* set it to 1"),
+        ("roberta", {}, "model: roberta has more than a linear head between its hidden states"),
+    ],
+)
+def test_models_whose_logits_are_not(model_type, settings, message):
+    with pytest.raises(InputError, match=message):
+        check_head(tiny_model(model_type, **settings))
