@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from utils.run_folder import written_aside
+from utils.files import written_aside
 
 
 def describe(program: str, packages: Sequence[str]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ _server.set_forkserver_preload(
         "sklearn.metrics",
         "bits_per_byte",
         "utils.memory",
-        "utils.conclusion",
+        "utils.report",
     ]
 )
 

@@ -15,10 +15,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from utils.config import InputError
-from utils.memory import empty_model
-from utils.model import ModelArguments, build_model
+from utils.files import written_aside
+from utils.model import ModelArguments, build_model, empty_model
 from utils.randomness import random_key
-from utils.run_folder import written_aside
 
 
 @dataclass

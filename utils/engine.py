@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.tracking import filter_trackers
-from transformers import PreTrainedModel
 
 from utils import checkpoint
 from utils.config import InputError
@@ -68,35 +68,6 @@ def launched_zero_stage() -> int:
 
 def launched_with_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
-
-
-def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
-    """Initialise each module from (seed, its name): the same weights under every ZeRO stage.
-
-    Args:
-        only: the names of parameters; their modules alone are initialised.
-    """
-    # from the inside out: some modules initialise once more what is in their children
-    for name, module in reversed(list(model.named_modules())):
-        near = [module, *(module.children() if only is None else ())]
-        parameters = [p for m in near for p in m.parameters(recurse=False)]
-        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
-        if not parameters or (only is not None and not own & only):
-            continue
-        with gathered(parameters, modify=True):
-            torch.manual_seed(random_key(seed, name))
-            for tensor in (module, *parameters):
-                tensor._is_hf_initialized = False
-            model._init_weights(module)
-
-
-def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
-    """A context in which ZeRO-3 parameters are whole; nothing to do for others."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return torch.no_grad()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
 
 
 class Engine:
@@ -232,3 +203,46 @@ class Engine:
         if a.mixed_precision == "bf16":
             # without it ZeRO 1 and 2 put non-finite gradients into the weights
             config.setdefault("bf16", {})["check_grad_overflow"] = True
+
+
+def train_step(
+    engine: Engine,
+    objective: torch.nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    counts: dict[str, int],
+    step: int,
+    limit: float,
+) -> dict[str, float]:
+    """Update the weights; returns the losses of the global batch, which every rank sees alike.
+
+    Args:
+        batches: the rank's micro-batches of the step.
+        counts: by the name of a loss, what its sum over the global batch is divided by.
+        step: of the steps before this one, how many: what is random is keyed by it.
+        limit: a loss above it is a spike, which `skip_loss_spikes` keeps from the weights.
+    """
+    a, accelerator = engine.arguments, engine.accelerator
+    objective.train()
+    engine.begin_step(len(batches))
+    sums = torch.zeros(len(counts), device=accelerator.device)
+    divisors = torch.tensor([max(n, 1) for n in counts.values()], device=accelerator.device)
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        torch.manual_seed(random_key(a.seed, step, index, accelerator.process_index))
+        with nullcontext() if is_last else engine.accumulate():
+            with accelerator.autocast():
+                terms = engine.module(**{k: v.to(accelerator.device) for k, v in batch.items()})
+            terms = torch.stack([terms[name].float() for name in counts])
+            sums += terms.detach()
+            loss = (terms / divisors).sum()
+            if is_last:
+                means = accelerator.reduce(sums, "sum") / divisors
+                allowed = limit if a.skip_loss_spikes else math.inf
+                good = means.sum().isfinite() & (means.sum() <= allowed)
+                # every rank sees the same loss; a bad one makes the gradients non-finite, which
+                # the engine skips: no rank waits for the accelerator to decide
+                loss = loss * torch.where(good, 1.0, math.nan)
+            # the engine takes the mean over the ranks, where the sum is wanted
+            engine.backward(loss * accelerator.num_processes, is_last)
+        engine.step(is_last)
+    return dict(zip(counts, means.tolist(), strict=True))

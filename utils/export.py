@@ -3,6 +3,7 @@
 python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output_dir model
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from utils.checkpoint import parameter_names, read_parameters, read_state
 from utils.config import InputError, command, parse
-from utils.run_folder import written_aside
+from utils.files import written_aside
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -139,3 +141,27 @@ def main() -> None:
 
 if __name__ == "__main__":
     command(main)
+
+
+class ModelFiles:
+    """Configuration, tokenizer, and where there are such the settings of adapter and generation.
+
+    Args:
+        model: as it is before an engine takes hold of it; or a peft.PeftModel.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.others = [copy.deepcopy(model.config)]
+        if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
+            self.others.append(model.peft_config["default"])
+        if model.can_generate():
+            self.others.append(model.generation_config)
+
+    def write(self, folder: Path) -> None:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # a slow one has none
+        if backend is not None:
+            backend.no_truncation()  # a call that truncates leaves that behind
+            backend.no_padding()
+        for part in (*self.others, self.tokenizer):
+            part.save_pretrained(folder)

@@ -3,10 +3,14 @@
 import contextlib
 import gzip
 import io
+import os
+import shutil
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -109,3 +113,24 @@ class _ZstdFile(io.RawIOBase):
         count = min(len(buffer), len(self.plain))
         buffer[:count], self.plain = self.plain[:count], self.plain[count:]
         return count
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder under; renamed to it when all went well."""
+    aside = path.with_name(f".{path.name}.partial")
+    _remove(aside)
+    try:
+        yield aside
+        if aside.is_dir():
+            _remove(path)
+        os.replace(aside, path)
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

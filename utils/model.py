@@ -1,5 +1,7 @@
 """Tokenizer, configuration and model of a run: from scratch, or on from given weights."""
 
+import inspect
+import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from textwrap import shorten
@@ -7,11 +9,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from utils.config import InputError
-from utils.engine import initialize_weights
+from utils.randomness import random_key
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
@@ -146,3 +148,116 @@ def build_model(
     # that of the given weights may be another head's
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def empty_model(config: Any, auto_model: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """The language model that a transformers config describes, built without storage.
+
+    Args:
+        auto_model: AutoModelForCausalLM or another class of its kind.
+
+    Raises:
+        InputError: transformers has no such language model for this config.
+    """
+    models = auto_model._model_mapping
+    if type(config) not in models:
+        kind = auto_model.__name__.removeprefix("AutoModelFor")
+        raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
+    # not `from_config`: it would split the weights over the processes where ZeRO-3 is set up
+    with torch.device("meta"):
+        return models[type(config)](config)
+
+
+def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
+    """Initialise each module from (seed, its name): the same weights under every ZeRO stage.
+
+    Args:
+        only: the names of parameters; their modules alone are initialised.
+    """
+    # from the inside out: some modules initialise once more what is in their children
+    for name, module in reversed(list(model.named_modules())):
+        near = [module, *(module.children() if only is None else ())]
+        parameters = [p for m in near for p in m.parameters(recurse=False)]
+        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        if not parameters or (only is not None and not own & only):
+            continue
+        with gathered(parameters, modify=True):
+            torch.manual_seed(random_key(seed, name))
+            for tensor in (module, *parameters):
+                tensor._is_hf_initialized = False
+            model._init_weights(module)
+
+
+def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
+    """A context in which ZeRO-3 parameters are whole; nothing to do for others."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return torch.no_grad()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
+PAIR_HEADS = {"seq_relationship", "sop_classifier"}
+
+
+def block_diagonal_mask(sequence_ids: torch.Tensor, config: Any, dtype: torch.dtype) -> Any:
+    """An attention mask by which the sequences of a row do not see each other.
+
+    Additive, because eager attention takes booleans for numbers. Where the model has layers of
+    sliding attention, a dict with a mask for each kind of layer, as ModernBERT takes it.
+
+    Args:
+        sequence_ids: (rows, sequence_length).
+
+    Returns:
+        (rows, 1, sequence_length, sequence_length): 0 or the smallest number of the dtype.
+    """
+    blocks = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
+    smallest = torch.finfo(dtype).min
+    mask = torch.where(blocks, 0.0, smallest).to(dtype)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return mask
+    place = torch.arange(blocks.shape[-1], device=blocks.device)
+    is_far = (place[:, None] - place[None, :]).abs() > config.sliding_window
+    return {"full_attention": mask, "sliding_attention": mask.masked_fill(is_far, smallest)}
+
+
+def optional_inputs(model: PreTrainedModel) -> list[str]:
+    """Which of position_ids and token_type_ids the model takes."""
+    takes = inspect.signature(model.base_model.forward).parameters
+    # a model with one type only (RoBERTa) knows it
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    return [
+        name
+        for name, is_known in {"position_ids": True, "token_type_ids": has_types}.items()
+        if is_known and name in takes
+    ]
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position id of a sequence's first token: RoBERTa's begin after that of the padding."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+def check_encoder(
+    model: PreTrainedModel, sequence_length: int, with_pairs: bool, packing: bool
+) -> None:
+    """Raises InputError when the model lacks what the objective, the length or packing needs."""
+    kind = model.config.model_type
+    if packing and "position_ids" not in optional_inputs(model):
+        raise InputError(
+            f"model: {kind} takes no position_ids, which packed rows need: set packing: false"
+        )
+    heads = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if with_pairs and not heads & PAIR_HEADS:
+        raise InputError(
+            f"objective: {kind} has no head for pairs, as bert and albert have: set objective: mlm"
+        )
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    if first_position(model) + sequence_length > positions:
+        raise InputError(
+            f"sequence_length: {sequence_length} and the model's first position "
+            f"{first_position(model)} are more than its max_position_embeddings of {positions}"
+        )

@@ -10,12 +10,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from utils import checkpoint
 from utils.config import InputError, write_yaml
+from utils.files import written_aside
 
 
 class RunFolder:
@@ -122,24 +122,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under; renamed to it when all went well."""
-    aside = path.with_name(f".{path.name}.partial")
-    _remove(aside)
-    try:
-        yield aside
-        if aside.is_dir():
-            _remove(path)
-        os.replace(aside, path)
-    finally:
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from utils.config import InputError
+from utils.files import written_aside
 from utils.ranks import Ranks
-from utils.run_folder import written_aside
 from utils.stream import collate
 from utils.training import Training
 

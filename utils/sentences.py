@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.tokenization import TextEncoder
+from utils.stream import TextEncoder
 
 MAX_CHARACTERS = 400
 # not before a small letter, which goes on after an abbreviation

@@ -5,17 +5,53 @@ A step takes the same number of rows from every lane; rank r runs the lanes with
 the step alone: not on the number of processes, of workers, of micro-batches, or of interruptions.
 """
 
+import copy
+import hashlib
 import os
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
 from utils.lanes import Corpus
+from utils.training import Step
+
+
+class TextEncoder:
+    """Texts → encodings, in batches. Special tokens that stand in a text are read as plain text.
+
+    Raises:
+        InputError: the tokenizer is not a fast one, or has none of a special token that is needed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *needed: str, purpose: str):
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise InputError(f"{tokenizer.name_or_path}: streaming needs a fast tokenizer")
+        for name in needed:
+            if getattr(tokenizer, name) is None:
+                raise InputError(
+                    f"tokenizer: {tokenizer.name_or_path} has no {name}, which {purpose} needs"
+                )
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.backend.encode_special_tokens = True  # which is not pickled with it
+
+    def encode(self, texts: list[str]) -> list[Encoding]:
+        return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        """Of all that the ids depend on."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
 
 
 class Row(NamedTuple):
@@ -25,14 +61,6 @@ class Row(NamedTuple):
     features: dict[str, np.ndarray]
     state: dict[str, Any]
     tokens: int  # of documents; what is left of the row is padding
-
-
-class Step(NamedTuple):
-    """What one rank trains on in a step."""
-
-    batches: list[dict[str, torch.Tensor]]  # micro-batches: as many on every rank
-    tokens: int  # of text; the rest of the batches is padding
-    states: dict[int, dict]  # by lane: where the data go on once the step has been trained on
 
 
 class StepStream(torch.utils.data.IterableDataset):
@@ -150,18 +178,6 @@ def collate(features: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         name: torch.from_numpy(np.stack([row[name] for row in features])).long()
         for name in features[0]
     }
-
-
-def totals(states: list[dict]) -> dict[str, dict[str, int]]:
-    """Of all lanes' states: tokens by source, and what else a recipe has its lanes count."""
-    found = {}
-    for name, key in {"tokens_by_source": "seen", "sequence_counts": "counts"}.items():
-        total: Counter[str] = Counter()
-        for state in states:
-            total.update(state.get(key, {}))
-        if total:
-            found[name] = dict(sorted(total.items()))
-    return found
 
 
 def _as_it_is(rows: list[Row]) -> list[Row]:

@@ -6,31 +6,29 @@
         if training.evaluates():
             training.record_evaluation(…)
 
-What an objective is, and the loss of a step: utils/training_step.py.
+What an objective is, and the loss of a step: utils/engine.py.
 """
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import checkpoint
-from utils.best_model import BestModel
+from utils.arguments import TrainingArguments
 from utils.config import InputError
-from utils.engine import Engine, start_processes
-from utils.loss_guard import LossGuard
-from utils.model_files import ModelFiles
+from utils.engine import Engine, start_processes, train_step
+from utils.export import ModelFiles
 from utils.optimizer import adamw
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks
 from utils.run_folder import RunFolder, differences
-from utils.stream import Step, totals
-from utils.training_arguments import TrainingArguments
-from utils.training_step import train_step
+from utils.run_state import BestModel, LossGuard
 
 # what a checkpoint keeps of a `Training`
 COUNTERS = (
@@ -42,6 +40,14 @@ COUNTERS = (
     "pending_evaluation",
     "ending",
 )
+
+
+class Step(NamedTuple):
+    """What one rank trains on in a step."""
+
+    batches: list[dict[str, torch.Tensor]]  # micro-batches: as many on every rank
+    tokens: int  # of text; the rest of the batches is padding
+    states: dict[int, dict]  # by lane: where the data go on once the step has been trained on
 
 
 class Data(Protocol):
@@ -97,7 +103,7 @@ class Training:
         """Build the engine and the optimizer; continue from the newest checkpoint, if any.
 
         Args:
-            objective: holds the model; see utils/training_step.py.
+            objective: holds the model; see utils/engine.py.
             model: whose parameters are trained, those that require gradients; or a peft.PeftModel.
             optimizer: null: AdamW.
             base_model: where the other parameters come from, if there are any.
@@ -369,3 +375,15 @@ class Training:
             self.save()
         self._say(f"stopped after step {self.step}; resume with: {command_line()}")
         self.ranks.release()
+
+
+def totals(states: list[dict]) -> dict[str, dict[str, int]]:
+    """Of all lanes' states: tokens by source, and what else a recipe has its lanes count."""
+    found = {}
+    for name, key in {"tokens_by_source": "seen", "sequence_counts": "counts"}.items():
+        total: Counter[str] = Counter()
+        for state in states:
+            total.update(state.get(key, {}))
+        if total:
+            found[name] = dict(sorted(total.items()))
+    return found

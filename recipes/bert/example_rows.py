@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from masking import Example, ExampleMaker
-from utils import batching
+from utils import epochs
 from utils.config import InputError
 from utils.lanes import Corpus, Lane, count_tokens
 from utils.loss import IGNORE_INDEX
@@ -124,7 +124,7 @@ def fit(examples: list[Example], length: int, packing: bool = True) -> list[list
     """
     if not packing:
         return [[example] for example in examples]
-    rows = batching.fit([len(example.input_ids) for example in examples], length)
+    rows = epochs.fit([len(example.input_ids) for example in examples], length)
     return [[examples[index] for index in row] for row in rows]
 
 

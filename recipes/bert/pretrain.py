@@ -28,24 +28,28 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 from example_rows import check_examples, example_rows
 from masked_evaluation import MaskedEvaluation
 from masking import ExampleMaker, MaskingArguments
-from utils.conclusion import conclude
+from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
-from utils.encoders import (
-    block_diagonal_mask,
-    check_encoder,
-    first_position,
-    optional_inputs,
-)
 from utils.lanes import Corpus, StreamArguments
 from utils.loss import IGNORE_INDEX, check_packing
-from utils.memory import empty_model, flops_per_token, parameter_count, plan
-from utils.model import ModelArguments, build_model, load_tokenizer, model_config
+from utils.memory import flops_per_token, parameter_count, plan
+from utils.model import (
+    ModelArguments,
+    block_diagonal_mask,
+    build_model,
+    check_encoder,
+    empty_model,
+    first_position,
+    load_tokenizer,
+    model_config,
+    optional_inputs,
+)
+from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, check_held_out, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
-from utils.training_arguments import TrainingArguments
 
 USAGE = """
 from transformers import pipeline

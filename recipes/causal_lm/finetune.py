@@ -36,15 +36,15 @@ from utils.adapters import (
     freeze,
     trainable_share,
 )
-from utils.conclusion import conclude
+from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.engine import launched_with_fsdp, launched_zero_stage
 from utils.epochs import Epochs, digest
-from utils.finetuning_arguments import FinetuningArguments
-from utils.finetuning_memory import finetuning_plan
 from utils.loss import IGNORE_INDEX, check_head, check_packing, summed_cross_entropy, token_scores
+from utils.memory import finetuning_plan
 from utils.model import build_model, load_tokenizer, model_config
 from utils.optimizer import adamw
+from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.tables import read_table
 from utils.training import Training

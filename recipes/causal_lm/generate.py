@@ -37,7 +37,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from utils.config import InputError, command, parse
-from utils.run_folder import written_aside
+from utils.files import written_aside
 
 
 @dataclass

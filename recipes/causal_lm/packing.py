@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.lanes import Corpus, Lane, count_tokens
 from utils.loss import IGNORE_INDEX
-from utils.stream import Row
-from utils.tokenization import TextEncoder
+from utils.stream import Row, TextEncoder
 
 
 class DocumentEncoder(TextEncoder):

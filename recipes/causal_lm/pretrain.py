@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from bits_per_byte import baselines, evaluate_by_domain
 from packing import DocumentEncoder, packed_rows
-from utils.conclusion import conclude
+from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, StreamArguments
 from utils.loss import (
@@ -39,11 +39,11 @@ from utils.loss import (
 )
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import ModelArguments, build_model, load_tokenizer, model_config
+from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.sources import Source, check_held_out, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
-from utils.training_arguments import TrainingArguments
 
 USAGE = """
 from transformers import pipeline

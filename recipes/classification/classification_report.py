@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from calibration import reliability
+from utils.files import written_aside
 from utils.report import COLORS
-from utils.run_folder import written_aside
 
 
 def prediction_records(

@@ -41,6 +41,7 @@ from labelled_texts import (
     label_names,
     read_labelled_texts,
 )
+from prediction import predict
 from utils.adapters import (
     AdapterArguments,
     add_adapter,
@@ -49,14 +50,12 @@ from utils.adapters import (
     freeze,
     trainable_share,
 )
-from utils.conclusion import conclude
+from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.encoders import check_encoder
 from utils.epochs import Epochs, digest
-from utils.finetuning_arguments import FinetuningArguments
-from utils.model import build_model, load_tokenizer, model_config
+from utils.model import build_model, check_encoder, load_tokenizer, model_config
 from utils.optimizer import adamw
-from utils.prediction import predict
+from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, write_predictions
 from utils.training import Training

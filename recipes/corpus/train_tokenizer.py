@@ -28,7 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.config import InputError, command, parse
-from utils.run_folder import written_aside
+from utils.files import written_aside
 from utils.sources import BadRecord, Document, Shard, Source, find_files, read
 
 # Llama 3's pattern, GPT-4's in effect; no token crosses the borders that it draws. Contractions,

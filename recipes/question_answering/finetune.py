@@ -43,14 +43,13 @@ from utils.adapters import (
     freeze,
     trainable_share,
 )
-from utils.conclusion import conclude
+from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.encoders import check_encoder, optional_inputs
 from utils.epochs import Epochs, digest
-from utils.finetuning_arguments import FinetuningArguments
 from utils.loss import IGNORE_INDEX
-from utils.model import build_model, load_tokenizer, model_config
+from utils.model import build_model, check_encoder, load_tokenizer, model_config, optional_inputs
 from utils.optimizer import adamw
+from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
 from utils.training import Training

@@ -45,7 +45,7 @@ HANG = 'print("here", flush=True); time.sleep(600)'
 def at_step(step, rank, action):
     """Code for the place of `random_key`, which every micro-batch calls."""
     code = AT_STEP.replace("STEP", str(step)).replace("RANK", str(rank))
-    return "utils.training_step.random_key", code.replace("ACTION", action)
+    return "utils.engine.random_key", code.replace("ACTION", action)
 
 
 IN_SECOND_SAVE = f"""

@@ -587,7 +587,7 @@ def test_qlora_trains_and_is_merged_in_full_precision(instruct):
 
 def test_lora_plus_gives_b_a_rate_of_its_own(instruct):
     from utils.adapters import AdapterArguments, add_adapter
-    from utils.finetuning_arguments import FinetuningArguments
+    from utils.arguments import FinetuningArguments
     from utils.optimizer import adamw
 
     settings = TINY_RUN["model"] | {"vocab_size": 100}

@@ -42,7 +42,7 @@ return original(*arguments, **options)
 HANGS = [
     ("utils.stream.collate", 5, [], []),  # a micro-batch of the second or third step
     ("utils.checkpoint.save_file", 2, ["step-00000003"], [".step-00000006.partial"]),
-    ("utils.conclusion.write_plots", 1, ["step-00000009", "step-00000012"], []),
+    ("utils.report.write_plots", 1, ["step-00000009", "step-00000012"], []),
 ]
 
 
@@ -93,7 +93,7 @@ return original(*arguments, **options)
 """
 # what the run does when a signal comes, to the last process only or to all, and its last step
 SIGNALS = [
-    ("utils.engine.initialize_weights", "SIGTERM", "last", 0),
+    ("utils.model.initialize_weights", "SIGTERM", "last", 0),
     ("bits_per_byte.evaluate_by_domain", "SIGTERM", "last", 4),
     ("utils.checkpoint.save_file", "SIGINT", "last", 6),
     ("utils.loss.summed_cross_entropy", "SIGUSR1", "all", 7),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from utils.arguments import TrainingArguments
 from utils.optimizer import adamw
-from utils.training_arguments import TrainingArguments
 
 
 def updated(l1_decay: float, steps: int = 3) -> dict[str, torch.Tensor]:

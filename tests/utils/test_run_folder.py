@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from utils.arguments import TrainingArguments
 from utils.config import InputError, parse
-from utils.run_folder import RunFolder, written_aside
-from utils.training_arguments import TrainingArguments
+from utils.files import written_aside
+from utils.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -26,10 +26,11 @@ from launching import (
 from recipes.causal_lm import pretrain as causal_lm
 from recipes.causal_lm.pretrain import NextTokenLoss
 from utils import checkpoint, training
-from utils.engine import Engine, initialize_weights
+from utils.arguments import TrainingArguments
+from utils.engine import Engine
+from utils.model import initialize_weights
 from utils.optimizer import adamw
 from utils.training import Training
-from utils.training_arguments import TrainingArguments
 
 DISTURBED = {
     # dropout: what is random must not depend on what ran before
