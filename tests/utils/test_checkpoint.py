@@ -426,3 +426,24 @@ def test_an_export_for_which_there_is_no_space(pretrain, run_export, tmp_path, m
     message = "[Errno 28] No space left on device"
     assert error == f"error: cannot write {tmp_path}/out: {message}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_parameter_that_never_had_a_gradient_is_read_again(tmp_path):
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 3), "idle": torch.nn.Linear(3, 3)})
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    model, optimizer = make()
+    model["used"](torch.ones(3)).sum().backward()
+    optimizer.step()
+    folder = tmp_path / "step-00000001"
+    checkpoint.save(folder, model, optimizer, {"optimizer_step": 1})
+    other, its_optimizer = make()
+    checkpoint.load(folder, other, its_optimizer, 1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name))
+        moment = its_optimizer.state[other.get_parameter(name)]["exp_avg"]
+        assert torch.equal(moment, optimizer.state[parameter].get("exp_avg", torch.zeros(()))) or (
+            name.startswith("idle.") and not moment.any()
+        )
