@@ -49,7 +49,6 @@ from recipes.classification import finetune as classification
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs
 from utils.model import build_model, load_tokenizer, model_config
-from utils.optimizer import adamw
 from utils.run_folder import RunFolder
 from utils.training import Training
 
@@ -120,13 +119,13 @@ def train_recipe(args: classification.Arguments, prepared: tuple, observe: Obser
     model = build_model(args, config, AutoModelForSequenceClassification, args.seed)
     with TemporaryDirectory() as folder:
         args.output_dir = folder
-        args.set_length(len(examples))
+        args = args.for_examples(len(examples))
         training = Training(args, RunFolder(folder))
         make = TrainingExamples(examples, tokenizer, None, None, args.seed)
         to_batch = partial(collate, pad_token_id=tokenizer.pad_token_id, label=0)
         objective = classification.ClassificationLoss(model, args.problem_type)
         data = Epochs(len(examples), make, to_batch, {"the training data": ""}, args)
-        training.prepare(objective, model, tokenizer, data, optimizer=adamw(model, args))
+        training.prepare(objective, model, tokenizer, data)
         observe_recipe(training, args.max_steps, observe)
 
 

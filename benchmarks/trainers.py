@@ -18,7 +18,7 @@ def observe_recipe(training: Training, steps: int, observe: Observer) -> None:
     training.ranks.release()  # there is nothing to save when a signal comes
     observe(0, 0)
     for step in training.steps():
-        observe(step, training.tokens)
+        observe(step, training.state.tokens)
         if step == steps:
             break
 

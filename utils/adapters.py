@@ -1,9 +1,9 @@
 """What is trained of a model: all of it, a part, or a low-rank adapter beside it (LoRA)."""
 
+import copy
 import dataclasses
-import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import peft
 import torch
+from accelerate.state import AcceleratorState
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from utils.config import InputError
 from utils.files import written_aside
-from utils.model import ModelArguments, build_model, empty_model
+from utils.model import ModelArguments, build_model, empty_model, initialize_weights
 from utils.randomness import random_key
 
 
@@ -32,7 +33,7 @@ class AdapterArguments(ModelArguments):
     adapter_name_or_path: str | None = None  # an adapter of this model to go on from
     merge_adapter: bool = False  # export the model with the adapter in its weights, not the adapter
 
-    def check_adapter(self) -> None:
+    def check(self) -> None:
         if self.lora is not None:
             known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
             if unknown := self.lora.keys() - known:
@@ -41,44 +42,62 @@ class AdapterArguments(ModelArguments):
                     f"lora: LoraConfig has no setting {min(unknown)!r}: "
                     f"the nearest valid one is {near!r}"
                 )
-        has_adapter = self.lora is not None or self.adapter_name_or_path is not None
         if self.lora is not None and self.adapter_name_or_path is not None:
             raise InputError("lora: adapter_name_or_path brings its own settings: give one of them")
-        if self.freeze is not None and has_adapter:
+        if self.freeze is not None and self.has_adapter:
             raise InputError("freeze: LoRA trains its adapter alone: give one of freeze and lora")
         if self.adapter_name_or_path is not None and self.model_name_or_path is None:
             raise InputError("adapter_name_or_path: give model_name_or_path, that of its base")
         for name in ("loraplus_lr_ratio", "merge_adapter"):
-            if getattr(self, name) and not has_adapter:
+            is_default = getattr(self, name) == getattr(type(self), name)
+            if getattr(self, name) and not is_default and not self.has_adapter:
                 raise InputError(f"{name}: there is no adapter: give lora too")
+        super().check()
 
-    def what_is_trained(self) -> dict[str, Any]:
-        """What must not change over the life of a run."""
+    def fixed(self) -> dict[str, Any]:
         names = ("model_name_or_path", "freeze", "lora", "adapter_name_or_path")
-        return {name: getattr(self, name) for name in (*names, "loraplus_lr_ratio")}
+        own = {name: getattr(self, name) for name in (*names, "loraplus_lr_ratio")}
+        return own | super().fixed()
 
     @property
     def has_adapter(self) -> bool:
         return self.lora is not None or self.adapter_name_or_path is not None
 
 
-def base_model(
-    arguments: AdapterArguments, config: Any, auto_model: Any, seed: int, folder: Path
-) -> str | None:
-    """Where the weights come from that are not trained, or that training begins with.
+def task_model(
+    arguments: Any, config: Any, auto_model: Any, task_type: str, folder: Path, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedModel | peft.PeftModel]:
+    """(the model, what is trained of it: itself, or it with an adapter); all ranks call it.
 
     What begins from scratch and is not trained as a whole is written to `folder`/base_model, which
-    the adapter refers to and a resume reads. To be called before the processes join: they wait.
+    the adapter refers to and a resume reads.
+
+    Args:
+        arguments: `TrainingArguments` and `AdapterArguments`.
+        task_type: one of peft.TaskType.
+        options: of `from_pretrained`.
+
+    Raises:
+        InputError: as `build_model`, `freeze` and `add_adapter` do.
     """
-    if arguments.model_name_or_path or not (arguments.has_adapter or arguments.freeze is not None):
-        return arguments.model_name_or_path
-    path = folder / "base_model"
-    if int(os.environ.get("RANK", 0)) == 0 and not path.exists():
-        model = build_model(arguments, config, auto_model, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            model.save_pretrained(aside)
-    return str(path)
+    a = arguments
+    if not a.model_name_or_path and (a.has_adapter or a.freeze is not None):
+        base = folder / "base_model"
+        with AcceleratorState().main_process_first():
+            if not base.exists():
+                _write_base(a, config, auto_model, base)
+        a = replace(a, model_name_or_path=str(base))
+    model = build_model(a, config, auto_model, a.seed, dtype=base_dtype(a), **options)
+    freeze(model, a.freeze)
+    return model, add_adapter(model, a, task_type, a.seed) if a.has_adapter else model
+
+
+def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:
+    model = empty_model(copy.deepcopy(config), auto_model, "cpu")
+    initialize_weights(model, arguments.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        model.save_pretrained(aside)
 
 
 def base_dtype(arguments: Any) -> torch.dtype:

@@ -1,16 +1,15 @@
 """Settings that training scripts share; named as in transformers.TrainingArguments."""
 
 import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import torch
 from transformers import get_scheduler
 
-from utils.config import InputError
-from utils.engine import launched_with_fsdp, launched_zero_stage
+from utils.config import InputError, Settings
+from utils.ranks import launched_with_fsdp, launched_world_size, launched_zero_stage
 from utils.tables import Table
 
 COUNTS = (
@@ -39,7 +38,7 @@ SchedulerType = Literal[
 
 
 @dataclass
-class TrainingArguments:
+class TrainingArguments(Settings):
     """Settings of the training shell; named as in transformers.TrainingArguments."""
 
     output_dir: str = "runs/run"  # everything the run writes; started again, it continues
@@ -59,6 +58,9 @@ class TrainingArguments:
     max_tokens: int | None = None
     max_hours: float | None = None  # of training, over all interruptions
     weight_decay: float = 0.1  # of matrices and embeddings: not of norms and biases
+    l1_decay: float = 0.0  # of the same, L1: w moves to 0 by learning_rate x l1_decay a step
+    # the second keeps Adam's moments in 8 bits, those of embeddings in 32; not under ZeRO or FSDP
+    optim: Literal["adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
@@ -80,16 +82,21 @@ class TrainingArguments:
     keep_every: int | None = None  # and those whose step this divides
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
-    def check_counts(self) -> None:
+    def check(self) -> None:
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
-
-    def check(self) -> None:
-        self.check_counts()
+        if self.l1_decay < 0:
+            raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")
+        is_split = launched_zero_stage() > 0 or launched_with_fsdp()
+        if self.optim == "adamw_bnb_8bit" and is_split:
+            raise InputError(
+                "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
+                "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
+            )
         self.check_batch(self.per_device_batch_size)
-        if self.total_steps is None and not self.lr_scheduler_type.startswith("constant"):
+        if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
             raise InputError(
                 f"lr_scheduler_type: {self.lr_scheduler_type} needs max_steps or max_tokens"
             )
@@ -97,10 +104,19 @@ class TrainingArguments:
             raise InputError(
                 f"warmup_steps: {self.warmup_steps} is more than the run's {self.total_steps} steps"
             )
+        super().check()
+
+    def fixed(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "sequence_length": self.row_length,
+            "global_batch_size": self.global_batch_size,
+            **super().fixed(),
+        }
 
     def check_batch(self, per_device_batch_size: int) -> None:
         """Raises InputError unless micro-batches of that size make up the global batch."""
-        processes = int(os.environ.get("WORLD_SIZE", 1))
+        processes = launched_world_size()
         if per_device_batch_size < 1 or self.global_batch_size % (
             processes * per_device_batch_size
         ):
@@ -114,14 +130,27 @@ class TrainingArguments:
         return self.per_device_batch_size
 
     @property
+    def row_length(self) -> int:
+        """Tokens of the longest row."""
+        return self.sequence_length
+
+    @property
     def total_steps(self) -> int | None:
         """Steps of the run and of its learning-rate schedule, if max_steps or max_tokens says."""
         limits = [self.max_steps] if self.max_steps is not None else []
         if self.max_tokens is not None:
-            limits.append(
-                math.ceil(self.max_tokens / (self.global_batch_size * self.sequence_length))
-            )
+            limits.append(math.ceil(self.max_tokens / (self.global_batch_size * self.row_length)))
         return min(limits, default=None)
+
+    @property
+    def has_length(self) -> bool:
+        """Whether the settings say how long the run, and its learning-rate schedule, is."""
+        return self.total_steps is not None
+
+    @property
+    def eval_metric(self) -> str:
+        """metric_for_best_model as evaluations name it."""
+        return f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
 
     @property
     def is_greater_better(self) -> bool:
@@ -168,28 +197,16 @@ class FinetuningArguments(TrainingArguments):
     lr_scheduler_type: SchedulerType = "linear"
     warmup_ratio: float = 0.0  # of the run's steps, where warmup_steps is 0
     weight_decay: float = 0.01  # L2, decoupled: of matrices, not of norms and biases
-    l1_decay: float = 0.0  # the same with L1: w moves to 0 by learning_rate x l1_decay a step
-    # the second keeps Adam's moments in 8 bits, those of embeddings in 32; not under ZeRO or FSDP
-    optim: Literal["adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
     adam_beta2: float = 0.999
     eval_steps: int | None = None  # null: at the end of each epoch
     save_steps: int | None = None  # null: at the end of each epoch
     load_best_model_at_end: bool = True
 
     def check(self) -> None:
-        self.check_counts()
         if self.num_train_epochs <= 0:
             raise InputError(f"num_train_epochs must be more than 0, not {self.num_train_epochs}")
         if not 0 <= self.warmup_ratio < 1:
             raise InputError(f"warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
-        if self.l1_decay < 0:
-            raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")
-        is_split = launched_zero_stage() > 0 or launched_with_fsdp()
-        if self.optim == "adamw_bnb_8bit" and is_split:
-            raise InputError(
-                "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
-                "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
-            )
         if self.max_tokens is not None:
             raise InputError("max_tokens: fine-tuning is given its length by epochs or max_steps")
         if not self.train_data:
@@ -201,24 +218,31 @@ class FinetuningArguments(TrainingArguments):
                         f"{name}: say which split of {table.path} it is, for example "
                         f"{{path: {table.path}, split: {name.removesuffix('_data')}}}"
                     )
-        self.metric_for_best_model = f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
         if not self.validation_data and self.early_stopping_patience is not None:
             raise InputError("early_stopping_patience: give validation_data to stop by")
+        super().check()
 
     def check_batch(self, per_device_batch_size: int) -> None:
         """Any micro-batches make up a step: there is nothing that would not divide."""
 
-    def set_length(self, examples: int) -> None:
-        """Once the number of training examples is known: the steps of the run, and its cadence.
+    @property
+    def has_length(self) -> bool:
+        return True  # of num_train_epochs, once the examples are counted
+
+    def for_examples(self, count: int) -> Self:
+        """With the steps of the run and its cadence, for that many training examples.
 
         Raises:
-            InputError: as `TrainingArguments.check` has it.
+            InputError: as `check`.
         """
-        epoch = math.ceil(examples / self.global_batch_size)
-        if self.max_steps is None:
-            self.max_steps = math.ceil(self.num_train_epochs * epoch)
-        self.eval_steps = self.eval_steps or epoch
-        self.save_steps = self.save_steps or epoch
-        if self.warmup_steps == 0:
-            self.warmup_steps = math.ceil(self.warmup_ratio * self.max_steps)
-        super().check()
+        epoch = math.ceil(count / self.global_batch_size)
+        steps = self.max_steps or math.ceil(self.num_train_epochs * epoch)
+        settings = replace(
+            self,
+            max_steps=steps,
+            eval_steps=self.eval_steps or epoch,
+            save_steps=self.save_steps or epoch,
+            warmup_steps=self.warmup_steps or math.ceil(self.warmup_ratio * steps),
+        )
+        settings.check()
+        return settings

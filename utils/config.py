@@ -32,7 +32,7 @@ import yaml
 
 from utils.usage import alternatives, default, plain, spell, usage
 
-Settings = typing.TypeVar("Settings")
+AnySettings = typing.TypeVar("AnySettings")
 # seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
 # rank 0 has to have its say
 SILENCE = 5.0
@@ -60,6 +60,17 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789")
 
 
+class Settings:
+    """A part of a recipe's settings; each part hands `check` and `fixed` on to the next."""
+
+    def check(self) -> None:
+        """Raises InputError for what only several fields together get wrong."""
+
+    def fixed(self) -> dict[str, Any]:
+        """By name, what must not change over the life of a run."""
+        return {}
+
+
 class InputError(Exception):
     """What the person at the terminal can mend: says what is wrong, where, and what to do.
 
@@ -83,7 +94,9 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
         sys.stdout.flush()
         os._exit(130)
     except InputError as error:
-        if error.one_rank or int(os.environ.get("RANK", 0)) == 0:
+        from utils.ranks import launched_rank
+
+        if error.one_rank or launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENCE)
@@ -94,7 +107,7 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
     sys.exit(0)
 
 
-def parse(settings: type[Settings], argv: list[str] | None = None) -> Settings:
+def parse(settings: type[AnySettings], argv: list[str] | None = None) -> AnySettings:
     """Read `[CONFIG.yaml] [--key value …]` into an instance of the dataclass `settings`.
 
     Values on the command line are YAML (`--sources '[{path: a.jsonl}]'`), but text as it stands
@@ -221,10 +234,12 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
                 collect(value, f"{prefix}{index}.")
 
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        values = {}
         if node is not None:
             collect(node, "")
-        values = yaml.load(text, Loader=_Loader)
+            values = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):

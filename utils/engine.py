@@ -1,6 +1,5 @@
 """One way to update weights: DeepSpeed ZeRO 1 to 3, DistributedDataParallel or one process."""
 
-import json
 import logging
 import math
 import os
@@ -8,7 +7,7 @@ import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import torch
@@ -56,25 +55,20 @@ def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator
     )
 
 
-def launched_zero_stage() -> int:
-    """The ZeRO stage that the launch config asks for; 0: none."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return 0
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if file:
-        return json.loads(Path(file).read_text())["zero_optimization"]["stage"]
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
+class Update(NamedTuple):
+    """What has become of a step; the same on every rank."""
 
-
-def launched_with_fsdp() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    losses: dict[str, float]  # of the global batch, by name
+    gradient_norm: float  # before clipping
+    applied: bool  # whether the weights have changed
 
 
 class Engine:
     """The prepared objective and its optimizer.
 
     Args:
-        objective: the module that is called; holds the model.
+        objective: a module that holds the model. Its `forward(**batch)` returns named sums of
+            losses, its `counts(batch)` tells what each is divided by; `names` lists them.
         arguments: a `TrainingArguments`.
     """
 
@@ -86,7 +80,8 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         arguments: Any,
     ):
-        self.accelerator, self.arguments, self.model = accelerator, arguments, model
+        self.accelerator, self.arguments = accelerator, arguments
+        self.objective, self.model = objective, model
         self.deepspeed = accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
         if self.deepspeed:
             self._fill_deepspeed_config()
@@ -115,12 +110,59 @@ class Engine:
         names = {"NO": "none", "FSDP": "FSDP"}
         return names.get(kind, "DistributedDataParallel")
 
-    def set_learning_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_ratio"]
+    def train_step(
+        self,
+        batches: list[dict[str, torch.Tensor]],
+        counts: dict[str, int],
+        step: int,
+        learning_rate: float,
+        limit: float,
+    ) -> Update:
+        """Update the weights by one global batch, however it is split.
 
-    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
-        """Add the gradient of a micro-batch; its mean over the ranks is what the step uses."""
+        The loss is Σ weight x sum / count over the whole global batch: over whatever ranks and
+        micro-batches, it is the same number, but for dropout and other noise, which is drawn anew
+        for each micro-batch. Non-finite gradients update nothing, on any rank.
+
+        Args:
+            batches: the rank's micro-batches of the step.
+            counts: by the name of a loss, what its sum over the global batch is divided by.
+            step: of the steps before this one, how many: what is random is keyed by it.
+            limit: a loss above it is a spike, which `skip_loss_spikes` keeps from the weights.
+        """
+        a, accelerator = self.arguments, self.accelerator
+        self.objective.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_ratio"]
+        if self.deepspeed:
+            # offloading asks for it: a single micro-batch is not summed up in host memory
+            self.module.optimizer.gradient_accumulation_steps = len(batches)
+        sums = torch.zeros(len(counts), device=accelerator.device)
+        divisors = torch.tensor([max(n, 1) for n in counts.values()], device=accelerator.device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            torch.manual_seed(random_key(a.seed, step, index, accelerator.process_index))
+            with nullcontext() if is_last else accelerator.no_sync(self.module):
+                with accelerator.autocast():
+                    terms = self.module(**{k: v.to(accelerator.device) for k, v in batch.items()})
+                terms = torch.stack([terms[name].float() for name in counts])
+                sums += terms.detach()
+                loss = (terms / divisors).sum()
+                if is_last:
+                    means = accelerator.reduce(sums, "sum") / divisors
+                    allowed = limit if a.skip_loss_spikes else math.inf
+                    good = means.sum().isfinite() & (means.sum() <= allowed)
+                    # every rank sees the same loss; a bad one makes the gradients non-finite, and
+                    # the update is skipped: no rank waits for the accelerator to decide
+                    loss = loss * torch.where(good, 1.0, math.nan)
+                # the mean over the ranks is taken below, where the sum is wanted
+                self._backward(loss * accelerator.num_processes, is_last)
+            if self.deepspeed:
+                self.module.step()  # counts the micro-batch; after the last one it updates
+        norm, applied = self._update()
+        return Update(dict(zip(counts, means.tolist(), strict=True)), norm, applied)
+
+    def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
         if self.deepspeed:
             # the micro-batches of a step are counted here: they may change over a run
             self.module.set_gradient_accumulation_boundary(is_last)
@@ -128,37 +170,20 @@ class Engine:
         else:
             self.accelerator.backward(loss)
 
-    def begin_step(self, micro_batches: int) -> None:
+    def _update(self) -> tuple[float, bool]:
+        """(norm of the gradient, whether it was applied)"""
         if self.deepspeed:
-            # offloading asks for it: a single micro-batch is not summed up in host memory
-            self.module.optimizer.gradient_accumulation_steps = micro_batches
-
-    def accumulate(self) -> Any:
-        """A context for all micro-batches of a step but the last."""
-        return self.accelerator.no_sync(self.module)
-
-    def step(self, is_last: bool) -> None:
-        """After the backward of each micro-batch: counts it; the last one updates the weights.
-
-        Non-finite gradients update nothing, on any rank. Sets `gradient_norm` (before clipping)
-        and `applied`.
-        """
-        if self.deepspeed:
-            self.module.step()
-            if is_last:
-                self.gradient_norm = float(self.module.get_global_grad_norm())
-                self.applied = self.module.was_step_applied()
-        elif is_last:
-            limit = self.arguments.max_grad_norm or math.inf
-            parameters = self.module.parameters()
-            self.gradient_norm = float(self.accelerator.clip_grad_norm_(parameters, limit))
-            self.applied = math.isfinite(self.gradient_norm)
-            if self.accelerator.scaler is not None:
-                self.optimizer.step()  # skips by itself, and the scale follows
-                self.applied = not self.accelerator.optimizer_step_was_skipped
-            elif self.applied:
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+            return float(self.module.get_global_grad_norm()), self.module.was_step_applied()
+        limit = self.arguments.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), limit))
+        applied = math.isfinite(norm)
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()  # skips by itself, and the scale follows
+            applied = not self.accelerator.optimizer_step_was_skipped
+        elif applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm, applied
 
     def loss_scaler_state(self) -> dict[str, Any]:
         """The state of fp16's dynamic loss scale, as JSON."""
@@ -203,46 +228,3 @@ class Engine:
         if a.mixed_precision == "bf16":
             # without it ZeRO 1 and 2 put non-finite gradients into the weights
             config.setdefault("bf16", {})["check_grad_overflow"] = True
-
-
-def train_step(
-    engine: Engine,
-    objective: torch.nn.Module,
-    batches: list[dict[str, torch.Tensor]],
-    counts: dict[str, int],
-    step: int,
-    limit: float,
-) -> dict[str, float]:
-    """Update the weights; returns the losses of the global batch, which every rank sees alike.
-
-    Args:
-        batches: the rank's micro-batches of the step.
-        counts: by the name of a loss, what its sum over the global batch is divided by.
-        step: of the steps before this one, how many: what is random is keyed by it.
-        limit: a loss above it is a spike, which `skip_loss_spikes` keeps from the weights.
-    """
-    a, accelerator = engine.arguments, engine.accelerator
-    objective.train()
-    engine.begin_step(len(batches))
-    sums = torch.zeros(len(counts), device=accelerator.device)
-    divisors = torch.tensor([max(n, 1) for n in counts.values()], device=accelerator.device)
-    for index, batch in enumerate(batches):
-        is_last = index == len(batches) - 1
-        torch.manual_seed(random_key(a.seed, step, index, accelerator.process_index))
-        with nullcontext() if is_last else engine.accumulate():
-            with accelerator.autocast():
-                terms = engine.module(**{k: v.to(accelerator.device) for k, v in batch.items()})
-            terms = torch.stack([terms[name].float() for name in counts])
-            sums += terms.detach()
-            loss = (terms / divisors).sum()
-            if is_last:
-                means = accelerator.reduce(sums, "sum") / divisors
-                allowed = limit if a.skip_loss_spikes else math.inf
-                good = means.sum().isfinite() & (means.sum() <= allowed)
-                # every rank sees the same loss; a bad one makes the gradients non-finite, which
-                # the engine skips: no rank waits for the accelerator to decide
-                loss = loss * torch.where(good, 1.0, math.nan)
-            # the engine takes the mean over the ranks, where the sum is wanted
-            engine.backward(loss * accelerator.num_processes, is_last)
-        engine.step(is_last)
-    return dict(zip(counts, means.tolist(), strict=True))

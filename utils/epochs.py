@@ -47,7 +47,7 @@ class Epochs:
 
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
         a = self.arguments
-        budget = a.per_device_batch_size * a.sequence_length
+        budget = a.per_device_batch_size * a.row_length
         steps_per_epoch = math.ceil(self.count / a.global_batch_size)
         epoch, order = -1, []
         while True:

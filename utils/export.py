@@ -146,12 +146,18 @@ if __name__ == "__main__":
 class ModelFiles:
     """Configuration, tokenizer, and where there are such the settings of adapter and generation.
 
+    `base_model`: where the weights come from that a checkpoint does not hold, if there are any.
+
     Args:
         model: as it is before an engine takes hold of it; or a peft.PeftModel.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
+        is_whole = all(parameter.requires_grad for parameter in model.parameters())
+        # saved buffers, too, are in no checkpoint (Marian's bias of the logits)
+        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+        self.base_model = None if is_whole and not buffers else model.name_or_path or None
         self.others = [copy.deepcopy(model.config)]
         if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
             self.others.append(model.peft_config["default"])

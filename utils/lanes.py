@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from utils.config import InputError
+from utils.config import InputError, Settings
 from utils.randomness import keyed_permutation
+from utils.ranks import launched_world_size
 from utils.sources import BadRecord, Document, Source, cut_into_shards, find_checked_files, read
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
@@ -26,7 +27,7 @@ MAX_DOMAINS = 256  # each has a count in the state of every lane
 
 
 @dataclass
-class StreamArguments:
+class StreamArguments(Settings):
     """How documents become an order. All of it is fixed for the life of a run."""
 
     # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
@@ -37,11 +38,12 @@ class StreamArguments:
     on_bad_record: Literal["fail", "skip"] = "fail"  # broken records and files; skip also counts
     dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
 
-    def check_lanes(self, global_batch_size: int, processes: int) -> None:
+    def check(self) -> None:
         """Raises InputError when lanes do not fit the batch, or the processes the lanes."""
-        if self.lanes < 1 or global_batch_size % self.lanes:
+        batch, processes = self.global_batch_size, launched_world_size()  # of TrainingArguments
+        if self.lanes < 1 or batch % self.lanes:
             raise InputError(
-                f"lanes: {self.lanes} do not fit: global_batch_size {global_batch_size} "
+                f"lanes: {self.lanes} do not fit: global_batch_size {batch} "
                 "must be a multiple of lanes"
             )
         if self.lanes % processes:
@@ -50,6 +52,7 @@ class StreamArguments:
                 f"that divides {self.lanes}, or begin a run with lanes "
                 f"{math.lcm(self.lanes, processes)}"
             )
+        super().check()
 
 
 class Corpus:

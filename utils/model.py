@@ -12,14 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from utils.config import InputError
+from utils.config import InputError, Settings
 from utils.randomness import random_key
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Settings):
     """What is trained."""
 
     tokenizer: str | None = None  # a folder or Hub name; null: that of model_name_or_path
@@ -29,9 +29,10 @@ class ModelArguments:
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
     attn_implementation: str | None = None  # sdpa, eager, flex_attention or flash_attention_2
 
-    def check_model(self) -> None:
+    def check(self) -> None:
         if self.tokenizer is None and self.model_name_or_path is None:
             raise InputError("tokenizer: give a folder or Hub name")
+        super().check()
 
 
 def load_tokenizer(arguments: ModelArguments) -> Any:
@@ -150,11 +151,14 @@ def build_model(
     return model
 
 
-def empty_model(config: Any, auto_model: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def empty_model(
+    config: Any, auto_model: Any = AutoModelForCausalLM, device: str = "meta"
+) -> PreTrainedModel:
     """The language model that a transformers config describes, built without storage.
 
     Args:
         auto_model: AutoModelForCausalLM or another class of its kind.
+        device: where there is storage, its weights are still to be initialised.
 
     Raises:
         InputError: transformers has no such language model for this config.
@@ -164,7 +168,7 @@ def empty_model(config: Any, auto_model: Any = AutoModelForCausalLM) -> PreTrain
         kind = auto_model.__name__.removeprefix("AutoModelFor")
         raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
     # not `from_config`: it would split the weights over the processes where ZeRO-3 is set up
-    with torch.device("meta"):
+    with torch.device(device):
         return models[type(config)](config)
 
 

@@ -4,27 +4,22 @@ from typing import Any
 
 import torch
 
+from utils.arguments import TrainingArguments
 
-def adamw(
-    model: torch.nn.Module,
-    arguments: Any,
-    optim: str = "adamw_torch_fused",
-    l1_decay: float = 0.0,
-    loraplus_lr_ratio: float | None = None,
-) -> torch.optim.Optimizer:
+
+def adamw(model: torch.nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
     """Matrices and embeddings decay; norms and biases do not.
 
-    A group's `lr_ratio` says how many times faster than the schedule it learns.
+    A group's `lr_ratio` says how many times faster than the schedule it learns: with
+    `loraplus_lr_ratio` LoRA's B learns that much faster than A (Hayou et al. 2024, LoRA+).
 
-    Args:
-        arguments: a `TrainingArguments`.
-        optim: or "adamw_bnb_8bit" (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
-            Quantization).
-        l1_decay: after an update each weight that decays moves towards 0 by learning rate x
-            l1_decay, and stays there: the proximal step of an L1 penalty, decoupled from Adam's
-            moments as AdamW's decay is (Loshchilov & Hutter 2019; Parikh & Boyd 2014, 6.5.2).
-        loraplus_lr_ratio: learning rate of LoRA's B over that of A (Hayou et al. 2024, LoRA+).
+    `optim: adamw_bnb_8bit`: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization.
+
+    `l1_decay`: after an update each weight that decays moves towards 0 by learning rate x l1_decay,
+    and stays there: the proximal step of an L1 penalty, decoupled from Adam's moments as AdamW's
+    decay is (Loshchilov & Hutter 2019; Parikh & Boyd 2014, 6.5.2).
     """
+    a, loraplus_lr_ratio = arguments, getattr(arguments, "loraplus_lr_ratio", None)
     found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -35,22 +30,22 @@ def adamw(
     groups = [
         {
             "params": parameters,
-            "weight_decay": 0.0 if is_vector else arguments.weight_decay,
+            "weight_decay": 0.0 if is_vector else a.weight_decay,
             "lr_ratio": loraplus_lr_ratio if is_fast else 1.0,
-            "l1_decay": 0.0 if is_vector else l1_decay,
+            "l1_decay": 0.0 if is_vector else a.l1_decay,
         }
         for (is_vector, is_fast), parameters in sorted(found.items())
     ]
     settings = {
-        "lr": arguments.learning_rate,
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "eps": arguments.adam_epsilon,
+        "lr": a.learning_rate,
+        "betas": (a.adam_beta1, a.adam_beta2),
+        "eps": a.adam_epsilon,
     }
-    if optim == "adamw_bnb_8bit":
+    if a.optim == "adamw_bnb_8bit":
         optimizer = _adamw_8bit(model, groups, settings)
     else:
         optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-    if l1_decay:
+    if a.l1_decay:
         optimizer.register_step_post_hook(_shrink)
     return optimizer
 

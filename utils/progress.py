@@ -9,6 +9,8 @@ from typing import Any
 import psutil
 import torch
 
+from utils.run_state import RunState
+
 # dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
@@ -17,22 +19,20 @@ class Progress:
     """Of one session: from a start or a resume at `step` on.
 
     Args:
-        seconds: of training so far, `tokens` of all ranks so far; neither begins at 0 on a resume.
+        state: where the run stands; it does not begin at 0 on a resume.
         flops_per_token: of the step with this number, 6 N + 12 L H S; 0 when it is not known.
     """
 
     def __init__(
         self,
         total_steps: int | None,
-        step: int,
-        tokens: int,
-        seconds: float,
+        state: RunState,
         flops_per_token: Callable[[int], float],
         device: torch.device,
         world_size: int,
     ):
-        self.total_steps, self.first_step = total_steps, step
-        self.tokens, self.seconds = tokens, seconds
+        self.total_steps, self.first_step = total_steps, state.step
+        self.tokens, self.seconds = state.tokens, state.seconds
         self.start = time.monotonic()
         self.flops_per_token, self.peak_flops = flops_per_token, _peak_flops(device, world_size)
 

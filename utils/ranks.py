@@ -1,14 +1,42 @@
-"""What the processes of a run agree on: sums, lists, and that one of them was told to stop."""
+"""What the launcher made this process, and what the processes of a run agree on.
 
+Sums, lists, and that one of them was told to stop.
+"""
+
+import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def launched_rank() -> int:
+    """Of this process among those that the launcher has started; before they have joined."""
+    return int(os.environ.get("RANK", 0))
+
+
+def launched_world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launched_zero_stage() -> int:
+    """The ZeRO stage that the launch config asks for; 0: none."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return 0
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if file:
+        return json.loads(Path(file).read_text())["zero_optimization"]["stage"]
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
+
+
+def launched_with_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 class Ranks:
@@ -18,7 +46,7 @@ class Ranks:
     """
 
     def __init__(self):
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), 1
+        self.rank, self.world_size = launched_rank(), 1
         self.is_main = self.rank == 0
         self.stop_signal, self.signal_time = 0, 0.0
         self.stopped = False

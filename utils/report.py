@@ -274,13 +274,13 @@ def conclude(
         title, pipeline_tag, usage, facts: as for `write_card`.
     """
     if training.is_main:
-        a, folder = training.arguments, training.folder
-        hours = f"{training.seconds / 3600:.2f} hours"
+        a, folder, state = training.arguments, training.folder, training.state
+        hours = f"{state.seconds / 3600:.2f} hours"
         facts |= {
-            "training": f"{training.step} steps, {hours}; {training.ending}",
+            "training": f"{state.step} steps, {hours}; {state.ending}",
             "processes": f"{training.ranks.world_size} x {training.accelerator.device.type}",
             "parallelism": training.engine.describe(),
-            "steps skipped": training.guard.skipped_steps,
+            "steps skipped": state.skipped_steps,
         }
         model = folder.path / "model"
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -288,7 +288,7 @@ def conclude(
         export(training.best_checkpoint(), model, dtype[a.mixed_precision], merge)
         plots = write_plots(folder)
         card = write_card(folder, title, pipeline_tag, usage, facts)
-        folder.finish(training.step, training.ending, a, training.fixed["the training data"])
+        folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
         lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]
         print("\n".join(lines), flush=True)

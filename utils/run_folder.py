@@ -6,7 +6,6 @@ config.yaml  metrics.jsonl  checkpoints/  model/  README.md  plots/  finished.js
 import dataclasses
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from utils import checkpoint
 from utils.config import InputError, write_yaml
 from utils.files import written_aside
+from utils.ranks import launched_rank
 
 
 class RunFolder:
@@ -56,7 +56,7 @@ class RunFolder:
             return False
         if end.get("run") != _identity(settings, data):
             return False
-        if int(os.environ.get("RANK", 0)) == 0:
+        if launched_rank() == 0:
             print(f"{self.path} is finished at step {end['step']}: {end['reason']}")
         return True
 

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,24 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from utils import checkpoint
 from utils.arguments import TrainingArguments
 from utils.config import InputError
-from utils.engine import Engine, start_processes, train_step
+from utils.engine import Engine, start_processes
 from utils.export import ModelFiles
 from utils.optimizer import adamw
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks
 from utils.run_folder import RunFolder, differences
-from utils.run_state import BestModel, LossGuard
-
-# what a checkpoint keeps of a `Training`
-COUNTERS = (
-    "step",
-    "tokens",
-    "seconds",
-    "evaluated_step",
-    "counted_step",
-    "pending_evaluation",
-    "ending",
-)
+from utils.run_state import RunState
 
 
 class Step(NamedTuple):
@@ -73,15 +63,9 @@ class Training:
         self.is_main = self.ranks.is_main
         self.accelerator = start_processes(arguments, folder.path)
         self.ranks.join(self.accelerator.process_index, self.accelerator.num_processes)
-        self.guard = LossGuard(arguments)
-        self.step = self.tokens = 0
-        self.seconds = 0.0  # of training, over all interruptions
-        self.best = BestModel(arguments)
-        self.pending_evaluation = False  # the step is trained, and the caller not yet heard
-        self.evaluated_step = self.counted_step = self.saved_step = None
-        self.metrics_size = 0  # bytes of metrics.jsonl that the checkpoint has seen
-        self.data_states: dict[int, dict] = {}
-        self.ending = ""  # why the run has come to its end
+        self.state = RunState()
+        self.data_states: dict[int, dict] = {}  # by lane: where the data go on
+        self.saved_step: int | None = None
         self.data_error: InputError | None = None  # met by this rank alone
 
     @property
@@ -95,9 +79,6 @@ class Training:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         data: Data,
-        optimizer: torch.optim.Optimizer | None = None,
-        base_model: str | None = None,
-        fixed: dict[str, Any] | None = None,
         flops_per_token: Callable[[int], float] = lambda step: 0.0,
     ) -> None:
         """Build the engine and the optimizer; continue from the newest checkpoint, if any.
@@ -105,27 +86,17 @@ class Training:
         Args:
             objective: holds the model; see utils/engine.py.
             model: whose parameters are trained, those that require gradients; or a peft.PeftModel.
-            optimizer: null: AdamW.
-            base_model: where the other parameters come from, if there are any.
-            fixed: what else must not change over the life of a run.
             flops_per_token: of the step with this number, for the utilization; 0: not known.
         """
-        a = self.arguments
+        a, ranks = self.arguments, self.ranks
         self.objective, self.flops_per_token = objective, flops_per_token
         self.model_files = ModelFiles(model, tokenizer)
-        is_whole = all(parameter.requires_grad for parameter in model.parameters())
-        if is_whole and not {name for name, _ in model.named_buffers()} & model.state_dict().keys():
-            base_model = None  # but for saved buffers (Marian's bias of the logits) all is trained
-        self.base_model = base_model
-        optimizer = optimizer or adamw(model, a)
+        optimizer = adamw(model, a)
         fixed = {
-            "seed": a.seed,
             "the optimizer": type(optimizer).__name__,
             **data.fingerprint(),
             "model": model.config.to_diff_dict() | {"transformers_version": "any"},
-            "sequence_length": a.sequence_length,
-            "global_batch_size": a.global_batch_size,
-            **(fixed or {}),
+            **a.fixed(),
         }
         self.fixed = json.loads(json.dumps(fixed))  # as it comes back from a checkpoint
         self.learning_rate_factor = a.learning_rate_factor()
@@ -134,33 +105,41 @@ class Training:
             self._resume(newest)
         elif a.warm_start:
             self.engine.load(Path(a.warm_start))
-        ranks = self.ranks
-        self.data = data.steps(ranks.rank, ranks.world_size, self.step, self.data_states)
+        self.data = data.steps(ranks.rank, ranks.world_size, self.state.step, self.data_states)
+
+    def forward(self, batch: dict[str, torch.Tensor], **flags: Any) -> Any:
+        """What the objective returns when nothing is learnt; under ZeRO all ranks call it together.
+
+        Args:
+            flags: of the objective's forward.
+        """
+        self.objective.eval()
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.engine.module(**batch, **flags)
 
     def steps(self) -> Iterator[int]:
         """Train; after a step, and at the end of the run, the caller may evaluate.
 
         Ends with `stopped` set when a signal asked for it: saved, and not at its end.
         """
-        a = self.arguments
+        a, state = self.arguments, self.state
         if self.is_main:
-            self.folder.begin(a, self.metrics_size)
+            self.folder.begin(a, state.metrics_size)
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": self.step}})
+        self.accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": state.step}})
         self.progress = Progress(
             a.total_steps,
-            self.step,
-            self.tokens,
-            self.seconds,
+            state,
             self.flops_per_token,
             self.accelerator.device,
             self.ranks.world_size,
         )
         while True:
-            if not self.pending_evaluation:
-                if a.total_steps is not None and self.step >= a.total_steps:
-                    self.ending = self.ending or f"all {a.total_steps} steps are done"
-                if self.ending:
+            if not state.pending_evaluation:
+                if a.total_steps is not None and state.step >= a.total_steps:
+                    state.ending = state.ending or f"all {a.total_steps} steps are done"
+                if state.ending:
                     break
                 start = time.monotonic()
                 try:
@@ -170,25 +149,24 @@ class Training:
                 tokens, counts = self._agree(data)
                 if self.stopped:
                     return self.stop()
-                if self.ending:
+                if state.ending:
                     break
                 if not any(counts.values()):
                     continue  # single tokens at the very end of the data: nothing to predict
                 self._train_step(data, tokens, counts, start)
-                self.pending_evaluation = True
-                if self.step == self.progress.first_step + 1:
+                state.pending_evaluation = True
+                if state.step == self.progress.first_step + 1:
                     seconds = seconds_since_command()
                     self._say(f"{seconds:.1f} seconds from the command to the first step")
-            yield self.step
+            yield state.step
             if self.stopped:
                 return self.stop()
-            self.pending_evaluation = False
-            is_best = self.best.step_to_keep == self.step
-            if is_best or self.step % a.save_steps == 0:
+            state.pending_evaluation = False
+            if self.best_step == state.step or state.step % a.save_steps == 0:
                 self._log_tokens_by_source()
                 self.save()
-        if self.evaluated_step != self.step:
-            yield self.step
+        if state.evaluated_step != state.step:
+            yield state.step
             if self.stopped:
                 return self.stop()
         self._log_tokens_by_source()
@@ -196,10 +174,10 @@ class Training:
 
     def evaluates(self) -> bool:
         """Whether it is time to evaluate: every `eval_steps`, and at the end of the run."""
-        a = self.arguments
-        is_last = bool(self.ending) or self.step == a.total_steps
-        is_due = a.eval_steps is not None and self.step % a.eval_steps == 0
-        return (is_last or is_due) and self.evaluated_step != self.step
+        a, state = self.arguments, self.state
+        is_last = bool(state.ending) or state.step == a.total_steps
+        is_due = a.eval_steps is not None and state.step % a.eval_steps == 0
+        return (is_last or is_due) and state.evaluated_step != state.step
 
     def record_evaluation(self, results: dict[str, Any] | None) -> None:
         """Log an evaluation; note the best one, and end the run when none was better for long.
@@ -212,22 +190,20 @@ class Training:
         """
         if results is None:
             return
-        self.evaluated_step = self.step
-        if not results:
-            return
-        self.log({"step": self.step, **results})
-        if ending := self.best.note(self.step, results):
-            self.ending = ending
+        self.state.evaluated_step = self.state.step
+        if results:
+            self.log({"step": self.state.step, **results})
+            self.state.note_evaluation(results, self.arguments)
 
-    def forget_losses(self) -> None:
-        """What comes is not to be compared with what was: in spikes, in early stopping."""
-        self.guard.forget()
-        self.best.forget()
+    @property
+    def best_step(self) -> int | None:
+        """Of the checkpoint that is kept, tested and exported, if there is such a wish."""
+        return self.state.best_step if self.arguments.load_best_model_at_end else None
 
     def best_checkpoint(self) -> Path:
         """What the run has come to: the best with `load_best_model_at_end`, else the last."""
-        if self.best.step_to_keep is not None:
-            return checkpoint.folder_of(self.folder.path, self.best.step_to_keep)
+        if self.best_step is not None:
+            return checkpoint.folder_of(self.folder.path, self.best_step)
         return self.folder.newest_checkpoint()
 
     def load_best(self) -> None:
@@ -238,23 +214,22 @@ class Training:
     def record_test(self, results: dict[str, Any]) -> None:
         """Log what was measured at the end of the run: eval_loss as test_loss, and so on."""
         named = {f"test_{name.removeprefix('eval_')}": value for name, value in results.items()}
-        self.log({"step": self.step, **named})
+        self.log({"step": self.state.step, **named})
 
     def save(self) -> None:
         """Write checkpoints/step-…: what was trained on so far, and nothing that was prefetched."""
-        if self.saved_step == self.step:
+        if self.saved_step == self.state.step:
             return
-        a, states = self.arguments, dict(self.ranks.gather(list(self.data_states.items())))
-        folder = checkpoint.folder_of(self.folder.path, self.step)
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        a, data_states = self.arguments, self.ranks.gather(list(self.data_states.items()))
+        folder = checkpoint.folder_of(self.folder.path, self.state.step)
+        self.state.metrics_size = self.folder.metrics_size()
         state = {
-            "counters": counters | self.guard.state() | self.best.state(),
+            "counters": asdict(self.state),
             "fixed": self.fixed,
-            "base_model": self.base_model,
+            "base_model": self.model_files.base_model,
             "limits": a.limits,
-            "metrics_size": self.folder.metrics_size(),
             "world_size": self.ranks.world_size,
-            "stream": states,
+            "stream": dict(data_states),
         }
         try:
             self.engine.save(folder, state, self.model_files.write)
@@ -264,52 +239,91 @@ class Training:
                 f"could not write {folder}: {error}. "
                 f"The last good checkpoint is {last or 'none'}: make room and start again"
             ) from None
-        self.saved_step = self.step
+        self.saved_step = self.state.step
         if self.is_main:
-            best = self.best.step_to_keep
-            checkpoint.prune(self.folder.path, a.keep_last, a.keep_every, best)
-            print(f"saved {folder}", flush=True)
+            checkpoint.prune(self.folder.path, a.keep_last, a.keep_every, self.best_step)
+        self._say(f"saved {folder}")
+
+    def stop(self) -> None:
+        """Save where a signal has stopped the run, and say how to continue it."""
+        if self.state.step > 0:
+            self.save()
+        self._say(f"stopped after step {self.state.step}; resume with: {command_line()}")
+        self.ranks.release()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A line in metrics.jsonl, numbers to the trackers, and a line on the screen."""
+        if not self.is_main:
+            return
+        if "loss" in record:
+            self._say(self.progress.line(record, self.state.seconds))
+        if "eval_loss" in record:
+            shown = [f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float)]
+            self._say(f"step {record['step']}  {'  '.join(shown)}")
+        self.folder.record(record)
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        self.accelerator.log(numbers, step=record["step"])
+
+    def _say(self, text: str) -> None:
+        if self.is_main and text:
+            print(text, flush=True)
 
     def _log_tokens_by_source(self) -> None:
         """Once a step, though a stopped run may come here again."""
-        if self.counted_step == self.step:
+        if self.state.counted_step == self.state.step:
             return
-        self.counted_step = self.step
-        states = self.ranks.gather(list(self.data_states.values()))
-        found = totals(states)
+        self.state.counted_step = self.state.step
+        found = totals(self.ranks.gather(list(self.data_states.values())))
         if self.is_main and found:
-            self.folder.record({"step": self.step, **found})
+            self.folder.record({"step": self.state.step, **found})
 
     def _train_step(self, data: Step, tokens: int, counts: dict[str, int], start: float) -> None:
-        a = self.arguments
-        rate = a.learning_rate * self.learning_rate_factor(self.step)
-        self.engine.set_learning_rate(rate)
-        limit = self.guard.limit()
-        losses = train_step(self.engine, self.objective, data.batches, counts, self.step, limit)
-        loss = sum(losses.values())
-        self.step += 1
-        self.tokens += tokens
+        a, state = self.arguments, self.state
+        rate = a.learning_rate * self.learning_rate_factor(state.step)
+        limit = state.spike_limit(a)
+        update = self.engine.train_step(data.batches, counts, state.step, rate, limit)
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += time.monotonic() - start
         self.data_states.update(data.states)
-        self.seconds += time.monotonic() - start
         record = {
-            "step": self.step,
-            "loss": loss,
-            **(losses if len(losses) > 1 else {}),
+            "step": state.step,
+            "loss": sum(update.losses.values()),
+            **(update.losses if len(update.losses) > 1 else {}),
             "learning_rate": rate,
-            "grad_norm": self.engine.gradient_norm,
-            "tokens": self.tokens,
+            "grad_norm": update.gradient_norm,
+            "tokens": state.tokens,
         }
-        self._say(self.guard.note(record, limit, self.engine.applied))
+        self._say(state.note_step(record, limit, update.applied, a))
         is_fault = "skipped" in record or "loss_spike" in record
-        if is_fault or self.step % a.logging_steps == 0 or self.step == a.total_steps:
+        if is_fault or state.step % a.logging_steps == 0 or state.step == a.total_steps:
             self.log(record)
-        if self.guard.is_exhausted:
-            last, count = self.folder.newest_checkpoint(), self.guard.skipped_in_a_row
+        if state.skipped_in_a_row >= a.max_skipped_steps:
             raise InputError(
-                f"{count} steps in a row, up to step {self.step}, were skipped: "
+                f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, were skipped: "
                 "loss or gradient not finite, or a spike. Look at the data or the learning_rate; "
-                f"the last good checkpoint: {last or 'none'}"
+                f"the last good checkpoint: {self.folder.newest_checkpoint() or 'none'}"
             )
+
+    def _agree(self, data: Step) -> tuple[int, dict[str, int]]:
+        """(tokens, counts by name) of the global batch; sets `stopped` or `ending` on all ranks."""
+        a, state = self.arguments, self.state
+        spent = a.max_hours is not None and state.seconds > 3600 * a.max_hours
+        counts = {name: 0 for name in self.objective.names}
+        for batch in data.batches:
+            for name, count in self.objective.counts(batch).items():
+                counts[name] += count
+        flags = [float(spent), float(self.data_error is not None), float(data.tokens)]
+        spent, failed, tokens, *sums = self.ranks.sum([*flags, *counts.values()])
+        if failed and not self.stopped:  # what stops a run may have ended its data workers, too
+            if state.step > 0:
+                self.save()
+            raise self.data_error or SystemExit(2)  # the rank that met it says so
+        if spent:
+            state.ending = f"max_hours: {a.max_hours} have passed"
+        elif tokens == 0:
+            state.ending = "the data is spent"
+        return int(tokens), {name: int(n) for name, n in zip(counts, sums, strict=True)}
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
@@ -319,62 +333,15 @@ class Training:
                 "Change it back, or choose another output_dir"
             )
         self.engine.load(folder)
-        for name in COUNTERS:
-            setattr(self, name, state["counters"][name])
-        self.guard.load_state(state["counters"])
-        self.best.load_state(state["counters"])
+        self.state = RunState(**state["counters"])
         if state["limits"] != self.arguments.limits:
-            self.ending = ""  # what has come to its end goes on within other limits
-        self.saved_step, self.metrics_size = self.step, state["metrics_size"]
+            self.state.ending = ""  # what has come to its end goes on within other limits
+        self.saved_step = self.state.step
         lanes = {int(lane): s for lane, s in state["stream"].items()}
         # those of other ranks would be saved again as they are now
         rank, world_size = self.ranks.rank, self.ranks.world_size
         self.data_states = {k: s for k, s in lanes.items() if k % world_size == rank}
         self._say(f"continuing {folder}")
-
-    def _agree(self, data: Step) -> tuple[int, dict[str, int]]:
-        """(tokens, counts by name) of the global batch; sets `stopped` or `ending` on all ranks."""
-        a = self.arguments
-        spent = a.max_hours is not None and self.seconds > 3600 * a.max_hours
-        counts = {name: 0 for name in self.objective.names}
-        for batch in data.batches:
-            for name, count in self.objective.counts(batch).items():
-                counts[name] += count
-        flags = [float(spent), float(self.data_error is not None), float(data.tokens)]
-        spent, failed, tokens, *totals = self.ranks.sum([*flags, *counts.values()])
-        if failed and not self.stopped:  # what stops a run may have ended its data workers, too
-            if self.step > 0:
-                self.save()
-            raise self.data_error or SystemExit(2)  # the rank that met it says so
-        if spent:
-            self.ending = f"max_hours: {a.max_hours} have passed"
-        elif tokens == 0:
-            self.ending = "the data is spent"
-        return int(tokens), {name: int(n) for name, n in zip(counts, totals, strict=True)}
-
-    def log(self, record: dict[str, Any]) -> None:
-        """A line in metrics.jsonl, numbers to the trackers, and a line on the screen."""
-        if not self.is_main:
-            return
-        if "loss" in record:
-            print(self.progress.line(record, self.seconds), flush=True)
-        if "eval_loss" in record:
-            shown = [f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float)]
-            print(f"step {self.step}  {'  '.join(shown)}", flush=True)
-        self.folder.record(record)
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        self.accelerator.log(numbers, step=self.step)
-
-    def _say(self, text: str) -> None:
-        if self.is_main and text:
-            print(text, flush=True)
-
-    def stop(self) -> None:
-        """Save where a signal has stopped the run, and say how to continue it."""
-        if self.step > 0:
-            self.save()
-        self._say(f"stopped after step {self.step}; resume with: {command_line()}")
-        self.ranks.release()
 
 
 def totals(states: list[dict]) -> dict[str, dict[str, int]]:

@@ -137,7 +137,7 @@ class MaskedEvaluation:
                 yield features([], length), []
 
         sums: dict[str, np.ndarray] = {}
-        size = self.training.arguments.micro_batch_size(max(self.training.step - 1, 0))
+        size = self.training.arguments.micro_batch_size(max(self.training.state.step - 1, 0))
         for batch, contents in batches(ranks, rows(), size):
             of_position = np.zeros((len(contents), length), np.int64)
             for row, places in enumerate(contents):

@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.config import InputError
+from utils.config import InputError, Settings
 from utils.loss import IGNORE_INDEX
 from utils.randomness import Draws
 from utils.sentences import Sentences
 
 
 @dataclass
-class MaskingArguments:
+class MaskingArguments(Settings):
     """What the model is to find out. All of it is fixed for the life of a run."""
 
     # mlm_nsp: masked tokens and whether segment B follows A (BERT); mlm_sop: and whether A and B
@@ -33,15 +33,17 @@ class MaskingArguments:
     whole_word_masking: bool = False  # all tokens of a word, or none
     short_seq_prob: float = 0.1  # of a sequence to be shorter than it could be
 
-    def masking(self) -> dict[str, Any]:
-        """The settings of this class alone."""
-        return {item.name: getattr(self, item.name) for item in fields(MaskingArguments)}
+    def fixed(self) -> dict[str, Any]:
+        own = {item.name: getattr(self, item.name) for item in fields(MaskingArguments)}
+        return own | super().fixed()
 
-    def check_masking(self, shortest: int) -> None:
-        """Raises InputError for settings, or a length of a row, that make no examples."""
+    def check_length(self, shortest: int) -> None:
+        """Raises InputError for a length of a row that makes no examples."""
         if shortest < 8:
             what = "a sequence" if self.objective == "mlm" else "a pair"
             raise InputError(f"sequence_length: {shortest} is too short for {what}: at least 8")
+
+    def check(self) -> None:
         for name in ("mlm_probability", "short_seq_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
@@ -53,6 +55,7 @@ class MaskingArguments:
                 "mask_replace_prob and random_replace_prob are shares of the masked tokens: "
                 f"{parts[0]} and {parts[1]} are not"
             )
+        super().check()
 
 
 class Example(NamedTuple):

@@ -14,7 +14,6 @@ sentence-order prediction) or RoBERTa (MLM alone), on one process, eight GPUs, s
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -98,18 +97,15 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
                 raise InputError(f"phases: the lengths {lengths} must not become shorter")
             if self.max_tokens is not None:
                 raise InputError("max_tokens: a run in phases is given its length by max_steps")
-            if self.sequence_length not in (Arguments.sequence_length, lengths[-1]):
+            if self.sequence_length not in (Arguments.sequence_length, self.row_length):
                 raise InputError(
-                    f"sequence_length: {self.sequence_length} is not the {lengths[-1]} of the last "
-                    "of the phases: leave it out"
+                    f"sequence_length: {self.sequence_length} is not the {self.row_length} of the "
+                    "last of the phases: leave it out"
                 )
-            self.sequence_length = lengths[-1]
         super().check()
         for size in {phase.per_device_batch_size for phase in self.phases} - {None}:
             self.check_batch(size)
-        self.check_lanes(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
-        self.check_masking(min([self.sequence_length, *lengths]))
-        self.check_model()
+        self.check_length(min([self.row_length, *lengths]))
         if self.eval_documents is not None and self.eval_documents < 1:
             raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
         if self.pseudo_perplexity_documents and not self.test_sources:
@@ -119,6 +115,15 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
                 f"attn_implementation: {self.attn_implementation} takes no mask of packed rows: "
                 "set sdpa or eager, or packing: false"
             )
+
+    def fixed(self) -> dict[str, Any]:
+        # the last phase may be made longer
+        phases = [[phase.sequence_length, phase.steps] for phase in self.all_phases()[:-1]]
+        return super().fixed() | {"phases": phases, "packing": self.packing}
+
+    @property
+    def row_length(self) -> int:
+        return self.phases[-1].sequence_length if self.phases else self.sequence_length
 
     def all_phases(self) -> list[Phase]:
         return self.phases or [Phase(self.sequence_length, self.total_steps or 1)]
@@ -202,14 +207,6 @@ class MaskedLoss(torch.nn.Module):
         return output
 
 
-def scores(training: Training, batch: dict[str, torch.Tensor]) -> dict[str, tuple]:
-    training.objective.eval()
-    device = training.accelerator.device
-    with torch.no_grad(), training.accelerator.autocast():
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        return training.engine.module(**batch, per_target=True)
-
-
 def position_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The loss of every token of two sequences a row, none of them masked."""
     tokens, places = batch["input_ids"], batch["position_ids"]
@@ -220,23 +217,23 @@ def position_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch
         "sequence_ids": 1 + (places == 0).cumsum(1),
         "pair_labels": torch.full_like(tokens, IGNORE_INDEX),
     }
-    return scores(training, batch)["mlm"][0].view(tokens.shape)
+    return training.forward(batch, per_target=True)["mlm"][0].view(tokens.shape)
 
 
 def main() -> None:
     args = parse(Arguments)
     auto_model = AutoModelForMaskedLM if args.objective == "mlm" else AutoModelForPreTraining
     predicted = args.mlm_probability
-    needs = (args.sequence_length, args.objective != "mlm", args.packing)
+    needs = (args.row_length, args.objective != "mlm", args.packing)
     if args.dry_run:
-        config = model_config(args, args.sequence_length)
+        config = model_config(args, args.row_length)
         check_encoder(empty_model(config, auto_model), *needs)
         phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
-        phases = phases or [(args.sequence_length, args.total_steps)]
+        phases = phases or [(args.row_length, args.total_steps)]
         print(plan(config, args, phases, auto_model, predicted))
         return
     tokenizer = load_tokenizer(args)
-    config = model_config(args, args.sequence_length, tokenizer)
+    config = model_config(args, args.row_length, tokenizer)
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
     corpus = Corpus(args.train_sources, encode, args, args.seed)
     check_examples(args.train_sources, encode, args.objective)
@@ -261,12 +258,6 @@ def main() -> None:
         model,
         tokenizer,
         TrainingStream(corpus, rows_of, args),
-        fixed={
-            # the last phase may be made longer
-            "phases": [[phase.sequence_length, phase.steps] for phase in phases[:-1]],
-            "packing": args.packing,
-            **args.masking(),
-        },
         flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
     )
     if args.packing:
@@ -283,7 +274,7 @@ def main() -> None:
                 f"({type(error).__name__}: {shorten(str(error), 100)}): set packing: false"
             ) from None
     evaluation = MaskedEvaluation(
-        training, encode, make_examples, partial(scores, training), args.packing
+        training, encode, make_examples, partial(training.forward, per_target=True), args.packing
     )
     for step in training.steps():
         if training.evaluates():
@@ -296,13 +287,13 @@ def main() -> None:
                 results = evaluation.loss_and_accuracy(documents, length)
             training.record_evaluation(results)
         if args.phase_at(step) != args.phase_at(step - 1):
-            training.forget_losses()  # those of another length
+            training.state.forget()  # losses of another length
     if training.stopped:
         return
 
     facts = {"parameters": f"{parameter_count(config, auto_model)['total']:,}"}
     if args.test_sources:
-        length = args.sequence_length
+        length = args.row_length
         documents = partial(held_out_documents, args.test_sources, None, args.on_bad_record)
         results = evaluation.loss_and_accuracy(documents(), length)
         if results is not None and args.pseudo_perplexity_documents:

@@ -13,7 +13,7 @@ One CPU process, two, one GPU with LoRA or QLoRA, eight GPUs with ZeRO-3:
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,9 @@ from conversations import (
 )
 from utils.adapters import (
     AdapterArguments,
-    add_adapter,
     base_dtype,
-    base_model,
     check_trained_part,
-    freeze,
+    task_model,
     trainable_share,
 )
 from utils.arguments import FinetuningArguments
@@ -42,8 +40,7 @@ from utils.engine import launched_with_fsdp, launched_zero_stage
 from utils.epochs import Epochs, digest
 from utils.loss import IGNORE_INDEX, check_head, check_packing, summed_cross_entropy, token_scores
 from utils.memory import finetuning_plan
-from utils.model import build_model, load_tokenizer, model_config
-from utils.optimizer import adamw
+from utils.model import load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.tables import read_table
@@ -73,8 +70,6 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
 
     def check(self) -> None:
         super().check()
-        self.check_model()
-        self.check_adapter()
         if self.load_in_4bit and not self.has_adapter:
             raise InputError("load_in_4bit: a 4-bit model cannot be trained: give lora too")
         if self.load_in_4bit and (launched_zero_stage() == 3 or launched_with_fsdp()):
@@ -82,13 +77,16 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
                 "load_in_4bit: ZeRO-3 and FSDP cannot split 4-bit weights over the processes: "
                 "launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
             )
-        if self.metric_for_best_model not in METRICS:
+        if self.eval_metric not in METRICS:
             raise InputError(
-                f"metric_for_best_model: {self.metric_for_best_model} is not measured; these are: "
+                f"metric_for_best_model: {self.eval_metric} is not measured; these are: "
                 + ", ".join(METRICS)
             )
         if self.neftune_noise_alpha < 0:
             raise InputError(f"neftune_noise_alpha: {self.neftune_noise_alpha} is negative")
+
+    def fixed(self) -> dict[str, Any]:
+        return super().fixed() | {"neftune_noise_alpha": self.neftune_noise_alpha}
 
 
 class AnswerLoss(torch.nn.Module):
@@ -135,18 +133,9 @@ class AnswerLoss(torch.nn.Module):
         return embedded + noise * size[..., None].to(embedded.dtype)
 
 
-def scores(training: Training, batch: dict[str, torch.Tensor]) -> Any:
-    """(loss, whether the label is the most likely token) of each position."""
-    training.objective.eval()
-    device = training.accelerator.device
-    with torch.no_grad(), training.accelerator.autocast():
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        return training.engine.module(**batch, per_token=True)
-
-
 def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     labels = torch.nn.functional.pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    return scores(training, {**batch, "shift_labels": labels})[0]
+    return training.forward({**batch, "shift_labels": labels}, per_token=True)[0]
 
 
 def main() -> None:
@@ -162,7 +151,7 @@ def main() -> None:
     rows = [[row for table in part for row in read_table(table)] for part in tables]
     examples = [to_examples(part, tokenizer, args) if part else ([], {}) for part in rows]
     (train, validation, test), left_out = zip(*examples, strict=True)
-    args.set_length(len(train))
+    args = args.for_examples(len(train))
     fingerprint = {
         "the training data": digest(example["messages"] for example in train),
         "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
@@ -175,8 +164,7 @@ def main() -> None:
     if folder.is_finished(args, fingerprint["the training data"]):
         return
 
-    options: dict[str, Any] = {"dtype": base_dtype(args)}
-    base = base_model(args, config, AutoModelForCausalLM, args.seed, folder.path)
+    options = {}
     if args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -185,13 +173,12 @@ def main() -> None:
             bnb_4bit_compute_dtype=base_dtype(args),
         )
     training = Training(args, folder)
-    begin_with = replace(args, model_name_or_path=base)
-    model = build_model(begin_with, config, AutoModelForCausalLM, args.seed, **options)
+    model, trained = task_model(
+        args, config, AutoModelForCausalLM, "CAUSAL_LM", folder.path, **options
+    )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    freeze(model, args.freeze)
     objective = AnswerLoss(model, args.packing, args.neftune_noise_alpha)
-    trained = add_adapter(model, args, "CAUSAL_LM", args.seed) if args.has_adapter else model
     training.prepare(
         objective,
         trained,
@@ -204,9 +191,6 @@ def main() -> None:
             args,
             args.packing,
         ),
-        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
-        base_model=base,
-        fixed={"neftune_noise_alpha": args.neftune_noise_alpha, **args.what_is_trained()},
     )
     if args.packing:
         check_packing(
@@ -215,7 +199,8 @@ def main() -> None:
             config.vocab_size,
         )
     budget = args.per_device_batch_size * args.sequence_length
-    evaluate = partial(evaluate_answers, training, token_scores=partial(scores, training))
+    scores_of = partial(training.forward, per_token=True)
+    evaluate = partial(evaluate_answers, training, token_scores=scores_of)
     for step in training.steps():
         if training.evaluates():
             results = evaluate(validation, budget=budget) if validation else {}

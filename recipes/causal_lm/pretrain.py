@@ -16,7 +16,6 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 """
 
 import inspect
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -67,10 +66,8 @@ class Arguments(TrainingArguments, StreamArguments, ModelArguments):
 
     def check(self) -> None:
         super().check()
-        self.check_lanes(self.global_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
         if self.eval_documents is not None and self.eval_documents < 1:
             raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
-        self.check_model()
 
 
 class NextTokenLoss(torch.nn.Module):
@@ -111,23 +108,15 @@ def check_architecture(model: torch.nn.Module) -> None:
     check_head(model)
 
 
-def token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    training.objective.eval()
-    device = training.accelerator.device
-    with torch.no_grad(), training.accelerator.autocast():
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        return training.engine.module(**batch, per_token=True)
-
-
 def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     labels = pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    return token_losses(training, {**batch, "shift_labels": labels})
+    return training.forward({**batch, "shift_labels": labels}, per_token=True)
 
 
 def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, Any] | None:
     """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
     documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
-    losses, size = partial(token_losses, training), args.per_device_batch_size
+    losses, size = partial(training.forward, per_token=True), args.per_device_batch_size
     return evaluate_by_domain(training.ranks, documents, encode, losses, args.sequence_length, size)
 
 

@@ -14,7 +14,7 @@ The same command continues a run that was stopped. Besides what every run writes
 predictions.jsonl, of the test data in their order, and plots of the errors and the calibration.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -42,19 +42,11 @@ from labelled_texts import (
     read_labelled_texts,
 )
 from prediction import predict
-from utils.adapters import (
-    AdapterArguments,
-    add_adapter,
-    base_dtype,
-    base_model,
-    freeze,
-    trainable_share,
-)
+from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
-from utils.model import build_model, check_encoder, load_tokenizer, model_config
-from utils.optimizer import adamw
+from utils.model import check_encoder, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, write_predictions
@@ -87,10 +79,6 @@ class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
 
     def check(self) -> None:
         super().check()
-        self.check_model()
-        self.check_labels()
-        self.merge_adapter = self.merge_adapter and self.has_adapter
-        self.check_adapter()
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.problem_type == "regression" and (self.label_smoothing or self.class_weights):
@@ -106,15 +94,22 @@ class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
                 )
         if self.augmentation is not None:
             self.augmentation.check(self.problem_type, self.text_pair_column is not None)
-        name = self.metric_for_best_model.removeprefix("eval_")
+        name = self.eval_metric.removeprefix("eval_")
         if name not in METRICS[self.problem_type]:
             known = ", ".join(METRICS[self.problem_type])
             raise InputError(
                 f"metric_for_best_model: {name} is not measured of a {self.problem_type}; "
                 f"these are: {known}"
             )
-        if self.greater_is_better is None and name in ERRORS:
-            self.greater_is_better = False
+
+    def fixed(self) -> dict[str, Any]:
+        return super().fixed() | {name: asdict(self)[name] for name in LEARNED}
+
+    @property
+    def is_greater_better(self) -> bool:
+        if self.greater_is_better is None and self.eval_metric.removeprefix("eval_") in ERRORS:
+            return False
+        return super().is_greater_better
 
 
 class ClassificationLoss(torch.nn.Module):
@@ -218,7 +213,7 @@ def main() -> None:
     examples, cut = {}, {}
     for split in tables:
         examples[split], cut[split] = labelled_examples(tokenizer, rows[split], labels[split])
-    args.set_length(len(examples["train"]))
+    args = args.for_examples(len(examples["train"]))
     fingerprint = {
         "the training data": digest((row.texts, row.label) for row in rows["train"]),
         "the tokenizer": digest(example["input_ids"].tobytes() for example in examples["train"]),
@@ -227,18 +222,14 @@ def main() -> None:
     if folder.is_finished(args, fingerprint["the training data"]):
         return
 
-    base = base_model(args, config, AutoModelForSequenceClassification, args.seed, folder.path)
     training = Training(args, folder)
-    given = replace(args, model_name_or_path=base)
-    model = build_model(
-        given, config, AutoModelForSequenceClassification, args.seed, dtype=base_dtype(args)
+    model, trained = task_model(
+        args, config, AutoModelForSequenceClassification, "SEQ_CLS", folder.path
     )
     check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
-    freeze(model, args.freeze)
     objective = ClassificationLoss(
         model, args.problem_type, weights, args.label_smoothing, args.adversarial
     )
-    trained = add_adapter(model, args, "SEQ_CLS", args.seed) if args.has_adapter else model
     augmenter = (
         Augmenter(rows["train"], args.augmentation, args.seed) if args.augmentation else None
     )
@@ -256,9 +247,6 @@ def main() -> None:
         trained,
         tokenizer,
         Epochs(len(examples["train"]), make, to_batch, fingerprint, args),
-        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
-        base_model=base,
-        fixed=args.what_is_trained() | {name: asdict(args)[name] for name in LEARNED},
     )
     if training.is_main:
         print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)

@@ -6,12 +6,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from utils.config import InputError
+from utils.config import InputError, Settings
 from utils.tables import Table, TableRow, read_table
 
 
 @dataclass
-class LabelledTextArguments:
+class LabelledTextArguments(Settings):
     """What the columns of a table hold."""
 
     problem_type: Literal[
@@ -23,7 +23,7 @@ class LabelledTextArguments:
     label_separator: str | None = None  # … or text in which this stands between two labels
     label_names: list[str] | None = None  # of the labels 0, 1, … where the table has numbers
 
-    def check_labels(self) -> None:
+    def check(self) -> None:
         if self.label_separator is not None and not self.is_multi_label:
             raise InputError("label_separator: needs problem_type: multi_label_classification")
         if self.label_separator == "":
@@ -33,6 +33,7 @@ class LabelledTextArguments:
                 raise InputError("label_names: a regression has none")
             if len(set(self.label_names)) < max(2, len(self.label_names)):
                 raise InputError("label_names: give two names at least, none of them twice")
+        super().check()
 
     @property
     def is_multi_label(self) -> bool:

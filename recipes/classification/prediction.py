@@ -23,12 +23,11 @@ def predict(
         examples: each with its input_ids.
         to_batch: rows of one example or none → the batch.
     """
-    a, device = training.arguments, training.accelerator.device
+    a = training.arguments
 
     def values_of(indices: list[int]) -> np.ndarray:
         batch = to_batch([[examples[index]] for index in indices] or [[]])
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        return training.engine.module(**batch, predict=True).float().cpu().numpy()
+        return training.forward(batch, predict=True).float().cpu().numpy()
 
     lengths = [len(example["input_ids"]) for example in examples]
     budget = a.per_device_batch_size * a.sequence_length

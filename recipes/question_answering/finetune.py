@@ -16,7 +16,7 @@ The same command continues a run that was stopped.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,20 +35,12 @@ from answers import (
 )
 from questions import Question, QuestionColumns, check_unanswerable, read_questions
 from squad_metrics import prediction_record, results_of
-from utils.adapters import (
-    AdapterArguments,
-    add_adapter,
-    base_dtype,
-    base_model,
-    freeze,
-    trainable_share,
-)
+from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.loss import IGNORE_INDEX
-from utils.model import build_model, check_encoder, load_tokenizer, model_config, optional_inputs
-from utils.optimizer import adamw
+from utils.model import check_encoder, load_tokenizer, model_config, optional_inputs
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -88,8 +80,6 @@ class Arguments(FinetuningArguments, AdapterArguments, QuestionColumns):
 
     def check(self) -> None:
         super().check()
-        self.check_model()
-        self.check_adapter()
         for name in ("max_answer_length", "n_best_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -98,6 +88,9 @@ class Arguments(FinetuningArguments, AdapterArguments, QuestionColumns):
                 f"doc_stride must be at least 0 and less than sequence_length "
                 f"{self.sequence_length}, not {self.doc_stride}"
             )
+
+    def fixed(self) -> dict[str, Any]:
+        return super().fixed() | {"doc_stride": self.doc_stride}
 
 
 class SpanLoss(torch.nn.Module):
@@ -160,10 +153,7 @@ def evaluate(
 
     def score(indices: list[int]) -> list[tuple]:
         of_batch = [windows[index] for index in indices]
-        batch, device = collate(of_batch), training.accelerator.device
-        losses, *logits = training.engine.module(
-            **{name: values.to(device) for name, values in batch.items()}, per_window=True
-        )
+        losses, *logits = training.forward(collate(of_batch), per_window=True)
         logits = (values.cpu().numpy() for values in logits)
         return [
             (loss, *best_spans(window, start, end, args.max_answer_length, args.n_best_size))
@@ -187,16 +177,16 @@ def check_metric(args: Arguments, validation: list[Question], threshold: float |
     if validation:
         nothing = [Prediction("", 0.0, [])] * len(validation)
         known = results_of(validation, 0.0, nothing, threshold)
-        if args.metric_for_best_model not in known:
+        if args.eval_metric not in known:
             raise InputError(
-                f"metric_for_best_model: {args.metric_for_best_model} is not measured; these are: "
+                f"metric_for_best_model: {args.eval_metric} is not measured; these are: "
                 f"{', '.join(known)}"
             )
 
 
 def threshold_of(training: Training) -> float:
     """What gave the best F1 on the validation data, with the weights that are tested."""
-    name, best_step = "eval_best_f1_threshold", training.best.best_step
+    name, best_step = "eval_best_f1_threshold", training.state.best_step
     records = [record for record in training.folder.records() if name in record]
     if training.arguments.load_best_model_at_end:
         records = [record for record in records if record["step"] == best_step]
@@ -234,21 +224,17 @@ def main() -> None:
         )
     validation_windows = windows_of(validation, keep_offsets=True)
     test_windows = windows_of(test, keep_offsets=True)
-    args.set_length(len(windows))
+    args = args.for_examples(len(windows))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
 
-    base = base_model(args, config, AutoModelForQuestionAnswering, args.seed, folder.path)
     training = Training(args, folder)
-    begin_with = replace(args, model_name_or_path=base)
-    model = build_model(
-        begin_with, config, AutoModelForQuestionAnswering, args.seed, dtype=base_dtype(args)
+    model, trained = task_model(
+        args, config, AutoModelForQuestionAnswering, "QUESTION_ANS", folder.path
     )
     check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
-    freeze(model, args.freeze)
     objective = SpanLoss(model)
-    trained = add_adapter(model, args, "QUESTION_ANS", args.seed) if args.has_adapter else model
     training.prepare(
         objective,
         trained,
@@ -260,9 +246,6 @@ def main() -> None:
             fingerprint,
             args,
         ),
-        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
-        base_model=base,
-        fixed={"doc_stride": args.doc_stride, **args.what_is_trained()},
     )
     for _ in training.steps():
         if training.evaluates() and validation:

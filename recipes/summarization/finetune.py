@@ -13,7 +13,7 @@ The same command continues a run that was stopped.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,20 +23,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from text_generation import GenerationArguments, generate, generation_config
 from text_metrics import ROUGE, first_sentences, signatures, text_scores
 from text_pairs import Example, Pair, PairArguments, PairEncoder, check_tokenizer, read_pairs
-from utils.adapters import (
-    AdapterArguments,
-    add_adapter,
-    base_dtype,
-    base_model,
-    freeze,
-    trainable_share,
-)
+from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.loss import IGNORE_INDEX, check_head
-from utils.model import build_model, load_tokenizer, model_config
-from utils.optimizer import adamw
+from utils.model import load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -67,19 +59,12 @@ class Arguments(FinetuningArguments, PairArguments, GenerationArguments, Adapter
     lead_sentences: int = 0  # of the test's sources: a baseline beside the scores; 0: none
 
     def check(self) -> None:
-        self.check_lengths()
-        total = self.max_source_length + self.max_target_length
-        if self.sequence_length not in (None, total):
-            raise InputError(
-                f"sequence_length: {self.sequence_length} is not the {total} of max_source_length "
-                "and max_target_length: leave it out"
-            )
-        self.sequence_length = total
-        self.max_new_tokens = self.max_new_tokens or self.max_target_length
         super().check()
-        self.check_generation()
-        self.check_model()
-        self.check_adapter()
+        if self.sequence_length not in (None, self.row_length):
+            raise InputError(
+                f"sequence_length: {self.sequence_length} is not the {self.row_length} of "
+                "max_source_length and max_target_length: leave it out"
+            )
         if not 0 <= self.label_smoothing_factor < 1:
             raise InputError(
                 f"label_smoothing_factor must be in [0, 1), not {self.label_smoothing_factor}"
@@ -88,11 +73,23 @@ class Arguments(FinetuningArguments, PairArguments, GenerationArguments, Adapter
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
         known = self.measured()
-        if self.validation_data and self.metric_for_best_model not in known:
+        if self.validation_data and self.eval_metric not in known:
             raise InputError(
-                f"metric_for_best_model: {self.metric_for_best_model} is not measured; these are: "
+                f"metric_for_best_model: {self.eval_metric} is not measured; these are: "
                 f"{', '.join(known)}"
             )
+
+    def fixed(self) -> dict[str, Any]:
+        return super().fixed() | {"label_smoothing_factor": self.label_smoothing_factor}
+
+    @property
+    def row_length(self) -> int:
+        return self.max_source_length + self.max_target_length
+
+    @property
+    def new_tokens(self) -> int:
+        """Of a text that is generated, at most."""
+        return self.max_new_tokens or self.max_target_length
 
     def measured(self) -> list[str]:
         """What evaluations give."""
@@ -160,11 +157,10 @@ def evaluate_loss(
 
     def score(indices: list[int]) -> list[float]:
         batch = encode.collate([examples[index] for index in indices])
-        batch = {name: values.to(training.accelerator.device) for name, values in batch.items()}
-        return training.engine.module(**batch, per_example=True).tolist()
+        return training.forward(batch, per_example=True).tolist()
 
     lengths = [len(example["input_ids"]) for example in examples]
-    budget = args.per_device_batch_size * args.sequence_length
+    budget = args.per_device_batch_size * args.row_length
     losses = score_examples(training, lengths, budget, score, "evaluating")
     if losses is None:
         return None
@@ -177,7 +173,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args)
     check_tokenizer(tokenizer)
     config = model_config(args, 1, tokenizer)
-    args.check_model_fits(config, args.max_new_tokens)
+    args.check_model_fits(config, args.new_tokens)
     is_encoder_decoder = config.is_encoder_decoder
     auto_model = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     if is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
@@ -193,29 +189,19 @@ def main() -> None:
         f"{encode.cut_targets:,} targets"
     }
     validation, test = encode(validation_pairs), encode(test_pairs)
-    args.set_length(len(train))
+    args = args.for_examples(len(train))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
 
-    base = base_model(args, config, auto_model, args.seed, folder.path)
     training = Training(args, folder)
-    model = build_model(
-        replace(args, model_name_or_path=base),
-        config,
-        auto_model,
-        args.seed,
-        dtype=base_dtype(args),
-    )
+    task = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+    model, trained = task_model(args, config, auto_model, task, folder.path)
     if not is_encoder_decoder:
         check_head(model)
     model.generation_config = generation_config(model, tokenizer, args)
-    freeze(model, args.freeze)
     objective = TargetLoss(model, args.label_smoothing_factor)
-    task = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
-    trained = add_adapter(model, args, task, args.seed) if args.has_adapter else model
     facts = {"trained": trainable_share(trained), **facts}
-    names = ("source_prefix", "source_suffix", "max_source_length", "max_target_length")
     training.prepare(
         objective,
         trained,
@@ -227,13 +213,6 @@ def main() -> None:
             fingerprint,
             args,
         ),
-        optimizer=adamw(trained, args, args.optim, args.l1_decay, args.loraplus_lr_ratio),
-        base_model=base,
-        fixed={
-            **{name: getattr(args, name) for name in names},
-            "label_smoothing_factor": args.label_smoothing_factor,
-            **args.what_is_trained(),
-        },
     )
 
     def evaluate(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from text_pairs import Example, PairEncoder
-from utils.config import InputError
+from utils.config import InputError, Settings
 from utils.scoring import score_examples
 from utils.training import Training
 
@@ -24,7 +24,7 @@ TOKEN_SETTINGS = (
 
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(Settings):
     """How texts are generated; named as in transformers.GenerationConfig."""
 
     num_beams: int = 1  # 1: always the likeliest token (greedy)
@@ -34,7 +34,7 @@ class GenerationArguments:
     max_new_tokens: int | None = None  # null: max_target_length
     per_device_eval_batch_size: int = 8  # texts that are generated together
 
-    def check_generation(self) -> None:
+    def check(self) -> None:
         for name, least in {
             "num_beams": 1,
             "no_repeat_ngram_size": 0,
@@ -52,6 +52,7 @@ class GenerationArguments:
                 f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens "
                 f"{self.max_new_tokens}"
             )
+        super().check()
 
 
 def generation_config(
@@ -69,7 +70,7 @@ def generation_config(
         num_beams=arguments.num_beams,
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
         min_new_tokens=arguments.min_new_tokens,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.new_tokens,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.config import InputError
+from utils.config import InputError, Settings
 from utils.loss import IGNORE_INDEX
 from utils.tables import Table, TableRow, read_table
 
@@ -20,7 +20,7 @@ BATCH = 256  # pairs that are tokenized together: a progress bar moves, and list
 
 
 @dataclass
-class PairArguments:
+class PairArguments(Settings):
     """Where the pairs stand in a row, and how much of them is read."""
 
     source_column: str = "document"  # translation.en: what is inside of a column
@@ -31,10 +31,15 @@ class PairArguments:
     max_source_length: int = 512
     max_target_length: int = 128  # tokens, with the end token; a longer target is cut
 
-    def check_lengths(self) -> None:
+    def check(self) -> None:
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise InputError(f"{name} must be at least 2, not {getattr(self, name)}")
+        super().check()
+
+    def fixed(self) -> dict[str, Any]:
+        names = ("source_prefix", "source_suffix", "max_source_length", "max_target_length")
+        return {name: getattr(self, name) for name in names} | super().fixed()
 
     def check_model_fits(self, config: Any, max_new_tokens: int) -> None:
         """Raises InputError where the settings do not suit the kind of model, or its positions."""

@@ -614,12 +614,12 @@ def test_statistics_of_draws():
 )
 def test_settings_that_make_no_examples(settings, message):
     with pytest.raises(InputError) as error:
-        MaskingArguments(**settings).check_masking(128)
+        MaskingArguments(**settings).check()
     assert str(error.value) == message
 
 
 def test_rows_too_short_for_a_pair():
-    MaskingArguments().check_masking(8)
+    MaskingArguments().check_length(8)
     with pytest.raises(InputError) as error:
-        MaskingArguments().check_masking(7)
+        MaskingArguments().check_length(7)
     assert str(error.value) == "sequence_length: 7 is too short for a pair: at least 8"

@@ -587,7 +587,6 @@ def test_qlora_trains_and_is_merged_in_full_precision(instruct):
 
 def test_lora_plus_gives_b_a_rate_of_its_own(instruct):
     from utils.adapters import AdapterArguments, add_adapter
-    from utils.arguments import FinetuningArguments
     from utils.optimizer import adamw
 
     settings = TINY_RUN["model"] | {"vocab_size": 100}
@@ -595,7 +594,8 @@ def test_lora_plus_gives_b_a_rate_of_its_own(instruct):
     model = add_adapter(
         LlamaForCausalLM(LlamaConfig(**settings)), AdapterArguments(lora=LORA), "CAUSAL_LM", 0
     )
-    optimizer = adamw(model, FinetuningArguments(), loraplus_lr_ratio=16.0)
+    arguments = instruction.Arguments(loraplus_lr_ratio=16.0)
+    optimizer = adamw(model, arguments)
     rates = {id(p): g["lr_ratio"] for g in optimizer.param_groups for p in g["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert rates.keys() == {id(p) for p in trained.values()}

@@ -183,14 +183,13 @@ def test_the_loss_curve_is_that_of_transformers_trainer(
 def gradient_norms(monkeypatch):
     """Norms by parameter of every step's gradients, as the optimizer would get them."""
     norms = []
-    step = Engine.step
+    update = Engine._update
 
-    def recording_step(engine, is_last):
-        if is_last:
-            norms.append({n: float(p.grad.norm()) for n, p in engine.model.named_parameters()})
-        step(engine, is_last)
+    def recording_update(engine):
+        norms.append({n: float(p.grad.norm()) for n, p in engine.model.named_parameters()})
+        return update(engine)
 
-    monkeypatch.setattr(Engine, "step", recording_step)
+    monkeypatch.setattr(Engine, "_update", recording_update)
     return norms
 
 

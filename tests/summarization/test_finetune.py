@@ -449,8 +449,8 @@ def test_configs_are_complete_and_run_on_such_rows(file, call, tokenizer_folder,
     assert args.test_data
     rows = [(row["document"], row["summary"]) for row in make_rows(8, 0)]
     columns = {
-        "summarization_cnn_dailymail": lambda x, y: {"article": x, "highlights": y, "id": "1"},
-        "summarization_wmt16_en_ro": lambda x, y: {"translation": {"en": x, "ro": y}},
+        "finetune_cnn_dailymail": lambda x, y: {"article": x, "highlights": y, "id": "1"},
+        "finetune_wmt16_en_ro": lambda x, y: {"translation": {"en": x, "ro": y}},
     }
     row_of = columns.get(file.stem, lambda x, y: {"document": x, "summary": y, "source": "NumPy"})
     path, folder = tmp_path / "rows.parquet", tmp_path / "run"

@@ -68,12 +68,12 @@ def test_tokens_are_those_of_the_examples():
 
 def test_the_length_of_a_run_follows_from_its_epochs():
     arguments = data(num_train_epochs=2.5, warmup_ratio=0.1).arguments
-    arguments.set_length(COUNT)
+    arguments = arguments.for_examples(COUNT)
     assert arguments.max_steps == 28  # 2.5 x 11, rounded up
     assert arguments.eval_steps == arguments.save_steps == 11
     assert arguments.warmup_steps == 3
     arguments = data(max_steps=7, eval_steps=2, save_steps=3).arguments
-    arguments.set_length(COUNT)
+    arguments = arguments.for_examples(COUNT)
     assert (arguments.max_steps, arguments.eval_steps, arguments.save_steps) == (7, 2, 3)
 
 

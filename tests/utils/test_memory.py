@@ -307,7 +307,7 @@ def test_4_bit_weights_take_what_is_said(tmp_path):
 
 def test_8_bit_moments_take_what_is_said():
     model = LlamaForCausalLM(CONFIG)
-    optimizer = adamw(model, TrainingArguments(), "adamw_bnb_8bit")
+    optimizer = adamw(model, TrainingArguments(optim="adamw_bnb_8bit"))
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     optimizer.step()
     held = sum(

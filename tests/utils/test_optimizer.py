@@ -10,8 +10,8 @@ from utils.optimizer import adamw
 def updated(l1_decay: float, steps: int = 3) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Linear(50, 20)
-    arguments = TrainingArguments(learning_rate=0.01, weight_decay=0.0)
-    optimizer = adamw(model, arguments, l1_decay=l1_decay)
+    arguments = TrainingArguments(learning_rate=0.01, weight_decay=0.0, l1_decay=l1_decay)
+    optimizer = adamw(model, arguments)
     for _ in range(steps):
         model(torch.ones(4, 50)).square().sum().backward()
         optimizer.step()
@@ -49,7 +49,7 @@ def test_without_it_nothing_changes():
 
 def test_groups_know_their_rate_and_decay():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    matrices, vectors = adamw(model, TrainingArguments(weight_decay=0.3), l1_decay=0.1).param_groups
+    matrices, vectors = adamw(model, TrainingArguments(weight_decay=0.3, l1_decay=0.1)).param_groups
     assert (matrices["weight_decay"], matrices["l1_decay"]) == (0.3, 0.1)
     assert (vectors["weight_decay"], vectors["l1_decay"]) == (0.0, 0.0)
     assert len(matrices["params"]) == 1

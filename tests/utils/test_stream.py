@@ -564,13 +564,19 @@ def test_the_fingerprint_tells_what_changes_the_order(tmp_path):
     assert fingerprint() != first
 
 
-def test_lanes_that_do_not_fit():
-    StreamArguments(lanes=64).check_lanes(global_batch_size=128, processes=8)
-    StreamArguments(lanes=192).check_lanes(global_batch_size=192, processes=24)
+def test_lanes_that_do_not_fit(monkeypatch):
+    def check(lanes: int, global_batch_size: int, processes: int) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        arguments = StreamArguments(lanes=lanes)
+        arguments.global_batch_size = global_batch_size  # of the TrainingArguments beside it
+        arguments.check()
+
+    check(lanes=64, global_batch_size=128, processes=8)
+    check(lanes=192, global_batch_size=192, processes=24)
     with pytest.raises(InputError, match="lanes: 64 do not fit: global_batch_size 96 must be a"):
-        StreamArguments(lanes=64).check_lanes(global_batch_size=96, processes=8)
+        check(lanes=64, global_batch_size=96, processes=8)
     with pytest.raises(InputError, match=r"lanes: 64 cannot be dealt to 24 processes: .* 192$"):
-        StreamArguments(lanes=64).check_lanes(global_batch_size=64, processes=24)
+        check(lanes=64, global_batch_size=64, processes=24)
 
 
 def test_more_workers_than_lanes(mixture, tokenizer):

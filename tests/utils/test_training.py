@@ -97,9 +97,9 @@ MOMENTS = {
     # (function, which of its calls, the step after which the run stops)
     "while the processes start": (training, "start_processes", 1, 0),
     "before the first step": (Training, "steps", 1, 0),
-    "between two micro-batches": (Engine, "backward", 7, 2),
-    "in an update": (Engine, "step", 20, 5),
-    "in an evaluation": (causal_lm, "token_losses", 2 + 2, 3),
+    "between two micro-batches": (Engine, "_backward", 7, 2),
+    "in an update": (Engine, "_update", 5, 5),
+    "in an evaluation": (Training, "forward", 2 + 2, 3),
     "in an evaluation at a checkpoint": (causal_lm, "evaluate_by_domain", 4, 12),
     "while samples are written": (causal_lm, "write_samples", 2, 6),
     "in a save": (checkpoint, "save_file", 2, 8),
@@ -140,7 +140,7 @@ def test_a_signal_stops_the_run_and_it_goes_on_as_if_nothing_had_been(
 def test_a_run_that_is_stopped_again_and_again(disturbed, undisturbed, monkeypatch):
     for call in (5, 11, 3, 9):
         with monkeypatch.context() as patch:
-            at_call(patch, Engine, "backward", call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            at_call(patch, Engine, "_backward", call, lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert "; resume with: " in disturbed().output
     ended = disturbed()
     assert result(ended) == undisturbed
@@ -154,7 +154,7 @@ def test_the_second_of_two_signals_at_once_is_the_same(disturbed, undisturbed, m
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        at_call(patch, Engine, "backward", 7, interrupt_twice)
+        at_call(patch, Engine, "_backward", 7, interrupt_twice)
         stopped = disturbed()
     assert stopped.status == 0
     assert "stopped after step 2; resume with: " in stopped.output
@@ -170,7 +170,7 @@ def test_a_later_second_ctrl_c_ends_at_once(disturbed, undisturbed, monkeypatch)
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        at_call(patch, Engine, "backward", 4 * 6, interrupt_twice)
+        at_call(patch, Engine, "_backward", 4 * 6, interrupt_twice)
         stopped = disturbed()
     assert stopped.status == 130
     assert stopped.error == ""
@@ -372,7 +372,7 @@ def test_a_step_that_is_not_finite_changes_no_bit(factor, pretrain, spoil):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(pretrain, monkeypatch):
-    backward, calls = Engine.backward, []
+    backward, calls = Engine._backward, []
 
     def spoiled(engine, loss, is_last):
         backward(engine, loss, is_last)
@@ -380,7 +380,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(pretrain, monkeypatch):
         if len(calls) == 4 + 2:
             next(engine.model.parameters()).grad[0, 0] = float("inf")
 
-    monkeypatch.setattr(Engine, "backward", spoiled)
+    monkeypatch.setattr(Engine, "_backward", spoiled)
     ended = pretrain(max_steps=3, save_steps=1, keep_last=9)
     assert [unchanged(ended.folder, step) for step in (2, 3)] == [True, False]
     assert re.search(r"step 2: skipped, loss 6\.\d+, gradient norm (inf|nan)", ended.output)
@@ -405,7 +405,7 @@ def test_a_first_step_that_is_skipped_and_a_stop_right_after(pretrain, spoil, mo
     """The optimizer has no state then, and the checkpoint none of it."""
     spoil({1: float("nan")})
     with monkeypatch.context() as patch:
-        at_call(patch, Engine, "backward", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch, Engine, "_backward", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert "stopped after step 1" in pretrain(max_steps=3).output
     spoil({})
     ended = pretrain(max_steps=3)
