@@ -128,13 +128,8 @@ class Training:
             self.folder.begin(a, state.metrics_size)
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": state.step}})
-        self.progress = Progress(
-            a.total_steps,
-            state,
-            self.flops_per_token,
-            self.accelerator.device,
-            self.ranks.world_size,
-        )
+        device, processes = self.accelerator.device, self.ranks.world_size
+        self.progress = Progress(a.total_steps, state, self.flops_per_token, device, processes)
         while True:
             if not state.pending_evaluation:
                 if a.total_steps is not None and state.step >= a.total_steps:

@@ -36,11 +36,11 @@ from utils.adapters import (
 )
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.engine import launched_with_fsdp, launched_zero_stage
 from utils.epochs import Epochs, digest
 from utils.loss import IGNORE_INDEX, check_head, check_packing, summed_cross_entropy, token_scores
 from utils.memory import finetuning_plan
 from utils.model import load_tokenizer, model_config
+from utils.ranks import launched_with_fsdp, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.tables import read_table
