@@ -1,18 +1,35 @@
-"""What the screen shows of a run: speed, utilization of the accelerator, time left."""
+"""What the screen shows of a run: bars, speed, utilization of the accelerator, time left."""
 
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from utils.run_state import RunState
 
 # dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+TOKENIZER_BATCH = 256  # texts at a time: a bar moves, and what the tokenizer makes of them is large
+
+
+def progress_bar(total: int, what: str, unit: str) -> tqdm:
+    """Of the first rank, on a terminal; gone when it is closed."""
+    is_hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: but on a terminal
+    return tqdm(total=total, desc=what, unit=f" {unit}", leave=False, delay=1, disable=is_hidden)
+
+
+def in_batches(items: Sequence[Any], unit: str) -> Iterator[tuple[int, Sequence[Any]]]:
+    """What is to be tokenized, behind a progress bar: (index of the first item, the items)."""
+    with progress_bar(len(items), "tokenizing", unit) as bar:
+        for start in range(0, len(items), TOKENIZER_BATCH):
+            batch = items[start : start + TOKENIZER_BATCH]
+            yield start, batch
+            bar.update(len(batch))
 
 
 class Progress:

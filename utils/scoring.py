@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.config import InputError
 from utils.files import written_aside
+from utils.progress import progress_bar
 from utils.ranks import Ranks
 from utils.stream import collate
 from utils.training import Training
@@ -41,8 +42,7 @@ def score_examples(
     ranks = training.ranks
     mine: list[tuple[int, Any]] = []
     training.objective.eval()
-    is_hidden = None if training.is_main else True  # None: but on a terminal
-    bar = tqdm(total=len(lengths), desc=what, unit=" examples", leave=False, disable=is_hidden)
+    bar = progress_bar(len(lengths), what, "examples")
     with bar, torch.no_grad(), training.accelerator.autocast():
         for indices in batches_of(ranks, lengths, budget, limit):
             mine += zip(indices, score(indices), strict=False)
@@ -50,6 +50,62 @@ def score_examples(
     if ranks.stopped:
         return None
     return [result for _, result in sorted(ranks.gather(mine), key=lambda item: item[0])]
+
+
+def generate_texts(
+    training: Training,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 1,
+    **options: Any,
+) -> list[str] | None:
+    """What the model writes after each prompt or, where it has an encoder, to it.
+
+    The texts are the same on every rank and for any number of them. Each batch is drawn from seed
+    0, where anything is drawn.
+
+    Args:
+        prompts: token ids; to a decoder alone, fewer of them than it has positions.
+        max_new_tokens: of a text, at most; fewer where the positions of a decoder end.
+        options: more of `model.generate`.
+
+    Returns:
+        None when a stop signal came in between.
+    """
+    device, is_decoder = training.accelerator.device, not model.config.is_encoder_decoder
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    padding = end if padding is None else padding
+    positions = getattr(model.config, "max_position_embeddings", 2**31)
+
+    def texts(indices: list[int]) -> list[str]:
+        rows = [prompts[index] for index in indices] or [[0]]
+        longest = max(len(row) for row in rows)
+        tokens = torch.full((len(rows), longest), padding or 0)
+        mask = torch.zeros_like(tokens)
+        for number, row in enumerate(rows):
+            # a decoder goes on where its prompt ends
+            where = slice(longest - len(row), None) if is_decoder else slice(len(row))
+            tokens[number, where] = torch.as_tensor(row)
+            mask[number, where] = 1
+        torch.manual_seed(0)
+        written = model.generate(
+            tokens.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=min(max_new_tokens, positions - longest if is_decoder else positions),
+            eos_token_id=end,
+            pad_token_id=padding,
+            # ZeRO-3 gathers weights in every forward: all ranks write until the last one is done
+            synced_gpus=training.ranks.world_size > 1,
+            **options,
+        )
+        written = written[:, longest:] if is_decoder else written
+        return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+    lengths = [len(prompt) for prompt in prompts]
+    budget = batch_size * max(lengths, default=1)
+    return score_examples(training, lengths, budget, texts, "generating", batch_size)
 
 
 def check_finite(results: Any) -> None:

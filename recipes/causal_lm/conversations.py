@@ -1,6 +1,5 @@
 """Conversations: checked, written out by a chat template, and marked where the assistant speaks."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
+from utils.progress import in_batches
 from utils.tables import TableRow
 
-BATCH = 256  # conversations that are tokenized at a time
 # whom each role may follow; None: the beginning
 FOLLOWS = {
     "system": {None},
@@ -26,6 +24,8 @@ FOLLOWS = {
     "assistant": {"user", "tool"},
     "tool": {"assistant", "tool"},
 }
+
+CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
 
 Message = dict[str, str]
 
@@ -43,7 +43,8 @@ class ConversationArguments:
     input_column: str = "input"
     output_column: str = "output"
     source_column: str | None = None  # by which the evaluation is broken down
-    chat_template: str | None = None  # a jinja file with generation marks; null: the tokenizer's
+    # with generation marks: a name in chat_templates, or a jinja file; null: the tokenizer's
+    chat_template: str | None = None
     eos_token: str | None = None  # what ends a turn in the template; null: the tokenizer's
     # of more tokens than sequence_length; truncate: their end is cut off
     on_long_example: Literal["fail", "skip", "truncate"] = "fail"
@@ -105,19 +106,25 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
         InputError: no template, a broken one, one without generation marks, or one that writes
             tokens that the tokenizer does not know.
     """
-    path = arguments.chat_template
-    if path is not None:
+    given = arguments.chat_template
+    shipped = {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
+    known = ", ".join(shipped)
+    if given is not None:
+        if given not in shipped and re.fullmatch(r"[\w-]+", given):
+            raise InputError(
+                f"chat_template: there is no {given}; there are {known}, or give a jinja file"
+            )
         try:
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(shipped.get(given, given)).read_text(encoding="utf-8")
         except OSError as error:
-            raise InputError(f"chat_template: cannot read {path}: {error.strerror}") from None
+            raise InputError(f"chat_template: cannot read {given}: {error.strerror}") from None
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise InputError(
-            f"chat_template: the tokenizer {tokenizer.name_or_path} has none: give a jinja file, "
-            "for example one of recipes/causal_lm/chat_templates"
+            f"chat_template: the tokenizer {tokenizer.name_or_path} has none: give one of {known}, "
+            "or a jinja file"
         )
-    name = path or f"that of {tokenizer.name_or_path}"
+    name = given or f"that of {tokenizer.name_or_path}"
     if not re.search(r"{%-?\s*generation\b", template):
         raise InputError(
             f"chat_template: {name} does not mark what the assistant says: enclose it in "
@@ -152,19 +159,16 @@ def encode_conversations(
         InputError: the template cannot write such a conversation.
     """
     examples = []
-    # for a terminal alone
-    is_hidden = None if os.environ.get("RANK", "0") == "0" else True
-    batches = range(0, len(conversations), BATCH)
-    for start in tqdm(batches, desc="tokenizing", leave=False, disable=is_hidden):
+    for start, batch in in_batches(conversations, "conversations"):
         try:
             encoded = tokenizer.apply_chat_template(
-                list(conversations[start : start + BATCH]),
+                list(batch),
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            _name_unwritable(conversations[start : start + BATCH], places[start:], tokenizer)
+            _name_unwritable(batch, places[start:], tokenizer)
             problem = shorten(str(error), 200)
             raise InputError(f"chat_template: cannot write the conversations: {problem}") from None
         for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):

@@ -204,10 +204,11 @@ def main() -> None:
     for step in training.steps():
         if training.evaluates():
             results = evaluate(validation, budget=budget) if validation else {}
-            training.record_evaluation(results)
-            if not training.stopped and validation and args.sample_answers:
-                chosen = validation[: args.sample_answers]
-                samples = write_answers(training, model, tokenizer, chosen)
+            chosen = validation[: args.sample_answers]
+            samples = write_answers(training, model, tokenizer, chosen)
+            # a resume evaluates again where a signal cut the answers short
+            training.record_evaluation(None if samples is None else results)
+            if samples:
                 training.log({"step": step, "samples": samples})
     if training.stopped:
         return

@@ -40,6 +40,7 @@ from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import ModelArguments, build_model, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
+from utils.scoring import generate_texts
 from utils.sources import Source, check_held_out, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
@@ -120,29 +121,20 @@ def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, 
     return evaluate_by_domain(training.ranks, documents, encode, losses, args.sequence_length, size)
 
 
-def write_samples(training: Training, model, tokenizer, encode, prompts: list[str]) -> list[dict]:
-    """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8."""
-    samples = []
+def write_samples(
+    training: Training, model, tokenizer, encode, prompts: list[str]
+) -> list[dict] | None:
+    """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8.
+
+    None when a signal interrupts.
+    """
     positions = getattr(model.config, "max_position_embeddings", 2**31)
     room = min(60, positions // 2)
-    model.eval()
-    for prompt in prompts:
-        prompt_tokens = encode([prompt])[0][:-1][room - positions :]
-        tokens = torch.from_numpy(prompt_tokens[None]).to(training.accelerator.device)
-        torch.manual_seed(0)
-        with torch.no_grad(), training.accelerator.autocast():
-            output = model.generate(
-                tokens.long(),
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=room,
-                do_sample=True,
-                temperature=0.8,
-                pad_token_id=encode.end,
-                synced_gpus=training.ranks.world_size > 1,
-            )
-        text = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
-        samples.append({"prompt": prompt, "text": text})
-    return samples
+    begun = [tokens[:-1][room - positions :] for tokens in encode(prompts)]
+    options = {"do_sample": True, "temperature": 0.8}
+    texts = generate_texts(training, model, tokenizer, begun, room, **options)
+    pairs = None if texts is None else zip(prompts, texts, strict=True)
+    return pairs and [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
 def main() -> None:
@@ -178,9 +170,10 @@ def main() -> None:
             results: dict[str, Any] | None = {}
             if args.validation_sources:
                 results = evaluate(training, args.validation_sources, encode, args)
-            training.record_evaluation(results)
-            if not training.stopped and args.sample_prompts:
-                samples = write_samples(training, model, tokenizer, encode, args.sample_prompts)
+            samples = write_samples(training, model, tokenizer, encode, args.sample_prompts)
+            # a resume evaluates again where a signal cut the samples short
+            training.record_evaluation(None if samples is None else results)
+            if samples:
                 training.log({"step": step, "samples": samples})
     if training.stopped:
         return

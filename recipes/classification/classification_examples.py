@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from augmentation import Augmenter
 from labelled_texts import LabelledText
 from utils.config import InputError
+from utils.progress import in_batches
 from utils.randomness import random_key
 
-BATCH = 256  # texts that are tokenized at a time: what the tokenizer makes of them is large
 Example = dict[str, Any]  # input_ids, of some models token_type_ids, and the label
 
 
@@ -63,8 +63,8 @@ def encode(
     """
     examples, cut = [], 0
     names = [name for name in tokenizer.model_input_names if name != "attention_mask"]
-    for start in range(0, len(texts), BATCH):
-        columns = [list(column) for column in zip(*texts[start : start + BATCH], strict=True)]
+    for _, batch in in_batches(texts, "texts"):
+        columns = [list(column) for column in zip(*batch, strict=True)]
         encoded = tokenizer(*columns, truncation=True)
         for row in zip(*(encoded[name] for name in names), strict=True):
             examples.append({n: np.array(v, np.int32) for n, v in zip(names, row, strict=True)})

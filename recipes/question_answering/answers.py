@@ -5,22 +5,20 @@ A window is [CLS] question [SEP] a part of the context [SEP]; [CLS] stands for "
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from questions import Question
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
+from utils.progress import in_batches
 
 Window = dict[str, Any]
-BATCH = 256  # questions that are tokenized together: a progress bar moves, and lists stay short
 
 
 class Span(NamedTuple):
@@ -76,12 +74,7 @@ def make_windows(
     """
     added = tokenizer.num_special_tokens_to_add(pair=True)
     windows: list[Window] = []
-    is_hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: but on a terminal
-    bar = tqdm(
-        total=len(questions), desc="tokenizing", unit=" questions", leave=False, disable=is_hidden
-    )
-    for first in range(0, len(questions), BATCH):
-        batch = questions[first : first + BATCH]
+    for first, batch in in_batches(questions, "questions"):
         texts = [question.text for question in batch]
         asked = tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, verbose=False
@@ -130,8 +123,6 @@ def make_windows(
                 for window in own:
                     del window["offsets"]
             windows += own
-        bar.update(len(batch))
-    bar.close()
     return windows
 
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from text_pairs import Example, PairEncoder
 from utils.config import InputError, Settings
-from utils.scoring import score_examples
+from utils.scoring import generate_texts
 from utils.training import Training
 
 # what a pretrained model says about its tokens; all other choices are those of the run
@@ -83,21 +83,9 @@ def generate(
 ) -> list[str] | None:
     """What the model writes for each source, as its generation_config says.
 
-    Returns:
-        The texts, the same on every rank and for any number of them; None when a stop signal came
-        in between.
+    None when a stop signal came in between.
     """
-
-    def texts(indices: list[int]) -> list[str]:
-        batch = encode.collate_sources([examples[index] for index in indices])
-        batch = {name: values.to(training.accelerator.device) for name, values in batch.items()}
-        # ZeRO-3 gathers weights in every forward: all ranks write until the last one is done
-        tokens = model.generate(**batch, synced_gpus=training.ranks.world_size > 1)
-        if not encode.is_encoder_decoder:
-            tokens = tokens[:, batch["input_ids"].shape[1] :]
-        texts = encode.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    lengths = [example["source_length"] for example in examples]
-    budget = batch_size * max(lengths, default=1)
-    return score_examples(training, lengths, budget, texts, "generating", batch_size)
+    sources = [example["input_ids"][: example["source_length"]] for example in examples]
+    most = model.generation_config.max_new_tokens
+    texts = generate_texts(training, model, encode.tokenizer, sources, most, batch_size)
+    return texts and [text.strip() for text in texts]

@@ -1,22 +1,20 @@
 """Pairs of a source and a target text as tokens, for encoder-decoders and for decoders alone."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError, Settings
 from utils.loss import IGNORE_INDEX
+from utils.progress import in_batches
 from utils.tables import Table, TableRow, read_table
 
 Example = dict[str, Any]
-BATCH = 256  # pairs that are tokenized together: a progress bar moves, and lists stay short
 
 
 @dataclass
@@ -119,19 +117,12 @@ class PairEncoder:
             source among them. Those that were cut are counted.
         """
         examples: list[Example] = []
-        # for a terminal alone
-        is_hidden = None if os.environ.get("RANK", "0") == "0" else True
-        with tqdm(
-            total=len(pairs), desc="tokenizing", unit=" pairs", leave=False, disable=is_hidden
-        ) as bar:
-            for start in range(0, len(pairs), BATCH):
-                batch = pairs[start : start + BATCH]
-                sources = self._sources([pair.source for pair in batch])
-                targets = self._targets([pair.target for pair in batch])
-                for source, target in zip(sources, targets, strict=True):
-                    tokens = np.array(source + target, np.int32)
-                    examples.append({"input_ids": tokens, "source_length": len(source)})
-                bar.update(len(batch))
+        for _, batch in in_batches(pairs, "pairs"):
+            sources = self._sources([pair.source for pair in batch])
+            targets = self._targets([pair.target for pair in batch])
+            for source, target in zip(sources, targets, strict=True):
+                tokens = np.array(source + target, np.int32)
+                examples.append({"input_ids": tokens, "source_length": len(source)})
         return examples
 
     def _sources(self, texts: list[str]) -> list[list[int]]:
@@ -203,28 +194,18 @@ class PairEncoder:
                 for e in examples
             ]
         labels = _padded(targets, IGNORE_INDEX)
-        return {**self._inputs(sources), "labels": labels}
-
-    def collate_sources(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """What a model is given to generate from; of a decoder alone it stands at the right."""
-        sources = [example["input_ids"][: example["source_length"]] for example in examples]
-        return self._inputs(sources, at_right=not self.is_encoder_decoder)
-
-    def _inputs(
-        self, rows: Sequence[np.ndarray], at_right: bool = False
-    ) -> dict[str, torch.Tensor]:
         end, padding = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        rows = rows or [np.array([end])]
+        sources = sources or [np.array([end])]
         return {
-            "input_ids": _padded(rows, end if padding is None else padding, at_right),
-            "attention_mask": _padded([np.ones_like(row) for row in rows], 0, at_right),
+            "input_ids": _padded(sources, end if padding is None else padding),
+            "attention_mask": _padded([np.ones_like(source) for source in sources], 0),
+            "labels": labels,
         }
 
 
-def _padded(rows: Sequence[np.ndarray], padding: int, at_right: bool = False) -> torch.Tensor:
+def _padded(rows: Sequence[np.ndarray], padding: int) -> torch.Tensor:
     longest = max((len(row) for row in rows), default=1)
     padded = torch.full((max(1, len(rows)), longest), padding)
     for number, row in enumerate(rows):
-        where = slice(longest - len(row), None) if at_right else slice(len(row))
-        padded[number, where] = torch.from_numpy(row.astype(np.int64))
+        padded[number, : len(row)] = torch.from_numpy(row.astype(np.int64))
     return padded

@@ -1,10 +1,17 @@
 """Instruction tuning: what is learnt from, that the layout changes nothing, adapters, bad input."""
 
+import importlib.util
 import json
 import math
 import random
+import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +46,6 @@ from utils.tables import TableRow
 
 INSTRUCTION = "recipes/causal_lm/finetune.py"
 TEMPLATES = ROOT / "recipes/causal_lm/chat_templates"
-PLAIN = str(TEMPLATES / "plain.jinja")
 MODEL = TINY_RUN["model"] | {"max_position_embeddings": 256}
 # matrices of less than 4,096 elements keep their moments in 32 bits
 EIGHT_BITS = {
@@ -81,7 +87,7 @@ def words_of(folder: Path, data: Path, tokenizer_folder: Path, **settings: Any) 
         "train_data": [{"path": str(data / "train.jsonl")}],
         "validation_data": [{"path": str(data / "validation.jsonl")}],
         "tokenizer": str(tokenizer_folder),
-        "chat_template": PLAIN,
+        "chat_template": "plain",
         "source_column": "source",
         "model": MODEL,
         "sequence_length": 256,
@@ -147,7 +153,7 @@ TURNS = [
 ]
 
 
-def learnt(tokenizer, template: str = PLAIN, turns=TURNS, **settings) -> list[str]:
+def learnt(tokenizer, template: str = "plain", turns=TURNS, **settings) -> list[str]:
     """What the loss falls on, piece by piece."""
     set_chat_template(tokenizer, arguments(chat_template=template, **settings))
     ((example,), _) = to_examples([row({"messages": turns})], tokenizer, arguments())
@@ -179,22 +185,35 @@ def chat_tokenizer(tokenizer_folder: Path):
     [("plain", "<|end_of_text|>"), ("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")],
 )
 def test_the_loss_falls_on_what_the_assistant_says_and_on_its_end(chat_tokenizer, template, end):
-    path = str(TEMPLATES / f"{template}.jinja")
     expected = [f"Here.{end}", f"Now, or\nlater.{end}"]
-    assert learnt(chat_tokenizer, path) == expected
+    assert learnt(chat_tokenizer, str(TEMPLATES / f"{template}.jinja")) == expected
     # also where padding is the end token itself
     chat_tokenizer.pad_token = end
-    assert learnt(chat_tokenizer, path, eos_token=end) == expected
+    assert learnt(chat_tokenizer, template, eos_token=end) == expected
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml", "llama3"])
 def test_an_answer_continues_the_prompt_it_is_generated_from(chat_tokenizer, template):
-    set_chat_template(chat_tokenizer, arguments(chat_template=str(TEMPLATES / f"{template}.jinja")))
+    set_chat_template(chat_tokenizer, arguments(chat_template=template))
     whole = chat_tokenizer.apply_chat_template(TURNS, tokenize=False)
     prompt = chat_tokenizer.apply_chat_template(
         TURNS[:-1], tokenize=False, add_generation_prompt=True
     )
     assert whole.startswith(prompt + "Now, or\nlater.")
+
+
+def test_a_copied_folder_finds_its_own_templates(chat_tokenizer, tmp_path):
+    shutil.copytree(TEMPLATES, tmp_path / "chat_templates")
+    shutil.copy(TEMPLATES.parent / "conversations.py", tmp_path)
+    own = (TEMPLATES / "chatml.jinja").read_text() + "{# mine #}"
+    (tmp_path / "chat_templates" / "mine.jinja").write_text(own)
+    spec = importlib.util.spec_from_file_location("copied", tmp_path / "conversations.py")
+    copied = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "copied", copied)  # where dataclasses look for their types
+        spec.loader.exec_module(copied)
+    copied.set_chat_template(chat_tokenizer, arguments(chat_template="mine"))
+    assert chat_tokenizer.chat_template == own
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(tokenizer_folder):
@@ -252,7 +271,7 @@ def test_rows_that_are_no_conversations(values, message):
 
 def test_long_examples(tokenizer):
     rows = [row({"messages": TURNS}), row({"messages": TURNS[1:3]})]
-    set_chat_template(tokenizer, arguments(chat_template=PLAIN))
+    set_chat_template(tokenizer, arguments(chat_template="plain"))
     ((whole, short), _) = to_examples(rows, tokenizer, arguments())
     length = len(whole["input_ids"])
 
@@ -381,30 +400,35 @@ def test_evaluation_is_that_of_each_example_alone(tiny_llama):
         sums[example["source"]] = sums.get(example["source"], 0) + values
     loss, right, count = sum(sums.values()).tolist()
     objective = instruction.AnswerLoss(tiny_llama, False).eval()
-    kept: dict[int, list] = {}
-
-    def ranks(rank: int, world_size: int, gather) -> SimpleNamespace:
-        ranks = SimpleNamespace(
-            rank=rank,
-            world_size=world_size,
-            stopped=False,
-            any_rank=lambda mine: mine,
-            gather=gather,
-        )
-        return SimpleNamespace(ranks=ranks, stopped=False)
 
     def scores(batch):
         with torch.no_grad():
             return objective(**batch, per_token=True)
 
+    def evaluate(rank: int, kept: list[list], barrier: Barrier) -> dict[str, Any]:
+        def gather(mine: list) -> list:
+            kept[rank] = mine
+            barrier.wait()
+            return [part for parts in kept for part in parts]
+
+        ranks = SimpleNamespace(
+            rank=rank,
+            world_size=len(kept),
+            stopped=False,
+            any_rank=lambda mine: mine,
+            gather=gather,
+        )
+        accelerator = SimpleNamespace(autocast=nullcontext)
+        training = SimpleNamespace(ranks=ranks, accelerator=accelerator, objective=objective)
+        return evaluate_answers(training, examples, scores, 40)
+
     for world_size in (1, 2):
-        for rank in range(world_size):
-
-            def gather(mine: list, rank: int = rank) -> list:
-                kept[rank] = mine
-                return [part for number in range(rank + 1) for part in kept[number]]
-
-            results = evaluate_answers(ranks(rank, world_size, gather), examples, scores, 40)
+        kept, barrier = [[] for _ in range(world_size)], Barrier(world_size)
+        with ThreadPoolExecutor(world_size) as pool:
+            results, *others = pool.map(
+                partial(evaluate, kept=kept, barrier=barrier), range(world_size)
+            )
+        assert others == [results] * (world_size - 1)
         assert results["eval_loss"] == pytest.approx(loss / count, rel=1e-6)
         assert results["eval_token_accuracy"] == right / count
         assert results["eval_tokens"] == count
@@ -662,9 +686,13 @@ def test_frozen_parameters_do_not_move(instruct, frozen, still):
         ({"freeze": 9}, "freeze: there are 2 layers, not 9"),
         ({"freeze": "head"}, "freeze must be"),
         ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: -1.0 is negative"),
-        ({"chat_template": None}, "chat_template: the tokenizer {tokenizer} has none: give a jin"),
+        ({"chat_template": None}, "chat_template: the tokenizer {tokenizer} has none: give one of"),
         ({"chat_template": "no.jinja"}, "chat_template: cannot read no.jinja: No such file"),
-        ({"chat_template": "{chatml}"}, "writes <|im_end|>, which is no token of the tokenizer"),
+        (
+            {"chat_template": "chatlm"},
+            "chat_template: there is no chatlm; there are chatml, llama3, plain, or give a jinja f",
+        ),
+        ({"chat_template": "chatml"}, "writes <|im_end|>, which is no token of the tokenizer"),
         ({"chat_template": "{unmarked}"}, "does not mark what the assistant says: enclose it in"),
         (
             {"chat_template": "{broken}"},
@@ -686,7 +714,6 @@ def test_bad_settings(instruct, tokenizer_folder, tmp_path, settings, message):
     (tmp_path / "broken.jinja").write_text("{% generation %}{{ raise }{% endgeneration %}")
     places = {
         "tokenizer": tokenizer_folder,
-        "chatml": TEMPLATES / "chatml.jinja",
         "unmarked": tmp_path / "unmarked.jinja",
         "broken": tmp_path / "broken.jinja",
     }

@@ -116,26 +116,21 @@ def test_batches(tokenizer):
     for config, suffix in ((ENCODER_DECODER, ""), (DECODER, ":")):
         encode = PairEncoder(tokenizer, PairArguments(source_suffix=suffix), config)
         examples = encode(PAIRS)
-        batch, prompts = encode.collate(examples), encode.collate_sources(examples)
+        batch = encode.collate(examples)
         for row, example in enumerate(examples):
             source, target = parts(example)
             read = source if config.is_encoder_decoder else source + target
             mask = batch["attention_mask"][row].bool()
             assert batch["input_ids"][row][mask].tolist() == read
             assert mask.tolist() == sorted(mask.tolist(), reverse=True)
-            mask = prompts["attention_mask"][row].bool()
-            assert prompts["input_ids"][row][mask].tolist() == source
-            is_left = not config.is_encoder_decoder
-            assert mask.tolist() == sorted(mask.tolist(), reverse=not is_left)
             labels = batch["labels"][row]
             assert labels[labels != IGNORE_INDEX].tolist() == target
-            if is_left:  # at their places
+            if not config.is_encoder_decoder:  # at their places
                 places = slice(len(source), len(source) + len(target))
                 assert labels[places].tolist() == batch["input_ids"][row, places].tolist()
         empty = encode.collate([])
         assert empty["attention_mask"].tolist() == [[1]]
         assert empty["labels"].tolist() == [[IGNORE_INDEX]]
-        assert encode.collate_sources([])["input_ids"].shape == (1, 1)
 
 
 def test_columns_and_what_is_refused(tmp_path):
