@@ -53,7 +53,7 @@ class Arguments:
         }
     )
     tokenizer: str = "data/tokenizers/bpe-8192"
-    chat_template: str = "recipes/causal_lm/chat_templates/plain.jinja"
+    chat_template: str = "plain"
     train_path: str = "data/tasks/instruction/train.jsonl"
     sequence_length: int = 1024
     global_batch_size: int = 32  # conversations a step

@@ -118,7 +118,7 @@ def instruction(model: Path, steps: int, folder: Path) -> list[str]:
     short.write_text("".join(lines[:60]))
     return [
         *("--model_name_or_path", str(model)),
-        *("--chat_template", "recipes/causal_lm/chat_templates/chatml.jinja"),
+        *("--chat_template", "chatml"),
         *("--train_data", f"[{{path: {data}/train.jsonl}}]"),
         *("--test_data", f"[{{path: {short}}}]"),
         *("--sequence_length", "256", "--on_long_example", "skip"),
