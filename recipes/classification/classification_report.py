@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from calibration import reliability
+from classification_metrics import Reliability, reliability_of
 from utils.files import written_aside
 from utils.report import COLORS
 
@@ -47,14 +47,10 @@ def write_figures(
     figures = {}
     if probabilities.ndim == 1:
         figures["predictions"] = _scatter(names[0], probabilities, labels)
-    elif labels.ndim == 1:
-        found = probabilities.argmax(1)
-        figures["confusion_matrix"] = _confusion(names, found, labels)
-        figures["reliability"] = _reliability(probabilities.max(1), found == labels)
     else:
-        found = probabilities >= 0.5
-        confidence = np.where(found, probabilities, 1 - probabilities)
-        figures["reliability"] = _reliability(confidence.ravel(), (found == labels).ravel())
+        if labels.ndim == 1:
+            figures["confusion_matrix"] = _confusion(names, probabilities.argmax(1), labels)
+        figures["reliability"] = _reliability(reliability_of(probabilities, labels))
     paths = [folder / "plots" / f"{name}.png" for name in figures]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
@@ -83,9 +79,8 @@ def _confusion(names: list[str], found: np.ndarray, labels: np.ndarray) -> Figur
     return figure
 
 
-def _reliability(confidence: np.ndarray, is_right: np.ndarray) -> Figure:
+def _reliability(bins: Reliability) -> Figure:
     """Accuracy over confidence; the area of a point is the share of the predictions in its bin."""
-    bins = reliability(confidence, is_right)
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=COLORS[6], linewidth=0.8, label="as often right as confident")

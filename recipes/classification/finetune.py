@@ -14,6 +14,7 @@ The same command continues a run that was stopped. Besides what every run writes
 predictions.jsonl, of the test data in their order, and plots of the errors and the calibration.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 from adversarial import Adversarial, Adversary, symmetric_divergence
 from augmentation import Augmentation, Augmenter
 from classification_examples import (
+    Example,
     TrainingExamples,
     check_tokenizer,
     collate,
@@ -41,7 +43,6 @@ from labelled_texts import (
     label_names,
     read_labelled_texts,
 )
-from prediction import predict
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
@@ -49,7 +50,7 @@ from utils.epochs import Epochs, digest
 from utils.model import check_encoder, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
-from utils.scoring import check_finite, write_predictions
+from utils.scoring import check_finite, score_examples, write_predictions
 from utils.training import Training
 
 USAGE = """
@@ -188,6 +189,28 @@ class ClassificationLoss(torch.nn.Module):
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         return dict.fromkeys(self.names, int((batch["weights"] > 0).sum()))
+
+
+def predict(
+    training: Training,
+    examples: list[Example],
+    to_batch: Callable[[list[list[Example]]], dict[str, torch.Tensor]],
+) -> np.ndarray | None:
+    """The logits of each example, (examples, labels), on all ranks; None when a signal interrupts.
+
+    Args:
+        to_batch: rows of one example or none → the batch.
+    """
+    args = training.arguments
+
+    def logits(indices: list[int]) -> np.ndarray:
+        batch = to_batch([[examples[index]] for index in indices] or [[]])
+        return training.forward(batch, predict=True).float().cpu().numpy()
+
+    lengths = [len(example["input_ids"]) for example in examples]
+    budget = args.per_device_batch_size * args.sequence_length
+    found = score_examples(training, lengths, budget, logits, "predicting")
+    return None if found is None else np.stack(found)
 
 
 def evaluate(training: Training, logits: np.ndarray | None, labels: np.ndarray) -> dict | None:

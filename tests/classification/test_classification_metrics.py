@@ -1,5 +1,8 @@
 """The metrics of classifiers beside scikit-learn's and SciPy's, and by hand."""
 
+import importlib.util
+import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +10,9 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from calibration import reliability
-from classification_metrics import METRICS, measure, probabilities
+from classification_metrics import METRICS, measure, probabilities, reliability
 from classification_report import write_figures
+from launching import ROOT
 from utils.config import InputError
 from utils.scoring import check_finite
 
@@ -107,6 +110,39 @@ def test_what_has_no_definition_is_chance_and_not_nan():
     assert missing["eval_roc_auc"] == 1.0  # of the labels that occur
     single = measure("single_label_classification", np.eye(2), np.array([0, 0]))
     assert single["eval_roc_auc"] == 0.5
+
+
+@pytest.mark.parametrize("problem_type", list(METRICS))
+def test_the_keys_are_those_of_the_table(problem_type: str):
+    labels = {
+        "multi_label_classification": np.eye(2, dtype=int),
+        "regression": np.array([0.5, 2.0]),
+    }
+    logits = np.eye(2)[:, :1] if problem_type == "regression" else np.eye(2)
+    results = measure(problem_type, logits, labels.get(problem_type, np.array([0, 1])))
+    assert list(results) == [f"eval_{name}" for name in METRICS[problem_type]]
+
+
+def test_a_copied_folder_measures_by_its_own_metrics_and_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name in ("classification_metrics.py", "evaluate_metric.py"):
+        shutil.copy(ROOT / "recipes/classification" / name, tmp_path)
+    path, given = tmp_path / "classification_metrics.py", ("regression", np.eye(2)[:, :1])
+    before = measure(*given, np.array([0.5, 2.0]))
+    for constant in (41.0, 42.0):  # edited, and edited again
+        text = path.read_text()
+        path.write_text(text + f'METRICS["regression"]["spearmanr"] = lambda outputs: {constant}\n')
+        spec = importlib.util.spec_from_file_location("copied_metrics", path)
+        copied = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copied)
+        found = copied.measure(*given, np.array([0.5, 2.0]))
+        assert found == before | {"eval_spearmanr": constant}
+    assert measure(*given, np.array([0.5, 2.0])) == before
 
 
 def test_predictions_that_are_not_finite_are_refused():
