@@ -166,7 +166,7 @@ def test_the_command_of_the_readme_can_be_run(folder, command):
         arguments = launch_command_parser().parse_args(words[2:])
         assert (ROOT / arguments.config_file).exists()
         assert arguments.training_script == CAUSAL_LM
-        assert arguments.training_script_args[0].startswith("recipes/pretrain/configs/")
+        assert arguments.training_script_args[0].startswith("recipes/causal_lm/configs/")
 
 
 @pytest.fixture
