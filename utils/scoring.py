@@ -89,11 +89,12 @@ def generate_texts(
             where = slice(longest - len(row), None) if is_decoder else slice(len(row))
             tokens[number, where] = torch.as_tensor(row)
             mask[number, where] = 1
+        room = min(max_new_tokens, positions - longest) if is_decoder else max_new_tokens
         torch.manual_seed(0)
         written = model.generate(
             tokens.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=min(max_new_tokens, positions - longest if is_decoder else positions),
+            max_new_tokens=room,
             eos_token_id=end,
             pad_token_id=padding,
             # ZeRO-3 gathers weights in every forward: all ranks write until the last one is done

@@ -72,5 +72,7 @@ def write_answers(
             asked.append(turns[first - 1]["content"])
             prompts.append(prompt)
     texts = generate_texts(training, model, tokenizer, prompts, 100, do_sample=False)
-    pairs = None if texts is None else zip(asked, texts, strict=True)
-    return pairs and [{"prompt": question, "text": f"\n\n{text}"} for question, text in pairs]
+    if texts is None:
+        return None
+    pairs = zip(asked, texts, strict=True)
+    return [{"prompt": question, "text": f"\n\n{text}"} for question, text in pairs]

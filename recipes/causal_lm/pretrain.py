@@ -133,8 +133,10 @@ def write_samples(
     begun = [tokens[:-1][room - positions :] for tokens in encode(prompts)]
     options = {"do_sample": True, "temperature": 0.8}
     texts = generate_texts(training, model, tokenizer, begun, room, **options)
-    pairs = None if texts is None else zip(prompts, texts, strict=True)
-    return pairs and [{"prompt": prompt, "text": text} for prompt, text in pairs]
+    if texts is None:
+        return None
+    pairs = zip(prompts, texts, strict=True)
+    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
 def main() -> None:

@@ -88,4 +88,4 @@ def generate(
     sources = [example["input_ids"][: example["source_length"]] for example in examples]
     most = model.generation_config.max_new_tokens
     texts = generate_texts(training, model, encode.tokenizer, sources, most, batch_size)
-    return texts and [text.strip() for text in texts]
+    return None if texts is None else [text.strip() for text in texts]

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -552,6 +554,26 @@ def test_it_learns_and_the_export_answers(instruct, data, tmp_path):
     chat = pipeline("text-generation", str(ended.folder / "model"))
     answer = chat([{"role": "user", "content": "ren?"}], max_new_tokens=10, do_sample=False)
     assert answer[0]["generated_text"][-1]["content"] == "REN"
+
+
+def test_a_signal_while_answers_are_written_is_heard_and_made_up_for(instruct, monkeypatch):
+    settings = {"sample_answers": 3, "eval_steps": 3}
+    whole = instruct("whole", **settings)
+    generate, calls = LlamaForCausalLM.generate, iter(range(1, 10**6))
+
+    def interrupted(*args: Any, **options: Any) -> torch.Tensor:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "generate", interrupted)
+        part = instruct("part", **settings)
+    assert "stopped after step 3; resume with: " in part.output
+    assert not any({"eval_loss", "samples"} & record.keys() for record in metrics(part.folder))
+    instruct("part", **settings)
+    assert metrics(part.folder) == metrics(whole.folder)
+    assert sum("samples" in record for record in metrics(whole.folder)) == 2
 
 
 # adapters
