@@ -10,6 +10,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from utils.ranks import launched_rank
 from utils.run_state import RunState
 
 # dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
@@ -19,7 +20,7 @@ TOKENIZER_BATCH = 256  # texts at a time: a bar moves, and what the tokenizer ma
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:
     """Of the first rank, on a terminal; gone when it is closed."""
-    is_hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: but on a terminal
+    is_hidden = launched_rank() > 0 or None  # None: but on a terminal
     return tqdm(total=total, desc=what, unit=f" {unit}", leave=False, delay=1, disable=is_hidden)
 
 
