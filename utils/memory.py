@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.adapters import AdapterArguments, check_trained_part
 from utils.model import PAIR_HEADS, empty_model
+from utils.report import markdown_table
 
 PAIR_MODULES = {"pooler", *PAIR_HEADS}
 
@@ -86,18 +87,50 @@ def flops_per_token(
     return 6 * parameters + attention
 
 
-def model_state_bytes(
-    parameters: int,
+# NF4 with its scales quantized too (Dettmers et al. 2023, QLoRA): 4 bits, for each 64 weights
+# 8 bits of scale, and for each 256 scales 32 bits
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Adam's two moments: 8 bits each, and for each 256 of them a scale of 32 bits
+MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
+
+
+def parameter_parts(
+    config: Any, arguments: AdapterArguments, auto_model: Any = AutoModelForCausalLM
+) -> dict[str, int]:
+    """Numbers of parameters: "trained", and of them the "embeddings"; "frozen"; "quantizable",
+    those that 4-bit loading takes: of the linear layers but the head. The model is built without
+    storage.
+    """
+    linear = empty_model(config, auto_model).base_model.modules()
+    linear = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear))
+    # an adapter stands inside of the model
+    model = check_trained_part(config, arguments, auto_model, "CAUSAL_LM")
+    trained = _size(p for p in model.parameters() if p.requires_grad)
+    embeddings = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    return {
+        "trained": trained,
+        "embeddings": _size(weight for weight in embeddings if weight.requires_grad),
+        "frozen": _size(model.parameters()) - trained,
+        "quantizable": linear,
+    }
+
+
+def state_bytes(
+    parts: dict[str, int],
     zero_stage: int,
     world_size: int,
     mixed_precision: str,
+    *,
     offload: bool = False,
+    half_frozen: bool = False,
+    load_in_4bit: bool = False,
+    optim: str = "adamw_torch_fused",
 ) -> dict[str, int]:
     """Bytes on each GPU that training with AdamW holds from step to step.
 
     After ZeRO (Rajbhandari et al. 2020, section 3.1), as DeepSpeed 0.19 keeps them. Bytes for a
-    parameter, before ZeRO splits them over the processes (stage 1 the optimizer, stage 2 the
-    gradients too, stage 3 all three):
+    trained parameter, before ZeRO splits them over the processes (stage 1 the optimizer, stage 2
+    the gradients too, stage 3 all three, and what is frozen):
 
                              weights  gradients  optimizer
         ZeRO, fp32              4         4      4 + 8 (a second copy of the weights, moments)
@@ -109,43 +142,65 @@ def model_state_bytes(
     copy of its gradients that a process makes while it steps.
 
     Args:
-        parameters: those of the whole model, all of them trained.
+        parts: as `parameter_parts` gives them; {"trained": …} of a model that is trained whole.
         zero_stage: 0 (DistributedDataParallel) to 3.
         mixed_precision: "no", "bf16" or "fp16".
         offload: as in ds_configs/zero2_offload.json and zero3_offload.json: gradients and
             optimizer are in the host's memory, under stage 3 the weights too.
+        half_frozen: whether frozen weights are kept in 16 bits under stage 0.
+        optim: "adamw_bnb_8bit" goes with stage 0.
 
     Returns:
-        "weights", "gradients" and "optimizer".
+        "frozen" (where `parts` has it), "weights" (trained), "gradients" and "optimizer".
     """
     if zero_stage not in (0, 1, 2, 3) or mixed_precision not in ("no", "bf16", "fp16"):
         raise ValueError(f"no such setting: {zero_stage=}, {mixed_precision=}")
-    width = 4 if zero_stage == 0 or mixed_precision == "no" else 2
-    per_parameter = {"weights": width, "gradients": width, "optimizer": 12 if zero_stage else 8}
-    first_stage_split = {"weights": 3, "gradients": 2, "optimizer": 1}
+    trained, is_half = parts["trained"], mixed_precision != "no"
+    width = 2 if zero_stage and is_half else 4
+    optimizer = trained * (12 if zero_stage else 8)
+    if optim == "adamw_bnb_8bit":
+        optimizer -= round((trained - parts["embeddings"]) * (8 - MOMENTS_8BIT_BYTES))
+    # what: bytes, and the first stage that splits them
+    sizes = {"weights": (trained * width, 3), "gradients": (trained * width, 2)}
+    sizes["optimizer"] = (optimizer, 1)
+    if "frozen" in parts:
+        width = 2 if is_half and (zero_stage or half_frozen) else 4
+        quantized = round(parts["quantizable"] * (width - NF4_BYTES)) if load_in_4bit else 0
+        sizes = {"frozen": (parts["frozen"] * width - quantized, 3), **sizes}
     state = {}
-    for name, size in per_parameter.items():
-        processes = world_size if zero_stage >= first_stage_split[name] else 1
-        in_host_memory = offload and (name != "weights" or zero_stage == 3)
-        state[name] = 0 if in_host_memory else -(-size * parameters // processes)
+    for name, (size, first_split) in sizes.items():
+        in_host_memory = offload and (first_split < 3 or zero_stage == 3)
+        processes = world_size if zero_stage >= first_split else 1
+        state[name] = 0 if in_host_memory else -(-size // processes)
     return state
 
 
 def memory_table(
-    parameters: int, mixed_precision: str, world_sizes: Sequence[int] = (1, 8, 64)
+    parts: dict[str, int],
+    mixed_precision: str,
+    world_sizes: Sequence[int] = (1, 8, 64),
+    load_in_4bit: bool = False,
+    optim: str = "adamw_torch_fused",
+    **settings: Any,
 ) -> str:
-    """`model_state_bytes` as a Markdown table: ZeRO stages down, numbers of GPUs across."""
-    unit, size = ("GiB", 2**30) if parameters >= 2**26 else ("MiB", 2**20)
-    header = [f"{world} GPU{'s' if world > 1 else ''}" for world in world_sizes]
-    rows = [["ZeRO stage", *header], ["---"] * (1 + len(header))]
+    """`state_bytes` as a Markdown table: ZeRO stages down, numbers of GPUs across."""
+    is_large = "frozen" in parts or parts["trained"] >= 2**26
+    unit, size = ("GiB", 2**30) if is_large else ("MiB", 2**20)
+    settings |= {"load_in_4bit": load_in_4bit, "optim": optim}
+    rows = []
     for stage in (0, 1, 2, 3):
         row = ["0 (DDP)" if stage == 0 else str(stage)]
         for world_size in world_sizes:
-            state = model_state_bytes(parameters, stage, world_size, mixed_precision)
-            parts = " + ".join(f"{value / size:.1f}" for value in state.values())
-            row.append(f"{parts} = {sum(state.values()) / size:.1f} {unit}")
+            state = state_bytes(parts, stage, world_size, mixed_precision, **settings).values()
+            sizes = " + ".join(f"{value / size:.1f}" for value in state)
+            row.append(f"{sizes} = {sum(state) / size:.1f} {unit}")
+        if stage == 3 and load_in_4bit:
+            row[1:] = ["not with load_in_4bit"] * len(world_sizes)
+        elif stage and optim == "adamw_bnb_8bit":
+            row[1:] = ["not with adamw_bnb_8bit"] * len(world_sizes)
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    header = [f"{world} GPU{'s' if world > 1 else ''}" for world in world_sizes]
+    return markdown_table(["ZeRO stage", *header], rows)
 
 
 def plan(
@@ -181,125 +236,34 @@ def plan(
     if total:
         days = total / (0.4 * 989e12 * 86400)
         lines.append(f"compute      {total:.3g} FLOPs: {days:,.4g} H100 days at 40% MFU")
-    lines += [
-        "",
-        f"memory of weights + gradients + optimizer per GPU (mixed_precision: "
-        f"{arguments.mixed_precision}), activations not counted:",
-        "",
-        memory_table(counts["total"], arguments.mixed_precision),
-    ]
-    return "\n".join(lines)
-
-
-# NF4 with its scales quantized too (Dettmers et al. 2023, QLoRA): 4 bits, for each 64 weights
-# 8 bits of scale, and for each 256 scales 32 bits
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Adam's two moments: 8 bits each, and for each 256 of them a scale of 32 bits
-MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
-
-
-def parameter_parts(
-    config: Any, arguments: AdapterArguments, auto_model: Any = AutoModelForCausalLM
-) -> dict[str, int]:
-    """Numbers of parameters: "trained", and of them the "embeddings"; "frozen"; "quantizable",
-    those that 4-bit loading takes: of the linear layers but the head. The model is built without
-    storage.
-    """
-    linear = empty_model(config, auto_model).base_model.modules()
-    linear = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear))
-    # an adapter stands inside of the model
-    model = check_trained_part(config, arguments, auto_model, "CAUSAL_LM")
-    parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    embeddings = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    return {
-        "trained": trained,
-        "embeddings": sum(weight.numel() for weight in embeddings if weight.requires_grad),
-        "frozen": sum(p.numel() for p in parameters) - trained,
-        "quantizable": linear,
-    }
-
-
-def finetuning_bytes(
-    parts: dict[str, int],
-    zero_stage: int,
-    world_size: int,
-    mixed_precision: str,
-    half_frozen: bool,
-    load_in_4bit: bool = False,
-    optim: str = "adamw_torch_fused",
-) -> dict[str, int]:
-    """Bytes on each GPU that are held from step to step; activations are not counted.
-
-    Args:
-        parts: as `parameter_parts` gives them.
-        zero_stage: 0 (DistributedDataParallel) to 3.
-        half_frozen: whether frozen weights are kept in 16 bits under stage 0.
-        optim: "adamw_bnb_8bit" goes with stage 0.
-
-    Returns:
-        "frozen", "weights" (trained), "gradients", "optimizer" (AdamW, and fp32 copies).
-    """
-    is_half = mixed_precision != "no"
-    trained_width = 2 if zero_stage and is_half else 4
-    frozen_width = 2 if is_half and (zero_stage or half_frozen) else 4
-    frozen = parts["frozen"] * frozen_width
-    if load_in_4bit:
-        frozen -= round(parts["quantizable"] * (frozen_width - NF4_BYTES))
-    optimizer = parts["trained"] * (12 if zero_stage else 8)
-    if optim == "adamw_bnb_8bit":
-        optimizer -= round((parts["trained"] - parts["embeddings"]) * (8 - MOMENTS_8BIT_BYTES))
-    sizes = {
-        "frozen": (frozen, 3),
-        "weights": (parts["trained"] * trained_width, 3),
-        "gradients": (parts["trained"] * trained_width, 2),
-        "optimizer": (optimizer, 1),
-    }
-    return {
-        name: -(-size // (world_size if zero_stage >= first_split else 1))
-        for name, (size, first_split) in sizes.items()
-    }
+    return _with_memory(lines, {"trained": counts["total"]}, arguments.mixed_precision)
 
 
 def finetuning_plan(config: Any, arguments: Any, load_in_4bit: bool = False) -> str:
     """What `--dry_run true` prints: parameters, and memory by ZeRO stage and number of GPUs."""
     a, parts = arguments, parameter_parts(config, arguments)
-    total = parts["trained"] + parts["frozen"]
+    total, tokens = parts["trained"] + parts["frozen"], a.per_device_batch_size * a.sequence_length
     lines = [
         f"model        {config.model_type}, {total:,} parameters, of which "
         f"{parts['trained']:,} are trained ({parts['trained'] / total:.2%})",
         f"step         {a.global_batch_size:,} examples of at most {a.sequence_length:,} tokens",
-        f"micro-batch  at most {a.per_device_batch_size * a.sequence_length:,} tokens",
+        f"micro-batch  at most {tokens:,} tokens",
     ]
-    tokens = a.per_device_batch_size * a.sequence_length
-    text = config.get_text_config()
     if a.gradient_checkpointing:
+        text = config.get_text_config()
         kept = text.num_hidden_layers * tokens * text.hidden_size
         kept *= 4 if a.mixed_precision == "no" else 2
         lines.append(
             f"activations  {kept / 2**30:.1f} GiB kept between layers, and one layer's own"
         )
-    lines += [
-        "",
-        "memory of frozen weights + weights + gradients + optimizer per GPU (mixed_precision: "
-        f"{a.mixed_precision}), activations not counted:",
-        "",
-        "| ZeRO stage | 1 GPU | 8 GPUs |",
-        "| --- | --- | --- |",
-    ]
-    for stage in (0, 1, 2, 3):
-        cells = ["0 (DDP)" if stage == 0 else str(stage)]
-        for world_size in (1, 8):
-            if stage == 3 and load_in_4bit:
-                cells.append("not with load_in_4bit")
-                continue
-            if stage and a.optim == "adamw_bnb_8bit":
-                cells.append("not with adamw_bnb_8bit")
-                continue
-            state = finetuning_bytes(
-                parts, stage, world_size, a.mixed_precision, a.has_adapter, load_in_4bit, a.optim
-            )
-            sizes = " + ".join(f"{value / 2**30:.1f}" for value in state.values())
-            cells.append(f"{sizes} = {sum(state.values()) / 2**30:.1f} GiB")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    settings = {"half_frozen": a.has_adapter, "load_in_4bit": load_in_4bit, "optim": a.optim}
+    return _with_memory(lines, parts, a.mixed_precision, world_sizes=(1, 8), **settings)
+
+
+def _with_memory(lines: list[str], parts: dict[str, int], mixed_precision: str, **settings) -> str:
+    held = ["frozen weights"] * ("frozen" in parts) + ["weights", "gradients", "optimizer"]
+    heading = (
+        f"memory of {' + '.join(held)} per GPU (mixed_precision: {mixed_precision}), "
+        "activations not counted:"
+    )
+    return "\n".join([*lines, "", heading, "", memory_table(parts, mixed_precision, **settings)])

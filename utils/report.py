@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import accumulate
@@ -76,59 +76,131 @@ def write_card(
     """
     settings = folder.path / "config.yaml"
     config, _ = read_yaml(str(settings))
-    train, held_out = (
-        dict.fromkeys(
-            s["path"] for s in config.get(f"{split}_sources", config.get(f"{split}_data")) or ()
-        )
-        for split in ("train", "validation")
-    )
-    held_out = ", ".join(held_out) or "validation"
-    given = config.get("model_name_or_path")
     latest = {key: value for record in folder.records() for key, value in record.items()}
     results = {k.removeprefix("eval_"): v for k, v in latest.items() if k.startswith("eval_")}
-    by_domain = {k.removesuffix("_by_domain"): v for k, v in results.items() if type(v) is dict}
-    overall = {k: v for k, v in results.items() if type(v) is not dict}
-    scores = {k: v for k, v in overall.items() if k != "tokens" and math.isfinite(v)}
-    header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        datasets=[path for path in train if _is_hub_name(path)] or None,
-        base_model=given if given and _is_hub_name(given) else None,
-        model_name=title if scores else None,
-        eval_results=[EvalResult(pipeline_tag, held_out, held_out, *s) for s in scores.items()]
-        or None,
-        **metadata,
-    )
+    held_out = ", ".join(_paths(config, "validation")) or "validation"
     counted = {"steps": latest.get("step", 0), "tokens seen": latest.get("tokens", 0)}
-    intro = f"---\n{header}\n---\n\n# {title}\n\n{_table(['', ''], {**counted, **facts}.items())}"
-    sections = []
-    if results:
-        table = pd.concat([pd.DataFrame(overall, index=["**all**"]), pd.DataFrame(by_domain)])
-        columns = ["domain", *table.columns.str.replace("_", " ")]
-        sections.append(f"## Results\n\nOn {held_out}:\n\n{_table(columns, table.itertuples())}")
-    if seen := latest.get("tokens_by_source"):
-        seen = {**seen, "**all**": sum(seen.values())}
-        rows = [[name, count, f"{count / seen['**all**']:.1%}"] for name, count in seen.items()]
-        sections.append(f"## Data\n\n{_table(['source', 'tokens seen', 'share'], rows)}")
-    if samples := latest.get("samples", []):
-        sections.append("## Samples\n\nThe prompt in bold, then what the model wrote:")
-    for sample in samples:
-        prompt, text = (html.escape(sample[key], quote=False) for key in ("prompt", "text"))
-        sections.append(f"<pre><b>{prompt}</b>{text}</pre>")
-    sections += [
+    header = _metadata(config, title, pipeline_tag, results, held_out, metadata)
+    intro = [header, f"# {title}", markdown_table(["", ""], {**counted, **facts}.items())]
+    sections = [
+        *_results(results, held_out),
+        *_data(latest.get("tokens_by_source")),
+        *_samples(latest.get("samples")),
         "## Settings\n\n<details><summary>config.yaml</summary>",
         f"````yaml\n{settings.read_text(encoding='utf-8')}````\n\n</details>",
-        f"## Environment\n\n{_table(['', ''], _environment().items())}\n",
+        f"## Environment\n\n{markdown_table(['', ''], _environment().items())}\n",
     ]
     for path, model in ((folder.path, "model"), (folder.path / "model", ".")):
-        code = usage.strip().replace("{model}", model)
-        how = f"## How to use\n\nIn this folder:\n\n```python\n{code}\n```"
-        plots = [p for p in (*PANELS, "domains") if (path / "plots" / f"{p}.png").exists()]
-        pictures = [f"![{plot.replace('_', ' ')}](plots/{plot}.png)" for plot in plots]
         if path.is_dir():
+            parts = [*intro, *_pictures(path / "plots"), *_how_to_use(usage, model), *sections]
             with written_aside(path / "README.md") as file:
-                file.write_text("\n\n".join([intro, *pictures, how, *sections]), encoding="utf-8")
+                file.write_text("\n\n".join(parts), encoding="utf-8")
     return folder.path / "README.md"
+
+
+def _paths(config: dict[str, Any], split: str) -> list[str]:
+    sources = config.get(f"{split}_sources", config.get(f"{split}_data")) or ()
+    return list(dict.fromkeys(source["path"] for source in sources))
+
+
+def _metadata(
+    config: dict[str, Any],
+    title: str,
+    pipeline_tag: str,
+    results: dict[str, Any],
+    held_out: str,
+    more: dict[str, Any],
+) -> str:
+    """What the Hub reads; https://huggingface.co/docs/hub/model-cards."""
+    given = config.get("model_name_or_path")
+    numbers = {k: v for k, v in results.items() if k != "tokens" and type(v) is not dict}
+    scores = [score for score in numbers.items() if math.isfinite(score[1])]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        datasets=[path for path in _paths(config, "train") if _is_hub_name(path)] or None,
+        base_model=given if given and _is_hub_name(given) else None,
+        model_name=title if scores else None,
+        eval_results=[EvalResult(pipeline_tag, held_out, held_out, *s) for s in scores] or None,
+        **more,
+    )
+    return f"---\n{data}\n---"
+
+
+def _is_hub_name(path: str) -> bool:
+    is_file = os.path.exists(path) or path.endswith(FORMATS)
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not is_file
+
+
+def _pictures(plots: Path) -> list[str]:
+    names = [name for name in (*PANELS, "domains") if (plots / f"{name}.png").exists()]
+    return [f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in names]
+
+
+def _how_to_use(usage: str, model: str) -> list[str]:
+    code = usage.strip().replace("{model}", model)
+    return ["## How to use", "In this folder:", f"```python\n{code}\n```"]
+
+
+def _results(results: dict[str, Any], held_out: str) -> list[str]:
+    """A row for all of the held-out data, and one for each domain."""
+    if not results:
+        return []
+    by_domain = {k.removesuffix("_by_domain"): v for k, v in results.items() if type(v) is dict}
+    overall = {k: v for k, v in results.items() if type(v) is not dict}
+    table = pd.concat([pd.DataFrame(overall, index=["**all**"]), pd.DataFrame(by_domain)])
+    header = ["domain", *table.columns.str.replace("_", " ")]
+    return ["## Results", f"On {held_out}:", markdown_table(header, table.itertuples())]
+
+
+def _data(tokens_by_source: dict[str, int] | None) -> list[str]:
+    if not tokens_by_source:
+        return []
+    total = sum(tokens_by_source.values())
+    rows = [[*row, f"{row[1] / total:.1%}"] for row in tokens_by_source.items()]
+    rows.append(["**all**", total, "100.0%"])
+    return ["## Data", markdown_table(["source", "tokens seen", "share"], rows)]
+
+
+def _samples(samples: list[dict[str, str]] | None) -> list[str]:
+    texts = []
+    for sample in samples or ():
+        prompt, text = (html.escape(sample[key], quote=False) for key in ("prompt", "text"))
+        texts.append(f"<pre><b>{prompt}</b>{text}</pre>")
+    return texts and ["## Samples\n\nThe prompt in bold, then what the model wrote:", *texts]
+
+
+def _environment() -> dict[str, str]:
+    versions = {name: version(name) for name in PACKAGES if find_spec(name)}
+    cpu = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else None
+    hardware = f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+    if torch.cuda.is_initialized():
+        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    date = str(datetime.date.today())
+    return {"Python": platform.python_version(), **versions, "hardware": hardware, "date": date}
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Iterable[Any]], align: str | None = None
+) -> str:
+    """A Markdown table; numbers that are not formatted yet get four digits.
+
+    Args:
+        align: a letter for each column, "l" or "r"; all to the left where it is not given.
+    """
+
+    def cell(value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return " ".join(str(value).split()).replace("|", "\\|")
+        if math.isnan(value):
+            return ""  # a metric that this row does not have
+        digits = ",.0f" if value % 1 == 0 else ",.4f" if abs(value) >= 0.1 else ".3g"
+        return f"{value:{digits}}"
+
+    line = ["---:" if letter == "r" else "---" for letter in align or "l" * len(header)]
+    lines = [header, line, *([cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _training_figure(training: pd.DataFrame, records: list, panels: list) -> Figure | None:
@@ -234,35 +306,6 @@ def _spread(places: list[float], gap: float) -> list[float]:
     up = accumulate(inside, lambda below, place: max(below + gap, place))
     down = accumulate(reversed(inside), lambda above, place: min(above - gap, place))
     return [(a + b) / 2 for a, b in zip(up, reversed(list(down)), strict=True)]
-
-
-def _is_hub_name(path: str) -> bool:
-    is_file = os.path.exists(path) or path.endswith(FORMATS)
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not is_file
-
-
-def _table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return " ".join(str(value).split()).replace("|", "\\|")
-        if math.isnan(value):
-            return ""  # a metric that this row does not have
-        digits = ",.0f" if value % 1 == 0 else ",.4f" if abs(value) >= 0.1 else ".3g"
-        return f"{value:{digits}}"
-
-    lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _environment() -> dict[str, str]:
-    versions = {name: version(name) for name in PACKAGES if find_spec(name)}
-    cpu = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else None
-    hardware = f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
-    if torch.cuda.is_initialized():
-        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    date = str(datetime.date.today())
-    return {"Python": platform.python_version(), **versions, "hardware": hardware, "date": date}
 
 
 def conclude(

@@ -29,12 +29,11 @@ from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.memory import (
-    finetuning_bytes,
     flops_per_token,
     memory_table,
-    model_state_bytes,
     parameter_count,
     parameter_parts,
+    state_bytes,
 )
 from utils.optimizer import adamw
 
@@ -186,7 +185,7 @@ def test_flops_of_an_encoder_are_those_of_the_recipe(model_type):
 )
 def test_bytes_a_parameter(stage, world_size, precision, weights, gradients, optimizer):
     parameters = 64 * 10**6
-    assert model_state_bytes(parameters, stage, world_size, precision) == {
+    assert state_bytes({"trained": parameters}, stage, world_size, precision) == {
         "weights": weights * parameters,
         "gradients": gradients * parameters,
         "optimizer": optimizer * parameters,
@@ -194,7 +193,7 @@ def test_bytes_a_parameter(stage, world_size, precision, weights, gradients, opt
 
 
 def test_llama_2_7b_under_zero_3_on_64_gpus():
-    state = model_state_bytes(SEVEN_BILLION, 3, 64, "bf16")
+    state = state_bytes({"trained": SEVEN_BILLION}, 3, 64, "bf16")
     assert state == {
         "weights": 210_575_488,
         "gradients": 210_575_488,
@@ -204,25 +203,29 @@ def test_llama_2_7b_under_zero_3_on_64_gpus():
 
 
 def test_offload_leaves_the_gpu_what_the_offload_configs_leave_it():
-    zero2 = model_state_bytes(1000, 2, 2, "bf16", offload=True)
+    zero2 = state_bytes({"trained": 1000}, 2, 2, "bf16", offload=True)
     assert zero2 == {"weights": 2000, "gradients": 0, "optimizer": 0}
-    zero3 = model_state_bytes(1000, 3, 2, "bf16", offload=True)
+    zero3 = state_bytes({"trained": 1000}, 3, 2, "bf16", offload=True)
     assert zero3 == {"weights": 0, "gradients": 0, "optimizer": 0}
 
 
 def test_a_remainder_is_rounded_up():
-    assert model_state_bytes(3, 3, 4, "bf16") == {"weights": 2, "gradients": 2, "optimizer": 9}
+    assert state_bytes({"trained": 3}, 3, 4, "bf16") == {
+        "weights": 2,
+        "gradients": 2,
+        "optimizer": 9,
+    }
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(4, "bf16"), (2, "fp8")])
 def test_unknown_settings_are_refused(stage, precision):
     with pytest.raises(ValueError, match="no such setting"):
-        model_state_bytes(1000, stage, 1, precision)
+        state_bytes({"trained": 1000}, stage, 1, precision)
 
 
 def test_memory_table_of_a_small_model_is_in_mebibytes():
     # 2**20 parameters: 4 MiB of fp32 weights, 8 of moments, and under ZeRO 4 more of a copy
-    assert memory_table(2**20, "no", world_sizes=(1, 2)).splitlines() == [
+    assert memory_table({"trained": 2**20}, "no", world_sizes=(1, 2)).splitlines() == [
         "| ZeRO stage | 1 GPU | 2 GPUs |",
         "| --- | --- | --- |",
         "| 0 (DDP) | 4.0 + 4.0 + 8.0 = 16.0 MiB | 4.0 + 4.0 + 8.0 = 16.0 MiB |",
@@ -236,7 +239,7 @@ def test_the_table_of_the_readme_is_what_the_dry_run_prints(tmp_path):
     arguments = "recipes/causal_lm/configs/pretrain_7b_slimpajama.yaml --dry_run true"
     readme = (ROOT / "ds_configs/README.md").read_text()
     assert f"python {CAUSAL_LM} {arguments}\n" in readme
-    table = memory_table(SEVEN_BILLION, "bf16")
+    table = memory_table({"trained": SEVEN_BILLION}, "bf16")
     assert table in readme
     printed = run(None, 1, arguments.split(), tmp_path / "log")
     assert table in printed
@@ -254,7 +257,9 @@ def test_the_sizes_of_the_launch_table_leave_a_third_of_80_gb_free():
     for name, (stage, world_size) in stages.items():
 
         def needed(billions: int, stage=stage, world_size=world_size) -> float:
-            return sum(model_state_bytes(billions * 10**9, stage, world_size, "bf16").values())
+            return sum(
+                state_bytes({"trained": billions * 10**9}, stage, world_size, "bf16").values()
+            )
 
         largest = int(sizes[name])
         assert needed(largest) <= 80e9 * 2 / 3 < needed(largest + 1), name
@@ -301,7 +306,7 @@ def test_4_bit_weights_take_what_is_said(tmp_path):
             held += state.absmax.numel() + state.state2.absmax.numel() * 4
     parts = parameter_parts(CONFIG, AdapterArguments(lora={"r": 8}))
     assert parts["quantizable"] == 2 * (4 * 256 * 256 + 3 * 256 * 512)
-    said = finetuning_bytes(parts, 0, 1, "bf16", half_frozen=True, load_in_4bit=True)
+    said = state_bytes(parts, 0, 1, "bf16", half_frozen=True, load_in_4bit=True)
     assert said["frozen"] == pytest.approx(held, rel=1e-3)
 
 
@@ -318,23 +323,23 @@ def test_8_bit_moments_take_what_is_said():
     )
     parts = parameter_parts(CONFIG, AdapterArguments())
     assert parts["embeddings"] == 1000 * 256
-    said = finetuning_bytes(parts, 0, 1, "bf16", half_frozen=False, optim="adamw_bnb_8bit")
+    said = state_bytes(parts, 0, 1, "bf16", half_frozen=False, optim="adamw_bnb_8bit")
     # the moments of norms, which are small, are kept in 32 bits
     assert said["optimizer"] == pytest.approx(held, rel=0.005)
 
 
 def test_bytes_of_stages():
     parts = {"trained": 1000, "embeddings": 0, "frozen": 9000, "quantizable": 0}
-    assert finetuning_bytes(parts, 0, 8, "bf16", half_frozen=True) == {
+    assert state_bytes(parts, 0, 8, "bf16", half_frozen=True) == {
         "frozen": 18000,
         "weights": 4000,
         "gradients": 4000,
         "optimizer": 8000,
     }
-    assert finetuning_bytes(parts, 3, 8, "bf16", half_frozen=False) == {
+    assert state_bytes(parts, 3, 8, "bf16", half_frozen=False) == {
         "frozen": 2250,
         "weights": 250,
         "gradients": 250,
         "optimizer": 1500,
     }
-    assert finetuning_bytes(parts, 0, 1, "no", half_frozen=True)["frozen"] == 36000
+    assert state_bytes(parts, 0, 1, "no", half_frozen=True)["frozen"] == 36000
