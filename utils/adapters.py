@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import peft
 import torch
-from accelerate.state import AcceleratorState
-from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel
+import transformers
 
 from utils.config import InputError
 from utils.files import written_aside
 from utils.model import ModelArguments, build_model, empty_model, initialize_weights
 from utils.randomness import random_key
+
+if TYPE_CHECKING:
+    import peft  # takes seconds, and is needed with an adapter alone
 
 
 @dataclass
@@ -35,6 +35,8 @@ class AdapterArguments(ModelArguments):
 
     def check(self) -> None:
         if self.lora is not None:
+            import peft
+
             known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
             if unknown := self.lora.keys() - known:
                 (near,) = get_close_matches(min(unknown), known, 1, 0)
@@ -66,7 +68,7 @@ class AdapterArguments(ModelArguments):
 
 def task_model(
     arguments: Any, config: Any, auto_model: Any, task_type: str, folder: Path, **options: Any
-) -> tuple[PreTrainedModel, PreTrainedModel | peft.PeftModel]:
+) -> "tuple[transformers.PreTrainedModel, transformers.PreTrainedModel | peft.PeftModel]":
     """(the model, what is trained of it: itself, or it with an adapter); all ranks call it.
 
     What begins from scratch and is not trained as a whole is written to `folder`/base_model, which
@@ -83,6 +85,8 @@ def task_model(
     a = arguments
     if not a.model_name_or_path and (a.has_adapter or a.freeze is not None):
         base = folder / "base_model"
+        from accelerate.state import AcceleratorState
+
         with AcceleratorState().main_process_first():
             if not base.exists():
                 _write_base(a, config, auto_model, base)
@@ -109,7 +113,7 @@ def base_dtype(arguments: Any) -> torch.dtype:
 
 def check_trained_part(
     config: Any, arguments: AdapterArguments, auto_model: Any, task_type: str
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The model without storage, as it will be trained, to be looked at before anything is written.
 
     Raises:
@@ -123,7 +127,7 @@ def check_trained_part(
     return model
 
 
-def freeze(model: PreTrainedModel, what: str | int | None) -> None:
+def freeze(model: "transformers.PreTrainedModel", what: str | int | None) -> None:
     """Take parameters out of training.
 
     Args:
@@ -149,7 +153,7 @@ def freeze(model: PreTrainedModel, what: str | int | None) -> None:
         raise InputError(f"freeze: {what} leaves nothing to train")
 
 
-def _layers(model: PreTrainedModel, wanted: int) -> list[torch.nn.Module]:
+def _layers(model: "transformers.PreTrainedModel", wanted: int) -> list[torch.nn.Module]:
     count = model.config.num_hidden_layers
     if wanted > count:
         raise InputError(f"freeze: there are {count} layers, not {wanted}")
@@ -164,8 +168,8 @@ HEADS = {"SEQ_CLS": ("classifier", "score")}
 
 
 def add_adapter(
-    model: PreTrainedModel, arguments: AdapterArguments, task_type: str, seed: int
-) -> peft.PeftModel:
+    model: "transformers.PreTrainedModel", arguments: AdapterArguments, task_type: str, seed: int
+) -> "peft.PeftModel":
     """The model with a LoRA adapter, which alone is trained (with the head of a classifier).
 
     The base model is changed in place: it computes with the adapter from here on.
@@ -176,6 +180,9 @@ def add_adapter(
     Raises:
         InputError: targets that match nothing, a setting of a wrong kind, another base's adapter.
     """
+    import peft
+    from peft.tuners.lora import LoraLayer
+
     if arguments.adapter_name_or_path is not None:
         return _load_adapter(model, arguments.adapter_name_or_path)
     settings = {"target_modules": "all-linear", **arguments.lora, "task_type": task_type}
@@ -214,7 +221,9 @@ def add_adapter(
     return adapted
 
 
-def _load_adapter(model: PreTrainedModel, path: str) -> peft.PeftModel:
+def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.PeftModel":
+    import peft
+
     try:
         config = peft.PeftConfig.from_pretrained(path)
     except (ValueError, OSError) as error:
@@ -240,7 +249,9 @@ def is_same_model(one: str | None, other: str | None) -> bool:
     return one == other or Path(one).absolute().resolve() == Path(other).absolute().resolve()
 
 
-def trainable_share(model: PreTrainedModel | peft.PeftModel) -> str:
+def trainable_share(model: "transformers.PreTrainedModel | peft.PeftModel") -> str:
     """Such as "12,288 of 1,000,000 parameters (1.23%)"."""
+    import peft
+
     trained, total = peft.PeftModel.get_nb_trainable_parameters(model)
     return f"{trained:,} of {total:,} parameters ({trained / total:.2%})"

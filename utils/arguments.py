@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import torch
-from transformers import get_scheduler
+import transformers
 
 from utils.config import InputError, Settings
 from utils.ranks import launched_with_fsdp, launched_world_size, launched_zero_stage
@@ -162,7 +162,7 @@ class TrainingArguments(Settings):
     def learning_rate_factor(self) -> Callable[[int], float]:
         """What the peak learning rate is multiplied by in the step after `step` steps."""
         try:
-            schedule = get_scheduler(
+            schedule = transformers.get_scheduler(
                 self.lr_scheduler_type,
                 torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate),
                 num_warmup_steps=self.warmup_steps,

@@ -7,20 +7,24 @@ import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import accelerate
 import torch
-from accelerate.tracking import filter_trackers
 
 from utils import checkpoint
 from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
 from utils.randomness import random_key
 
+if TYPE_CHECKING:
+    import accelerate
 
-def start_processes(arguments: Any, project_dir: Path) -> accelerate.Accelerator:
+
+def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerator":
     """Join the process group that the launcher prepared, on the CPU where there is nothing else."""
+    import accelerate
+    from accelerate.tracking import filter_trackers
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch has renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -74,7 +78,7 @@ class Engine:
 
     def __init__(
         self,
-        accelerator: accelerate.Accelerator,
+        accelerator: "accelerate.Accelerator",
         objective: torch.nn.Module,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -82,7 +86,7 @@ class Engine:
     ):
         self.accelerator, self.arguments = accelerator, arguments
         self.objective, self.model = objective, model
-        self.deepspeed = accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
+        self.deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
         if self.deepspeed:
             self._fill_deepspeed_config()
         if arguments.gradient_checkpointing:

@@ -12,8 +12,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from utils.checkpoint import parameter_names, read_parameters, read_state
@@ -47,6 +45,8 @@ def export(
     Raises:
         InputError: not a whole checkpoint, no base model, or no space left.
     """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     unset_hf_deepspeed_config()  # in a run under ZeRO-3 the model would be cut up as it is built
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -152,7 +152,9 @@ class ModelFiles:
         model: as it is before an engine takes hold of it; or a peft.PeftModel.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self, model: "transformers.PreTrainedModel", tokenizer: transformers.PreTrainedTokenizerBase
+    ):
         self.tokenizer = tokenizer
         is_whole = all(parameter.requires_grad for parameter in model.parameters())
         # saved buffers, too, are in no checkpoint (Marian's bias of the logits)

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 # of the blocks of 8-bit moments (bitsandbytes); only where a parameter is whole
 SCALES = ("absmax1", "absmax2")
@@ -31,6 +29,9 @@ def fragments(
 
     Where every rank owns everything (no ZeRO), the parameters are dealt out, unless `every_rank`.
     """
+    from torch.distributed.tensor import DTensor  # takes a second
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     zero = zero_optimizer(optimizer)
     for index, (name, parameter) in enumerate(trainable(model)):
         if isinstance(parameter, DTensor):  # FSDP2: rows of the parameter

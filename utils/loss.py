@@ -8,8 +8,8 @@ describe the same scheme; Wijmans et al. 2024 the memory it saves).
 from collections.abc import Callable
 
 import torch
+import transformers
 from torch.nn.functional import cross_entropy, linear
-from transformers import PreTrainedModel
 
 from utils.config import InputError
 
@@ -28,7 +28,7 @@ LOGIT_SETTINGS = {
 }
 
 
-def check_head(model: PreTrainedModel) -> None:
+def check_head(model: "transformers.PreTrainedModel") -> None:
     """Raises InputError unless the logits of the model are what the losses here take them for."""
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or {*model.children()} != {model.base_model, head}:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from utils.adapters import AdapterArguments, check_trained_part
 from utils.model import PAIR_HEADS, empty_model
@@ -16,7 +15,7 @@ from utils.report import markdown_table
 PAIR_MODULES = {"pooler", *PAIR_HEADS}
 
 
-def parameter_count(config: Any, auto_model: Any = AutoModelForCausalLM) -> dict[str, int]:
+def parameter_count(config: Any, auto_model: Any = None) -> dict[str, int]:
     """The parameters of an `empty_model`: exact for every architecture; tied weights count once.
 
     Returns:
@@ -65,7 +64,7 @@ def _computed_again(model: torch.nn.Module) -> int:
 def flops_per_token(
     config: Any,
     sequence_length: int,
-    auto_model: Any = AutoModelForCausalLM,
+    auto_model: Any = None,
     predicted: float = 1.0,
 ) -> int:
     """Floating-point operations of forward and backward for one token: 6·N + 12·L·H·S.
@@ -95,7 +94,7 @@ MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
 
 
 def parameter_parts(
-    config: Any, arguments: AdapterArguments, auto_model: Any = AutoModelForCausalLM
+    config: Any, arguments: AdapterArguments, auto_model: Any = None
 ) -> dict[str, int]:
     """Numbers of parameters: "trained", and of them the "embeddings"; "frozen"; "quantizable",
     those that 4-bit loading takes: of the linear layers but the head. The model is built without
@@ -207,7 +206,7 @@ def plan(
     config: Any,
     arguments: Any,
     phases: Sequence[tuple[int, int | None]],
-    auto_model: Any = AutoModelForCausalLM,
+    auto_model: Any = None,
     predicted: float = 1.0,
 ) -> str:
     """What `--dry_run true` prints: parameters, tokens, steps, FLOPs, memory by ZeRO stage.

@@ -8,8 +8,8 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from utils.config import InputError, Settings
@@ -38,7 +38,7 @@ class ModelArguments(Settings):
 def load_tokenizer(arguments: ModelArguments) -> Any:
     name = arguments.tokenizer or arguments.model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
 
@@ -54,11 +54,11 @@ def model_config(arguments: ModelArguments, sequence_length: int, tokenizer: Any
         tokenizer = load_tokenizer(arguments)
     try:
         if given:
-            config = AutoConfig.from_pretrained(given)
+            config = transformers.AutoConfig.from_pretrained(given)
         else:
             if "model_type" not in settings:
                 raise InputError("model: model_type is missing: llama, bert or another")
-            defaults = type(AutoConfig.for_model(settings["model_type"]))()
+            defaults = type(transformers.AutoConfig.for_model(settings["model_type"]))()
             known = defaults.to_dict().keys() | defaults.attribute_map.keys()
             if unknown := settings.keys() - known:
                 (near,) = get_close_matches(min(unknown), known, 1, 0)
@@ -71,7 +71,7 @@ def model_config(arguments: ModelArguments, sequence_length: int, tokenizer: Any
                 # a multiple of 64 suits the hardware
                 special["vocab_size"] = -(-len(tokenizer) // 64) * 64
                 settings = special | settings
-            config = AutoConfig.for_model(**settings)
+            config = transformers.AutoConfig.for_model(**settings)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
@@ -99,7 +99,7 @@ def build_model(
     seed: int,
     dtype: torch.dtype = torch.float32,
     **options: Any,
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The model: from given weights, or initialised as a function of the seed.
 
     What the given weights do not hold (the head of a new task) is initialised in the same way, and
@@ -152,17 +152,18 @@ def build_model(
 
 
 def empty_model(
-    config: Any, auto_model: Any = AutoModelForCausalLM, device: str = "meta"
-) -> PreTrainedModel:
+    config: Any, auto_model: Any = None, device: str = "meta"
+) -> "transformers.PreTrainedModel":
     """The language model that a transformers config describes, built without storage.
 
     Args:
-        auto_model: AutoModelForCausalLM or another class of its kind.
+        auto_model: AutoModelForCausalLM, which it is unless given, or another class of its kind.
         device: where there is storage, its weights are still to be initialised.
 
     Raises:
         InputError: transformers has no such language model for this config.
     """
+    auto_model = auto_model or transformers.AutoModelForCausalLM
     models = auto_model._model_mapping
     if type(config) not in models:
         kind = auto_model.__name__.removeprefix("AutoModelFor")
@@ -172,7 +173,9 @@ def empty_model(
         return models[type(config)](config)
 
 
-def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
+def initialize_weights(
+    model: "transformers.PreTrainedModel", seed: int, only: set[str] | None = None
+) -> None:
     """Initialise each module from (seed, its name): the same weights under every ZeRO stage.
 
     Args:
@@ -226,7 +229,7 @@ def block_diagonal_mask(sequence_ids: torch.Tensor, config: Any, dtype: torch.dt
     return {"full_attention": mask, "sliding_attention": mask.masked_fill(is_far, smallest)}
 
 
-def optional_inputs(model: PreTrainedModel) -> list[str]:
+def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:
     """Which of position_ids and token_type_ids the model takes."""
     takes = inspect.signature(model.base_model.forward).parameters
     # a model with one type only (RoBERTa) knows it
@@ -238,7 +241,7 @@ def optional_inputs(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def first_position(model: PreTrainedModel) -> int:
+def first_position(model: "transformers.PreTrainedModel") -> int:
     """The position id of a sequence's first token: RoBERTa's begin after that of the padding."""
     embeddings = getattr(model.base_model, "embeddings", None)
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
@@ -246,7 +249,7 @@ def first_position(model: PreTrainedModel) -> int:
 
 
 def check_encoder(
-    model: PreTrainedModel, sequence_length: int, with_pairs: bool, packing: bool
+    model: "transformers.PreTrainedModel", sequence_length: int, with_pairs: bool, packing: bool
 ) -> None:
     """Raises InputError when the model lacks what the objective, the length or packing needs."""
     kind = model.config.model_type

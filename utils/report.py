@@ -4,6 +4,8 @@ write_plots(folder)
 write_card(folder, "A small Llama", "text-generation", USAGE, {"parameters": 1_234_567})
 """
 
+from __future__ import annotations
+
 import datetime
 import html
 import math
@@ -15,21 +17,23 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from huggingface_hub import EvalResult, ModelCardData
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from utils.config import read_yaml
 from utils.export import export
 from utils.files import written_aside
 from utils.run_folder import RunFolder
 from utils.sources import FORMATS
-from utils.training import Training
+
+if TYPE_CHECKING:  # matplotlib and pandas take a second, which the end of a run pays
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from utils.training import Training
 
 # plot → its panels: the number in the metrics, title, axis label
 PANELS = {
@@ -51,11 +55,18 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tok
 
 def write_plots(folder: RunFolder) -> list[Path]:
     """Write plots/*.png, those that the metrics have the numbers for; returns their paths."""
+    import pandas as pd
+
     records = folder.records()
     training = pd.DataFrame([record for record in records if "loss" in record])
     figures = {name: _training_figure(training, records, panels) for name, panels in PANELS.items()}
     figures["domains"] = _domain_figure(training, records)
-    paths = [folder.path / "plots" / f"{name}.png" for name, figure in figures.items() if figure]
+    return save_figures(folder.path, {name: figure for name, figure in figures.items() if figure})
+
+
+def save_figures(folder: Path, figures: dict[str, Figure]) -> list[Path]:
+    """Write plots/*.png by their names; returns their paths."""
+    paths = [folder / "plots" / f"{name}.png" for name in figures]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         with written_aside(path) as file:
@@ -146,6 +157,8 @@ def _results(results: dict[str, Any], held_out: str) -> list[str]:
     """A row for all of the held-out data, and one for each domain."""
     if not results:
         return []
+    import pandas as pd
+
     by_domain = {k.removesuffix("_by_domain"): v for k, v in results.items() if type(v) is dict}
     overall = {k: v for k, v in results.items() if type(v) is not dict}
     table = pd.concat([pd.DataFrame(overall, index=["**all**"]), pd.DataFrame(by_domain)])
@@ -265,6 +278,9 @@ def _domain_figure(training: pd.DataFrame, records: list) -> Figure | None:
 
 def _make_axes(training: pd.DataFrame, rows: int, height: float) -> tuple[Figure, Any]:
     """Panels above one another over the steps, with the tokens seen by then below their numbers."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     figure = Figure(figsize=(9, height), layout="constrained")
     panels = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
     last, shorten = training.iloc[-1], EngFormatter(places=1, sep="")
@@ -282,6 +298,8 @@ def _make_axes(training: pd.DataFrame, rows: int, height: float) -> tuple[Figure
 
 def _finish(axes: Axes, title: str, label: str, from_zero: bool = False) -> None:
     """Title, label and scale: from zero, or logarithmic over more than a factor of 3."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     low, high = axes.dataLim.intervaly
     if from_zero:
         axes.set_ylim(bottom=0)
@@ -292,11 +310,16 @@ def _finish(axes: Axes, title: str, label: str, from_zero: bool = False) -> None
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter("{x:,.10g}")
     axes.set_ylabel(label)
-    axes.set_title(title, loc="left", weight="bold", size=11)
-    axes.grid(color="#E8E8E8")
-    axes.spines[["top", "right"]].set_visible(False)
+    finish_axes(axes, title)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="upper right", frameon=False)
+
+
+def finish_axes(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", weight="bold", size=11)
+    axes.set_axisbelow(True)
+    axes.grid(color="#E8E8E8")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _spread(places: list[float], gap: float) -> list[float]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-import datasets
 import pyarrow.parquet
 
 from utils.config import InputError
@@ -148,6 +147,8 @@ def _csv(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def _read_hub(table: Table) -> Iterator[TableRow]:
+    import datasets
+
     try:
         rows = datasets.load_dataset(
             table.path, table.name, split=table.split or "train", revision=table.revision

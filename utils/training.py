@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from utils import checkpoint
 from utils.arguments import TrainingArguments
@@ -76,8 +76,8 @@ class Training:
     def prepare(
         self,
         objective: torch.nn.Module,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: "transformers.PreTrainedModel",
+        tokenizer: transformers.PreTrainedTokenizerBase,
         data: Data,
         flops_per_token: Callable[[int], float] = lambda step: 0.0,
     ) -> None:

@@ -21,8 +21,8 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from example_rows import check_examples, example_rows
 from masked_evaluation import MaskedEvaluation
@@ -222,7 +222,11 @@ def position_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch
 
 def main() -> None:
     args = parse(Arguments)
-    auto_model = AutoModelForMaskedLM if args.objective == "mlm" else AutoModelForPreTraining
+    auto_model = (
+        transformers.AutoModelForMaskedLM
+        if args.objective == "mlm"
+        else transformers.AutoModelForPreTraining
+    )
     predicted = args.mlm_probability
     needs = (args.row_length, args.objective != "mlm", args.packing)
     if args.dry_run:

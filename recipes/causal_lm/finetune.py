@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import transformers
 
 from conversation_evaluation import evaluate_answers, write_answers
 from conversations import (
@@ -159,14 +159,14 @@ def main() -> None:
     del rows, examples
     for example in train:
         del example["messages"]  # texts that nothing reads again
-    check_head(check_trained_part(config, args, AutoModelForCausalLM, "CAUSAL_LM"))
+    check_head(check_trained_part(config, args, transformers.AutoModelForCausalLM, "CAUSAL_LM"))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
 
     options = {}
     if args.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
@@ -174,7 +174,7 @@ def main() -> None:
         )
     training = Training(args, folder)
     model, trained = task_model(
-        args, config, AutoModelForCausalLM, "CAUSAL_LM", folder.path, **options
+        args, config, transformers.AutoModelForCausalLM, "CAUSAL_LM", folder.path, **options
     )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -24,15 +24,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
-    set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -108,7 +105,7 @@ def main() -> None:
         model.generation_config.temperature = args.temperature
         model.generation_config.top_k = args.top_k or 0  # 0 is all tokens; None would be 50
         model.generation_config.top_p = args.top_p
-    set_seed(args.seed)
+    transformers.set_seed(args.seed)
 
     interrupt = Interrupt()
     signal.signal(signal.SIGINT, interrupt.press)
@@ -185,13 +182,13 @@ def prompt_of_json(place: str, line: str) -> str:
     return prompt
 
 
-def load(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase, "transformers.PreTrainedModel"]:
     """The tokenizer, and the model: on the GPU if there is one, spread over all if several."""
     part = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         part = "causal language model"
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map="auto", output_loading_info=True
         )
     except Exception as error:  # each file format and each kind of name fails in its own way
@@ -207,7 +204,7 @@ def load(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMode
 def encode(
     prompts: list[tuple[str, str]],
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Token ids of the prompts, as documents begin in training: [begin] + tokens.

@@ -21,8 +21,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM
 
 from bits_per_byte import baselines, evaluate_by_domain
 from packing import DocumentEncoder, packed_rows
@@ -156,7 +156,7 @@ def main() -> None:
 
     flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
-    model = build_model(args, config, AutoModelForCausalLM, args.seed)
+    model = build_model(args, config, transformers.AutoModelForCausalLM, args.seed)
     check_architecture(model)
     objective = NextTokenLoss(model)
     rows_of = partial(packed_rows, corpus, args.sequence_length)

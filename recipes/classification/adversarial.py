@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from utils.config import InputError
 
@@ -100,7 +100,7 @@ class Adversary:
         model: with a hook on its input embeddings from here on.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Adversarial):
+    def __init__(self, model: "transformers.PreTrainedModel", settings: Adversarial):
         self.settings = settings.filled()
         self.embeddings = model.get_input_embeddings()
         self.embeddings.register_forward_hook(self._perturb)

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
-from transformers import AutoModelForSequenceClassification
 
 from adversarial import Adversarial, Adversary, symmetric_divergence
 from augmentation import Augmentation, Augmenter
@@ -247,7 +247,7 @@ def main() -> None:
 
     training = Training(args, folder)
     model, trained = task_model(
-        args, config, AutoModelForSequenceClassification, "SEQ_CLS", folder.path
+        args, config, transformers.AutoModelForSequenceClassification, "SEQ_CLS", folder.path
     )
     check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
     objective = ClassificationLoss(

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
@@ -155,6 +155,8 @@ def train_bpe(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBase:
 
 def train_wordpiece(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBase:
     """WordPiece as BERT reads it (https://arxiv.org/abs/1810.04805), its pieces found by BPE."""
+    from transformers import BertTokenizer
+
     backend = BertTokenizer(do_lower_case=args.lowercase).backend_tokenizer
     alphabet = count_alphabet(corpus, backend, args)
     # The trainer numbers "##a", "##b", … in the order of a hash table, another one in every run,

@@ -21,8 +21,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForQuestionAnswering
 
 from answers import (
     Prediction,
@@ -231,7 +231,7 @@ def main() -> None:
 
     training = Training(args, folder)
     model, trained = task_model(
-        args, config, AutoModelForQuestionAnswering, "QUESTION_ANS", folder.path
+        args, config, transformers.AutoModelForQuestionAnswering, "QUESTION_ANS", folder.path
     )
     check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
     objective = SpanLoss(model)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch.nn.functional import cross_entropy, pad
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from text_generation import GenerationArguments, generate, generation_config
 from text_metrics import ROUGE, first_sentences, signatures, text_scores
@@ -175,7 +175,11 @@ def main() -> None:
     config = model_config(args, 1, tokenizer)
     args.check_model_fits(config, args.new_tokens)
     is_encoder_decoder = config.is_encoder_decoder
-    auto_model = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    auto_model = (
+        transformers.AutoModelForSeq2SeqLM
+        if is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
     if is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = tokenizer.pad_token_id  # as T5 has it
     tables = (args.train_data, args.validation_data, args.test_data)

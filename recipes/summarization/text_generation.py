@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from text_pairs import Example, PairEncoder
 from utils.config import InputError, Settings
@@ -56,7 +57,9 @@ class GenerationArguments(Settings):
 
 
 def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: GenerationArguments
+    model: "transformers.PreTrainedModel",
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: GenerationArguments,
 ) -> GenerationConfig:
     given = {name: getattr(model.generation_config, name, None) for name in TOKEN_SETTINGS}
     options: dict[str, Any] = {"length_penalty": arguments.length_penalty}
@@ -76,7 +79,7 @@ def generation_config(
 
 def generate(
     training: Training,
-    model: PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     encode: PairEncoder,
     examples: Sequence[Example],
     batch_size: int,

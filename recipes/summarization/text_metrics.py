@@ -3,9 +3,7 @@
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
+from typing import Any
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -17,6 +15,8 @@ def rouge_of_each(predictions: Sequence[str], references: Sequence[str]) -> list
     With Porter's stemmer; letters and digits of English alone are compared (rouge_score). Lsum
     looks at sentence after sentence: a text ends them with line breaks, or with . ! or ?.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second
+
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
     scores = []
     for prediction, reference in zip(predictions, references, strict=True):
@@ -59,5 +59,7 @@ def first_sentences(text: str, count: int) -> str:
     return "\n".join(line for line in SENTENCE_END.sub("\n", text.strip()).splitlines()[:count])
 
 
-def _corpus_metrics(metrics: Sequence[str]) -> dict[str, BLEU | CHRF]:
+def _corpus_metrics(metrics: Sequence[str]) -> dict[str, Any]:
+    from sacrebleu.metrics import BLEU, CHRF
+
     return {name: kind() for name, kind in {"bleu": BLEU, "chrf": CHRF}.items() if name in metrics}
