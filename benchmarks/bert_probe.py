@@ -37,6 +37,7 @@ from recipes.bert import pretrain as bert
 from utils.config import InputError, command, parse
 from utils.model import build_model, load_tokenizer, model_config
 from utils.randomness import keyed_permutation
+from utils.report import markdown_table
 from utils.sources import Source, held_out_documents
 
 NOT_PACKAGES = ("Documentation", "StandardLibrary")
@@ -184,19 +185,18 @@ def main() -> None:
 
 
 def as_table(args: Arguments, majority: str, guess: dict, found: dict[str, dict]) -> str:
-    lines = [
-        "| labelled documents | score | pretrained | untrained | margin | margin of each seed |",
-        "| ---: | --- | ---: | ---: | ---: | --- |",
-    ]
+    header = ["labelled documents", "score", "pretrained", "untrained", "margin"]
+    rows = []
     for count in args.probe_documents:
         for name in guess:
             kinds = [[x[count][name] for x in of_seed.values()] for of_seed in found.values()]
             margins = [a - b for a, b in zip(*kinds, strict=True)]
             cells = [f"{statistics.fmean(x):.1%} ± {spread(x):.1%}" for x in (*kinds, margins)]
             each = ", ".join(f"{margin:.1%}" for margin in margins)
-            lines.append(f"| {count:,} | {name} | {' | '.join(cells)} | {each} |")
+            rows.append([count, name, *cells, each])
     seeds = ", ".join(map(str, args.seeds))
-    lines += [
+    lines = [
+        markdown_table([*header, "margin of each seed"], rows, "rlrrrl"),
         "",
         f"Mean ± standard deviation over the seeds {seeds}. Always {majority}, the most frequent "
         f"package: accuracy {guess['accuracy']:.1%}, macro F1 {guess['macro F1']:.1%}. The probe "

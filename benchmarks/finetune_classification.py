@@ -49,6 +49,7 @@ from recipes.classification import finetune as classification
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs
 from utils.model import build_model, load_tokenizer, model_config
+from utils.report import markdown_table
 from utils.run_folder import RunFolder
 from utils.training import Training
 
@@ -174,18 +175,15 @@ def measure_speed(arguments: Arguments, facts: dict[str, Any]) -> None:
                 rates[length][name].append(turn(name, of_turn(arguments, length, seed), prepared))
                 rate = rates[length][name][-1]
                 print(f"{length} tokens, turn {seed + 1}: {name}: {rate:,.0f}/s", flush=True)
-    lines = [
-        "| sequence_length | " + " | ".join(f"{name}, useful tokens/s" for name in PEERS) + " "
-        "| speed of the recipe |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    found = {}
+    header = ["sequence_length", *(f"{name}, useful tokens/s" for name in PEERS)]
+    rows, found = [], {}
     for length, of_length in rates.items():
         found[length] = ratios(of_length[RECIPE], of_length[TRAINER])
         cells = [median_and_range(of_length[name], ",.0f") for name in PEERS]
         cells.append(median_and_range(found[length], ".2f"))
-        lines.append(f"| {length} | {' | '.join(cells)} |")
-    lines += [
+        rows.append([str(length), *cells])
+    lines = [
+        markdown_table([*header, "speed of the recipe"], rows, "rrrr"),
         "",
         f"Medians (least to most) of {arguments.turns} turns of {arguments.steps} steps. The last "
         "column is the ratio to Trainer, taken turn by turn; goal, at the longest sequence_length: "
@@ -234,21 +232,20 @@ def measure_quality(arguments: Arguments, facts: dict[str, Any]) -> None:
         for kind in kinds:
             found[kind].append(fine_tune(arguments, kind, seed))
             print(f"seed {seed}, {kind}: {found[kind][-1]['test_accuracy']:.1%}", flush=True)
-    lines = [
-        "| | trained | test accuracy | test macro F1 | accuracy of each seed |",
-        "| --- | --- | ---: | ---: | --- |",
-    ]
+    header = ["", "trained", "test accuracy", "test macro F1", "accuracy of each seed"]
+    rows = []
     for kind, runs in found.items():
         scores = [[run[f"test_{name}"] for run in runs] for name in ("accuracy", "f1_macro")]
         each = ", ".join(f"{score:.1%}" for score in scores[0])
         cells = [f"{statistics.fmean(score):.1%} ± {spread(score):.1%}" for score in scores]
-        lines.append(f"| {kind} | {runs[0]['trained']} | {' | '.join(cells)} | {each} |")
+        rows.append([kind, runs[0]["trained"], *cells, each])
     accuracies = {kind: [run["test_accuracy"] for run in runs] for kind, runs in found.items()}
     margins = {
         kind: [a - b for a, b in zip(accuracies[PRETRAINED], accuracies[kind], strict=True)]
         for kind in (UNTRAINED, LORA)
     }
-    lines += [
+    lines = [
+        markdown_table(header, rows, "llrrl"),
         "",
         f"Mean ± standard deviation over the seeds {', '.join(map(str, arguments.seeds))}. "
         f"Pretrained above random initialisation: {points(margins[UNTRAINED])} (goal: above, with "

@@ -27,6 +27,7 @@ from recipes.causal_lm import finetune as instruction
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs
 from utils.model import build_model, load_tokenizer, model_config
+from utils.report import markdown_table
 from utils.run_folder import RunFolder
 from utils.tables import Table, read_table
 from utils.training import Training
@@ -172,16 +173,15 @@ def main() -> None:
             rate = turns[name][-1]["tokens"] / turns[name][-1]["seconds"]
             print(f"turn {seed + 1}: {name}: {rate:,.0f} useful tokens/s", flush=True)
     rates = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
-    lines = [
-        "| | useful tokens/s | this recipe padded, over it | this recipe packed, over it |",
-        "| --- |" + " ---: |" * 3,
-    ]
+    header = ["useful tokens/s", "this recipe padded, over it", "this recipe packed, over it"]
+    rows = []
     for name in PEERS:
         beside = [ratios(rates[own], rates[name]) for own in (PADDED, PACKED)]
-        cells = [median_and_range(rates[name], ",.0f")]
+        cells = [name, median_and_range(rates[name], ",.0f")]
         cells += [median_and_range(values, ".2f") for values in beside]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
+        rows.append(cells)
+    lines = [
+        markdown_table(["", *header], rows, "lrrr"),
         "",
         f"Medians (least to most) of {arguments.turns} turns. The last columns are the recipe's "
         "speeds over that of the row's peer, taken turn by turn.",

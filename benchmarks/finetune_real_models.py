@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.measurement import describe, write_results
 from utils.checkpoint import newest, read_state
 from utils.config import InputError, command, parse
+from utils.report import markdown_table
 from utils.run_folder import RunFolder
 
 LORA = "{r: 16, lora_alpha: 32}"
@@ -153,14 +154,14 @@ def main() -> None:
         scores = RUNS[name][2]
         columns = [key.replace("_", " ") for key in scores]
         header = ["", *columns, "trained", "seconds", "tokens/s", "peak memory"]
-        lines += [f"{name}:", "", f"| {' | '.join(header)} |", "| --- |" + " ---: |" * 6]
+        rows = []
         for way, result in ways.items():
-            cells = [f"{result[key]:.3f}" for key in scores]
+            cells = [way, *(f"{result[key]:.3f}" for key in scores)]
             cells += [result["trained"], f"{result['seconds']:.0f}"]
             cells += [f"{result['tokens'] / result['seconds']:,.0f}"]
             cells += [f"{result['peak_bytes'] / 2**20:,.0f} MiB"]
-            lines.append(f"| {way} | {' | '.join(cells)} |")
-        lines.append("")
+            rows.append(cells)
+        lines += [f"{name}:", "", markdown_table(header, rows, "lrrrrrr"), ""]
     write_results(args.results, "\n".join(lines).rstrip(), facts, {"found": found})
 
 

@@ -37,6 +37,7 @@ from utils.config import command, parse
 from utils.lanes import Corpus
 from utils.model import build_model, load_tokenizer, model_config
 from utils.randomness import keyed_permutation
+from utils.report import markdown_table
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
 from utils.sources import Source, held_out_documents
@@ -254,21 +255,22 @@ def as_table(
     found: dict[str, dict[str, Any]],
 ) -> str:
     slots = arguments.steps * arguments.global_batch_size * arguments.sequence_length
-    lines = [
-        "| | useful tokens/s | useful tokens of a row | peak memory | speed of the recipe "
-        "| memory of the recipe |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    header = ["", "useful tokens/s", "useful tokens of a row", "peak memory"]
+    header += ["speed of the recipe", "memory of the recipe"]
+    rows = []
     for name in PEERS:
         useful = sum(turn["tokens"] for turn in turns[name]) / len(turns[name]) / slots
-        lines.append(
-            f"| {name} | {median_and_range(rates[name], ',.0f')} "
-            f"| {useful * arguments.sequence_length:.0f} of {arguments.sequence_length} "
-            f"| {memory[name] / MEBIBYTE:,.0f} MiB "
-            f"| {median_and_range(found[name]['speed'], '.2f')} "
-            f"| {found[name]['memory']:.2f} |"
-        )
-    lines += [
+        cells = [
+            name,
+            median_and_range(rates[name], ",.0f"),
+            f"{useful * arguments.sequence_length:.0f} of {arguments.sequence_length}",
+            f"{memory[name] / MEBIBYTE:,.0f} MiB",
+            median_and_range(found[name]["speed"], ".2f"),
+            f"{found[name]['memory']:.2f}",
+        ]
+        rows.append(cells)
+    lines = [
+        markdown_table(header, rows, "lrrrrr"),
         "",
         f"Medians (least to most) of {arguments.turns} turns. The last columns are ratios to the "
         f"row's peer, taken turn by turn. Peak memory is what {MEMORY_STEPS} steps in a fresh "

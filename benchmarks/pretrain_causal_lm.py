@@ -28,6 +28,7 @@ from recipes.causal_lm import pretrain as causal_lm
 from utils.config import command, parse
 from utils.lanes import Corpus
 from utils.model import build_model, model_config
+from utils.report import markdown_table
 from utils.run_folder import RunFolder
 from utils.stream import StepStream, TrainingStream, collate
 from utils.training import Training
@@ -164,13 +165,14 @@ def main() -> None:
             speeds[name].append(measure())
             print(f"turn {turn + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", flush=True)
     of_loop = {name: ratios(values, speeds[LOOP]) for name, values in speeds.items()}
-    lines = ["| | tokens/s | of the bare loop |", "| --- | ---: | ---: |"]
-    for name in peers:
-        cells = median_and_range(speeds[name], ",.0f"), median_and_range(of_loop[name], ".1%")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"Medians (least to most) of {arguments.turns} turns; ratios are of one turn."]
+    rows = [
+        [name, median_and_range(speeds[name], ",.0f"), median_and_range(of_loop[name], ".1%")]
+        for name in peers
+    ]
+    text = markdown_table(["", "tokens/s", "of the bare loop"], rows, "lrr")
+    text += f"\n\nMedians (least to most) of {arguments.turns} turns; ratios are of one turn."
     measured = {"tokens_per_second": speeds, "of_the_bare_loop": of_loop}
-    write_results(arguments.results, "\n".join(lines), facts, measured)
+    write_results(arguments.results, text, facts, measured)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from benchmarks.measurement import describe, median_and_range, ratios, write_res
 from packing import DocumentEncoder, packed_rows
 from utils.config import command, parse
 from utils.lanes import ENCODE_BATCH, Corpus, StreamArguments
+from utils.report import markdown_table
 from utils.sources import Source, find_files
 from utils.stream import Row, StepStream
 
@@ -205,27 +206,32 @@ def main() -> None:
 
 def as_tables(args: Arguments, speeds: dict[str, list], resumes: list[dict]) -> str:
     rates = {name: [t / cpu for t, cpu, _ in rounds] for name, rounds in speeds.items()}
-    lines = ["| | tokens/s | of bare `tokenizers` |", "| --- | ---: | ---: |"]
+    rows = []
     for name, values in rates.items():
         of_bare = median_and_range(ratios(values, rates[BARE]), ".1%")
-        lines.append(f"| {name} | {median_and_range(values, ',.0f')} | {of_bare} |")
+        rows.append([name, median_and_range(values, ",.0f"), of_bare])
     waited = statistics.median(wall / cpu for _, cpu, wall in speeds["this stream"])
     tokens = speeds["this stream"][0][0]
-    lines += [
+    lines = [
+        markdown_table(["", "tokens/s", "of bare `tokenizers`"], rows, "lrr"),
         "",
         f"Medians (least to most) of {args.rounds} rounds of {tokens:,} tokens; ratios are of one "
         f"round. On the wall, the stream took {waited:.2f} times its CPU seconds.",
         "",
-        f"| {args.lanes} lanes of | ranks | first step, new | resumed in the middle | state |",
-        "| --- | ---: | ---: | ---: | ---: |",
     ]
+    header = [
+        f"{args.lanes} lanes of",
+        "ranks",
+        "first step, new",
+        "resumed in the middle",
+        "state",
+    ]
+    rows = []
     for row in resumes:
-        new, resumed = (statistics.median(row[name]) for name in ("new", "resumed"))
-        lines.append(
-            f"| {row['format']} | {row['world_size']} | {new:.2f} s | {resumed:.2f} s "
-            f"| {row['state_bytes'] / 1000:.0f} kB |"
-        )
-    return "\n".join(lines)
+        new, resumed = (f"{statistics.median(row[name]):.2f} s" for name in ("new", "resumed"))
+        size = f"{row['state_bytes'] / 1000:.0f} kB"
+        rows.append([row["format"], row["world_size"], new, resumed, size])
+    return "\n".join([*lines, markdown_table([f"{args.lanes} lanes of", *header], rows, "lrrrr")])
 
 
 if __name__ == "__main__":

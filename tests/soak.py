@@ -22,6 +22,7 @@ from benchmarks.measurement import describe, write_results
 from killing import STAGES, Runs, kill, result
 from launching import ROOT, checkpoints
 from utils.config import InputError, command, parse
+from utils.report import markdown_table
 
 SAMPLE = ROOT / "data" / "sample"
 TOKENIZER = ROOT / "data" / "tokenizers" / "bpe-8192"
@@ -111,8 +112,7 @@ def main() -> None:
 def as_table(rows: list[Row]) -> str:
     heads = ["", "precision", "kills", "before the first checkpoint", "in a save", "later"]
     heads += ["runs finished and compared", "bit-identical"]
-    table = [heads, ["---"] * len(heads), *(row.cells for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return markdown_table(heads, (row.cells for row in rows))
 
 
 if __name__ == "__main__":
