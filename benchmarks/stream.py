@@ -219,13 +219,7 @@ def as_tables(args: Arguments, speeds: dict[str, list], resumes: list[dict]) -> 
         f"round. On the wall, the stream took {waited:.2f} times its CPU seconds.",
         "",
     ]
-    header = [
-        f"{args.lanes} lanes of",
-        "ranks",
-        "first step, new",
-        "resumed in the middle",
-        "state",
-    ]
+    header = ["ranks", "first step, new", "resumed in the middle", "state"]
     rows = []
     for row in resumes:
         new, resumed = (f"{statistics.median(row[name]):.2f} s" for name in ("new", "resumed"))
