@@ -158,7 +158,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Itera
     """call(main, words, folder): a recipe in this process, without its slow plots."""
     from accelerate.state import AcceleratorState
 
-    from utils import report
+    from utils import plots
     from utils.config import command
 
     def leave(status: int) -> None:
@@ -173,7 +173,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Itera
         return Ended(end.value.code, *capfd.readouterr(), folder)
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(report, "write_plots", lambda folder: [])
+    monkeypatch.setattr(plots, "write_plots", lambda folder: [])
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield run
     for number, handler in handlers.items():

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from classification_metrics import Reliability, reliability_of
-from utils.files import written_aside
-from utils.report import COLORS
+from utils.plots import COLORS, finish_axes, save_figures
 
 
 def prediction_records(
@@ -51,12 +50,12 @@ def write_figures(
         if labels.ndim == 1:
             figures["confusion_matrix"] = _confusion(names, probabilities.argmax(1), labels)
         figures["reliability"] = _reliability(reliability_of(probabilities, labels))
-    paths = [folder / "plots" / f"{name}.png" for name in figures]
-    for path in paths:
-        path.parent.mkdir(exist_ok=True)
-        with written_aside(path) as file:
-            figures[path.stem].savefig(file, format="png", dpi=200)
-    return paths
+    return save_figures(folder, figures)
+
+
+def _square(side: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(side, side), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _confusion(names: list[str], found: np.ndarray, labels: np.ndarray) -> Figure:

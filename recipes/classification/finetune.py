@@ -35,7 +35,6 @@ from classification_examples import (
     labelled_examples,
 )
 from classification_metrics import ERRORS, METRICS, measure, probabilities
-from classification_report import prediction_records, write_figures
 from labelled_texts import (
     LabelledTextArguments,
     class_weights,
@@ -297,6 +296,8 @@ def main() -> None:
             for name, value in results.items()
         }
         if training.is_main:
+            from classification_report import prediction_records, write_figures
+
             found = probabilities(args.problem_type, logits.astype(np.float64))
             facts["predictions"] = folder.path / "predictions.jsonl"
             records = prediction_records(names, found, labels[split])

@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+import classification_report
 import launching
 from classification_examples import TrainingExamples, collate
 from comparing import assert_same_losses
@@ -102,7 +103,7 @@ def fine_tune(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Ended]:
     """fine_tune(name, **settings): the recipe in this process, without its slow plots."""
-    monkeypatch.setattr(classification, "write_figures", lambda *args: [])
+    monkeypatch.setattr(classification_report, "write_figures", lambda *args: [])
 
     def start(name: str = "run", **settings: Any) -> Ended:
         folder, tokenizer = tmp_path / name, settings.pop("tokenizer", wordpiece_folder)

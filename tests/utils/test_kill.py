@@ -42,7 +42,7 @@ return original(*arguments, **options)
 HANGS = [
     ("utils.stream.collate", 5, [], []),  # a micro-batch of the second or third step
     ("utils.checkpoint.save_file", 2, ["step-00000003"], [".step-00000006.partial"]),
-    ("utils.report.write_plots", 1, ["step-00000009", "step-00000012"], []),
+    ("utils.plots.write_plots", 1, ["step-00000009", "step-00000012"], []),
 ]
 
 

@@ -1,4 +1,4 @@
-"""utils/report.py: the plots and the model card say what the files of the run folder say."""
+"""utils/plots.py and utils/report.py: plots and model card say what the run folder says."""
 
 import datetime
 import io
@@ -18,8 +18,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils import report
-from utils.report import write_card, write_plots
+from utils import plots, report
+from utils.plots import write_plots
+from utils.report import markdown_table, write_card
 from utils.run_folder import RunFolder
 
 DOMAINS = {"code": 0.8, "prose | verse": 1.1, "tables": 1.4}
@@ -287,12 +288,12 @@ def test_a_plot_that_cannot_be_written_leaves_the_old_one(folder, monkeypatch):
 
 
 def test_labels_keep_their_distance_and_their_order():
-    places = report._spread([0.1, 0.11, 0.12, 0.5, 0.99, 1.0], gap=0.1)
+    places = plots._spread([0.1, 0.11, 0.12, 0.5, 0.99, 1.0], gap=0.1)
     assert all(b - a >= 0.1 - 1e-12 for a, b in pairwise(places))
     assert min(places) >= 0
     assert max(places) <= 1 + 1e-12
     assert places[3] == 0.5
-    assert report._spread([0.2, 0.4, 0.9], gap=0.1) == [0.2, 0.4, 0.9]
+    assert plots._spread([0.2, 0.4, 0.9], gap=0.1) == [0.2, 0.4, 0.9]
 
 
 def test_numbers_of_the_card_are_those_of_the_metrics(folder):
@@ -371,6 +372,33 @@ def test_metrics_of_other_recipes(folder):
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.7)
     assert result.dataset_name == "validation"
     assert ModelCard.load(path).data.datasets is None
+
+
+def test_what_was_not_finite_is_left_out(folder, draw):
+    evaluation = evaluation_line(2)
+    evaluation["eval_loss"] = None  # as RunFolder.record writes it
+    evaluation["eval_bits_per_byte_by_domain"]["code"] = None
+    figures = draw([training_line(1, grad_norm=None), training_line(2), evaluation])
+    assert len(figures["loss"].axes[0].get_lines()) == 2
+    labels = [text.get_text() for text in figures["domains"].axes[0].texts]
+    assert [label.split("  ")[0] for label in labels] == ["prose | verse", "tables"]
+    path = write_card(folder, "A tiny Llama", "text-generation", USAGE, {})
+    results = table(path.read_text(), "## Results")
+    assert results["domain"] == ["loss", "bits per byte", "tokens"]
+    assert results["**all**"][0] == results["code"][1] == ""
+    assert [result.metric_type for result in ModelCard.load(path).data.eval_results] == [
+        "bits_per_byte"
+    ]
+
+
+def test_cells_of_a_table():
+    rows = [["a | b\nc", 1234567, 0.123456, 1e-5], [None, True, 2.0, math.nan]]
+    assert markdown_table(["", "x", "y", "z"], rows, "lrrl").splitlines() == [
+        "|  | x | y | z |",
+        "| --- | ---: | ---: | --- |",
+        r"| a \| b c | 1,234,567 | 0.1235 | 1e-05 |",
+        "|  | True | 2 |  |",
+    ]
 
 
 def test_a_half_last_line_is_left_out(folder, whole_run_plots):
