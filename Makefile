@@ -29,6 +29,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
 bench: $(SETUP)
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.pretrain_causal_lm
 	$(BIN)/python -m benchmarks.pretrain_bert

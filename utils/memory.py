@@ -93,17 +93,15 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
 
 
-def parameter_parts(
-    config: Any, arguments: AdapterArguments, auto_model: Any = None
-) -> dict[str, int]:
+def parameter_parts(config: Any, arguments: AdapterArguments) -> dict[str, int]:
     """Numbers of parameters: "trained", and of them the "embeddings"; "frozen"; "quantizable",
     those that 4-bit loading takes: of the linear layers but the head. The model is built without
     storage.
     """
-    linear = empty_model(config, auto_model).base_model.modules()
+    linear = empty_model(config).base_model.modules()
     linear = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear))
     # an adapter stands inside of the model
-    model = check_trained_part(config, arguments, auto_model, "CAUSAL_LM")
+    model = check_trained_part(config, arguments, None, "CAUSAL_LM")
     trained = _size(p for p in model.parameters() if p.requires_grad)
     embeddings = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
     return {
@@ -178,14 +176,11 @@ def memory_table(
     parts: dict[str, int],
     mixed_precision: str,
     world_sizes: Sequence[int] = (1, 8, 64),
-    load_in_4bit: bool = False,
-    optim: str = "adamw_torch_fused",
     **settings: Any,
 ) -> str:
-    """`state_bytes` as a Markdown table: ZeRO stages down, numbers of GPUs across."""
+    """`state_bytes`, whose settings these are, as a Markdown table: ZeRO stages down, numbers of GPUs across."""
     is_large = "frozen" in parts or parts["trained"] >= 2**26
     unit, size = ("GiB", 2**30) if is_large else ("MiB", 2**20)
-    settings |= {"load_in_4bit": load_in_4bit, "optim": optim}
     rows = []
     for stage in (0, 1, 2, 3):
         row = ["0 (DDP)" if stage == 0 else str(stage)]
@@ -193,9 +188,9 @@ def memory_table(
             state = state_bytes(parts, stage, world_size, mixed_precision, **settings).values()
             sizes = " + ".join(f"{value / size:.1f}" for value in state)
             row.append(f"{sizes} = {sum(state) / size:.1f} {unit}")
-        if stage == 3 and load_in_4bit:
+        if stage == 3 and settings.get("load_in_4bit"):
             row[1:] = ["not with load_in_4bit"] * len(world_sizes)
-        elif stage and optim == "adamw_bnb_8bit":
+        elif stage and settings.get("optim") == "adamw_bnb_8bit":
             row[1:] = ["not with adamw_bnb_8bit"] * len(world_sizes)
         rows.append(row)
     header = [f"{world} GPU{'s' if world > 1 else ''}" for world in world_sizes]
