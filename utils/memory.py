@@ -178,7 +178,7 @@ def memory_table(
     world_sizes: Sequence[int] = (1, 8, 64),
     **settings: Any,
 ) -> str:
-    """`state_bytes`, whose settings these are, as a Markdown table: ZeRO stages down, numbers of GPUs across."""
+    """`state_bytes` (whose settings it takes) as a Markdown table: ZeRO stages by GPUs."""
     is_large = "frozen" in parts or parts["trained"] >= 2**26
     unit, size = ("GiB", 2**30) if is_large else ("MiB", 2**20)
     rows = []
