@@ -62,8 +62,7 @@ def _confusion(names: list[str], found: np.ndarray, labels: np.ndarray) -> Figur
     counts = confusion_matrix(labels, found, labels=range(len(names)))
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     side = min(4 + 0.5 * len(names), 20)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _square(side)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 30:
         for (row, column), count in np.ndenumerate(counts):
@@ -80,34 +79,24 @@ def _confusion(names: list[str], found: np.ndarray, labels: np.ndarray) -> Figur
 
 def _reliability(bins: Reliability) -> Figure:
     """Accuracy over confidence; the area of a point is the share of the predictions in its bin."""
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _square(6)
     axes.plot([0, 1], [0, 1], color=COLORS[6], linewidth=0.8, label="as often right as confident")
     axes.plot(bins.confidence, bins.accuracy, color=COLORS[0], linewidth=0.8)
     sizes = 20 + 600 * bins.counts / bins.counts.sum()
-    axes.scatter(bins.confidence, bins.accuracy, sizes, color=COLORS[0], alpha=0.6)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
-    title = f"Expected calibration error: {bins.expected_calibration_error:.3f}"
-    axes.set_title(title, loc="left", weight="bold", size=11)
-    _finish(axes)
+    axes.scatter(bins.confidence, bins.accuracy, sizes, color=COLORS[0], alpha=0.6, clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", aspect="equal")
+    axes.set_xlabel("confidence (areas: shares of the predictions)")
+    finish_axes(axes, f"Expected calibration error: {bins.expected_calibration_error:.3f}")
+    axes.legend(loc="upper left", frameon=False)
     return figure
 
 
 def _scatter(name: str, found: np.ndarray, labels: np.ndarray) -> Figure:
     """What is predicted over what is true."""
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _square(6)
     axes.axline((labels[0], labels[0]), slope=1, color=COLORS[6], linewidth=0.8, label="equal")
     axes.scatter(labels, found, 8, color=COLORS[0], alpha=0.4, label="a row")
     axes.set(xlabel=name, ylabel="prediction")
-    error = np.abs(found - labels).mean()
-    axes.set_title(f"Mean absolute error: {error:.3g}", loc="left", weight="bold", size=11)
-    _finish(axes)
-    return figure
-
-
-def _finish(axes: Axes) -> None:
-    axes.set_axisbelow(True)
-    axes.grid(color="#E8E8E8")
-    axes.spines[["top", "right"]].set_visible(False)
+    finish_axes(axes, f"Mean absolute error: {np.abs(found - labels).mean():.3g}")
     axes.legend(loc="upper left", frameon=False)
+    return figure
