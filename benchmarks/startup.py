@@ -1,8 +1,8 @@
 """How long causal_lm/pretrain.py takes to say something: --help, a wrong key, the first step.
 
-    python -m benchmarks.startup [--baseline FOLDER]
+    python -m benchmarks.startup
 
-CPU seconds, user and system, of all processes of a start, on one thread. The baseline is a checkout
+CPU seconds, user and system, of all processes of a start, on one thread. `--baseline` is a checkout
 of another commit, with data/ in it; both take turns. Results: benchmarks/results/startup.md and
 .json.
 """
