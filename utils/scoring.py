@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
 from utils.files import written_aside
@@ -54,7 +55,7 @@ def score_examples(
 
 def generate_texts(
     training: Training,
-    model: PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
