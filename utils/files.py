@@ -117,20 +117,27 @@ class _ZstdFile(io.RawIOBase):
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under; renamed to it when all went well."""
-    aside = path.with_name(f".{path.name}.partial")
+    """A name beside `path` to write a file or a folder under; renamed to it when all went well.
+
+    A folder that is replaced is kept beside until the new one stands in its place.
+    """
+    aside, previous = (path.with_name(f".{path.name}.{end}") for end in ("partial", "previous"))
     _remove(aside)
     try:
         yield aside
-        if aside.is_dir():
-            _remove(path)
+        if aside.is_dir() and os.path.lexists(path):
+            _remove(previous)
+            os.replace(path, previous)  # a folder takes no name that is in use
         os.replace(aside, path)
+        _remove(previous)
     finally:
+        if os.path.lexists(previous) and not os.path.lexists(path):
+            os.replace(previous, path)
         _remove(aside)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
 """The folder of a data set that a recipe makes: replaced whole or not at all."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from utils.config import InputError
+from utils.files import written_aside
 
 
 @contextmanager
@@ -26,20 +26,13 @@ def replaced_folder(output_dir: Path, files: set[str], content: str) -> Iterator
             f"{output_dir} holds something else than {content}, which would be lost: "
             f"remove it or give another folder with --output_dir"
         )
-    target = output_dir.resolve()  # behind a link, what the link points to is replaced
-    aside = target.with_name(f".{target.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        (aside / "new").mkdir()
-        yield aside / "new"
-        if target.exists():
-            target.rename(aside / "old")
-        (aside / "new").rename(target)
+        # behind a link, what the link points to is replaced
+        with written_aside(output_dir.resolve()) as folder:
+            folder.mkdir(parents=True)
+            yield folder
     except OSError as error:
         raise InputError(f"cannot build {output_dir}: {error.strerror}: {error.filename}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _holds_only(folder: Path, files: set[str]) -> bool:

@@ -4,8 +4,8 @@
     python recipes/corpus/sample.py --output_dir /somewhere/else
 
 The sources of the standard library, Python's language reference, the docstrings of eight scientific
-packages and the READMEs of the packages that requirements.txt pins: a small Pile of several
-domains, in SlimPajama's record format, one JSON object a line:
+packages and the READMEs of those listed in installed_packages.py: a small Pile of several domains,
+in SlimPajama's record format, one JSON object a line:
 
     {"text": "…", "meta": {"redpajama_set_name": "NumPy", "source": "numpy/linalg/_linalg.py:norm"}}
 
@@ -31,10 +31,10 @@ from pydoc_data.topics import topics
 from dataset_folder import replaced_folder
 from installed_packages import (
     DOCSTRING_DOMAINS,
+    PACKAGES,
     SKIPPED_FOLDERS,
     definitions,
     installed,
-    pinned_packages,
     versions,
 )
 from utils.config import InputError, command, parse
@@ -112,7 +112,7 @@ def installed_domains() -> dict[str, Texts]:
     Raises:
         InputError: a package is not installed.
     """
-    packages = {name: installed(name) for name in pinned_packages()}
+    packages = {name: installed(name) for name in PACKAGES}
     domains: dict[str, Texts] = {
         "StandardLibrary": source_files(Path(sysconfig.get_path("stdlib"))),
         "Documentation": [

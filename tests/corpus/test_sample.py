@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 
-import installed_packages
 import programs
 from programs import ROOT, documented_commands
 from recipes.corpus import sample
@@ -162,14 +161,18 @@ def test_datasets_loads_the_folder_with_its_splits(built, corpus):
     assert list(splits["test"]) == corpus["test.jsonl"]
 
 
-def test_every_domain_of_docstrings_is_of_a_pinned_package():
-    assert set(sample.DOCSTRING_DOMAINS.values()) <= set(sample.pinned_packages())
+def test_the_packages_are_pinned_and_those_of_the_domains_among_them():
+    requirements = (ROOT / "requirements.txt").read_text()
+    assert set(sample.PACKAGES) <= set(re.findall(r"^([\w.-]+)==", requirements, re.MULTILINE))
+    assert set(sample.DOCSTRING_DOMAINS.values()) <= set(sample.PACKAGES)
+    assert list(sample.PACKAGES) == sorted(set(sample.PACKAGES))
 
 
 TWO_DOMAINS = """
 import sys
 from pathlib import Path
-from recipes.corpus import sample
+sys.path.insert(0, "recipes/corpus")
+import sample
 domains = sample.installed_domains()
 sample.build({name: domains[name] for name in ("Documentation", "NetworkX")}, Path(sys.argv[1]))
 print([name for name in ("networkx", "numpy", "torch") if name in sys.modules])
@@ -404,7 +407,7 @@ def test_an_interrupted_build_leaves_the_previous_corpus_and_nothing_else(tmp_pa
 
 
 def test_what_a_killed_build_left_is_cleared_away(tmp_path):
-    write_files(tmp_path, {".sample.partial/new/train-00000-of-00004.jsonl": b"half a li"})
+    write_files(tmp_path, {".sample.partial/train-00000-of-00004.jsonl": b"half a li"})
     sample.build({"One": texts(100)}, tmp_path / "sample")
     assert list(tmp_path.iterdir()) == [tmp_path / "sample"]
     assert len(read_corpus(tmp_path / "sample")) == 100
@@ -470,11 +473,8 @@ def test_a_domain_without_text(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
-    pins = tmp_path / "requirements.txt"
-    pins.write_text("numpy==2.4.6\n# a comment\nno-such-package==1.0  # why\n-e .\n")
-    monkeypatch.setattr(installed_packages, "REQUIREMENTS", pins)
-    assert sample.pinned_packages() == ["no-such-package", "numpy"]
+def test_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(sample, "PACKAGES", ("no-such-package", "numpy"))
     with pytest.raises(InputError) as error:
         sample.installed_domains()
     message = "the package no-such-package is not installed: run `make setup`"

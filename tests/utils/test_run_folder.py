@@ -167,3 +167,43 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert [p.name for p in path.iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_is_there_until_the_new_one_stands(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "first").write_text("")
+    rename = os.replace
+
+    def replace_and_stop(source, target):
+        monkeypatch.undo()
+        rename(source, target)
+        assert (target.name, os.listdir(target)) == (".model.previous", ["first"])
+        raise KeyboardInterrupt  # when the old folder has made room
+
+    def write(name: str) -> None:
+        with written_aside(path) as aside:
+            aside.mkdir()
+            (aside / name).write_text("")
+
+    monkeypatch.setattr(os, "replace", replace_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        write("second")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["first", "model"]
+    path.rename(tmp_path / ".model.previous")  # what a kill leaves
+    with pytest.raises(RuntimeError), written_aside(path):
+        raise RuntimeError
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["first", "model"]
+    path.rename(tmp_path / ".model.previous")
+    write("third")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["model", "third"]
+
+
+def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "kept").write_text("")
+    (tmp_path / "model").symlink_to("disk")
+    with written_aside(tmp_path / "model") as aside:
+        aside.mkdir()
+    assert not (tmp_path / "model").is_symlink()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["disk", "kept", "model"]
