@@ -92,9 +92,7 @@ def deal(
     """
     rows = fit(lengths, max(lengths)) if packing else [[index] for index in range(len(lengths))]
     sizes = [sum(lengths[index] for index in row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: (-sizes[index], index))
-    ends = _cut([sizes[index] for index in order], budget)
-    groups = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    groups = group_by_length(sizes, budget)
     while len(groups) % world_size:
         longest = max(groups, key=len)
         if len(longest) < 2:
@@ -135,16 +133,28 @@ def fit(lengths: list[int], room: int) -> Rows:
     return sorted(sorted(row) for row in rows)
 
 
-def _cut(sizes: list[int], budget: int) -> list[int]:
-    """Where to cut descending sizes, so that Σ (rows x the longest) + cuts x overhead is least."""
-    cheapest, previous = np.zeros(len(sizes) + 1), [0] * (len(sizes) + 1)
-    longest = np.array(sizes)
-    for end in range(1, len(sizes) + 1):
-        padded = (end - np.arange(end)) * longest[:end]
-        costs = np.where(padded <= budget, cheapest[:end] + padded + MICRO_BATCH_COST, np.inf)
-        previous[end] = int(costs.argmin())
-        cheapest[end] = costs[previous[end]]
-    ends = [len(sizes)]
-    while previous[ends[-1]]:
-        ends.append(previous[ends[-1]])
-    return ends[::-1]
+def group_by_length(lengths: list[int], budget: int, limit: int | None = None) -> list[list[int]]:
+    """Indices of similar lengths, the longest first: Σ (rows x the longest + overhead) is least.
+
+    Args:
+        budget: of a group, padding included; a longer one comes alone.
+        limit: of indices in a group.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    sizes = np.array([lengths[index] for index in order])
+    cheapest, previous = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        # a group that ends here has at most so many rows, whatever its longest
+        count = min(end, limit or end, max(1, budget // max(1, int(sizes[end - 1]))))
+        start = end - count
+        padded = np.arange(count, 0, -1) * sizes[start:end]
+        is_allowed = padded <= budget
+        is_allowed[-1] = True
+        costs = np.where(is_allowed, cheapest[start:end] + padded + MICRO_BATCH_COST, np.inf)
+        previous[end] = start + int(costs.argmin())
+        cheapest[end] = costs.min()
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[previous[end] : end])
+        end = previous[end]
+    return groups[::-1]

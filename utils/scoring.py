@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
+from utils.epochs import group_by_length
 from utils.files import written_aside
 from utils.progress import progress_bar
 from utils.ranks import Ranks
@@ -138,13 +139,7 @@ def batches_of(
         budget: of a batch, padding included, in tokens; a longer example comes alone.
         limit: of examples in a batch.
     """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        longest = lengths[groups[-1][0]] if groups else 0
-        size = len(groups[-1]) + 1 if groups else 0
-        if not groups or size * longest > budget or (limit is not None and size > limit):
-            groups.append([])
-        groups[-1].append(index)
+    groups = group_by_length(lengths, budget, limit)
     for start in range(0, len(groups), ranks.world_size):
         if ranks.any_rank(False) or ranks.stopped:
             return
