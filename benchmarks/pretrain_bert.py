@@ -34,7 +34,7 @@ from example_rows import example_rows
 from masking import ExampleMaker
 from recipes.bert import pretrain as bert
 from utils.config import command, parse
-from utils.lanes import Corpus
+from utils.lanes import Corpus, Lanes
 from utils.model import build_model, load_tokenizer, model_config
 from utils.randomness import keyed_permutation
 from utils.report import markdown_table
@@ -102,7 +102,7 @@ def build(args: bert.Arguments, tokenizer: PreTrainedTokenizerBase) -> torch.nn.
 
 def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:
     tokenizer = load_tokenizer(args)
-    corpus = Corpus(args.train_sources, SentenceEncoder(tokenizer), args, args.seed)
+    lanes = Lanes(Corpus(args.train_sources, args, args.seed), SentenceEncoder(tokenizer))
     make_examples = ExampleMaker(tokenizer, args)
     phases = [(args.sequence_length, 1)]  # the last one goes on
     with TemporaryDirectory() as folder:
@@ -110,8 +110,8 @@ def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:
         training = Training(args, RunFolder(folder))
         model = build(args, tokenizer)
         objective = bert.MaskedLoss(model, args.objective, args.packing)
-        rows_of = partial(example_rows, corpus, make_examples, phases, args.packing)
-        training.prepare(objective, model, tokenizer, TrainingStream(corpus, rows_of, args))
+        rows_of = partial(example_rows, lanes, make_examples, phases, args.packing)
+        training.prepare(objective, model, tokenizer, TrainingStream(lanes, rows_of, args))
         observe_recipe(training, steps, observe)
 
 

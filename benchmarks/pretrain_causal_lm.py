@@ -7,6 +7,7 @@ it trains, the others find them ready in memory. They take turns in one process.
 benchmarks/results/pretrain_causal_lm.md and .json.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +27,11 @@ from benchmarks.trainers import Observer, observe_recipe, observed, timed, train
 from packing import DocumentEncoder, packed_rows
 from recipes.causal_lm import pretrain as causal_lm
 from utils.config import command, parse
-from utils.lanes import Corpus
+from utils.lanes import Corpus, Lanes
 from utils.model import build_model, model_config
 from utils.report import markdown_table
 from utils.run_folder import RunFolder
-from utils.stream import StepStream, TrainingStream, collate
+from utils.stream import TrainingStream
 from utils.training import Training
 
 RECIPE = "this recipe, reading and tokenizing"
@@ -54,17 +55,20 @@ def build(args: causal_lm.Arguments, tokenizer) -> torch.nn.Module:
     return build_model(args, config, AutoModelForCausalLM, args.seed)
 
 
+def stream_of(args: causal_lm.Arguments, tokenizer) -> TrainingStream:
+    lanes = Lanes(Corpus(args.train_sources, args, args.seed), DocumentEncoder(tokenizer))
+    return TrainingStream(lanes, partial(packed_rows, lanes, args.sequence_length), args)
+
+
 def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
     """Tokens per second of the recipe itself, reading and tokenizing included."""
 
     def train(observe: Observer) -> None:
         with TemporaryDirectory() as folder:
             args.output_dir = folder
-            corpus = Corpus(args.train_sources, DocumentEncoder(tokenizer), args, args.seed)
             training = Training(args, RunFolder(folder))
             model = build(args, tokenizer)
-            rows_of = partial(packed_rows, corpus, args.sequence_length)
-            data = TrainingStream(corpus, rows_of, args)
+            data = stream_of(args, tokenizer)
             training.prepare(causal_lm.NextTokenLoss(model), model, tokenizer, data)
             observe_recipe(training, args.max_steps, observe)
 
@@ -74,15 +78,8 @@ def recipe_turn(args: causal_lm.Arguments, tokenizer) -> float:
 
 def batches_of(args: causal_lm.Arguments, tokenizer) -> list[list[dict[str, torch.Tensor]]]:
     """The micro-batches of each step."""
-    corpus = Corpus(args.train_sources, DocumentEncoder(tokenizer), args, args.seed)
-    rows_of = partial(packed_rows, corpus, args.sequence_length)
-    stream = StepStream(corpus, rows_of, args.global_batch_size // args.lanes, 0, 1).steps()
-    size = args.per_device_batch_size
-    steps = []
-    for _ in range(args.max_steps):
-        features = [row.features for row in next(stream)]
-        steps.append([collate(features[i : i + size]) for i in range(0, len(features), size)])
-    return steps
+    steps = stream_of(args, tokenizer).steps(rank=0, world_size=1, step=0, states={})
+    return [step.batches for step in itertools.islice(steps, args.max_steps)]
 
 
 def bare_turn(args: causal_lm.Arguments, tokenizer, steps) -> float:

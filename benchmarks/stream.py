@@ -30,11 +30,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from packing import DocumentEncoder, packed_rows
+from recipes.causal_lm import pretrain
 from utils.config import command, parse
-from utils.lanes import ENCODE_BATCH, Corpus, StreamArguments
+from utils.lanes import ENCODE_BATCH, Corpus, Lanes
 from utils.report import markdown_table
 from utils.sources import Source, find_files
-from utils.stream import Row, StepStream
+from utils.stream import Row, TrainingStream
 
 TURN = 2**18  # tokens
 BARE = "`tokenizers`, texts in memory"
@@ -59,9 +60,10 @@ def steps_of(
 ) -> Iterator[list[Row]]:
     """The rows of rank 0, one a lane and step, epoch after epoch."""
     source = Source(path, name="sample", domain_field="meta.redpajama_set_name")
-    corpus = Corpus([source], DocumentEncoder(tokenizer), StreamArguments(lanes=args.lanes), 0)
-    rows_of = partial(packed_rows, corpus, args.sequence_length)
-    return StepStream(corpus, rows_of, 1, 0, world_size, states).steps()
+    settings = pretrain.Arguments(lanes=args.lanes, global_batch_size=args.lanes)
+    lanes = Lanes(Corpus([source], settings, seed=0), DocumentEncoder(tokenizer))
+    rows_of = partial(packed_rows, lanes, args.sequence_length)
+    return TrainingStream(lanes, rows_of, settings).rows(0, world_size, states)
 
 
 def stream(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,18 @@ from typing import Any, Literal
 from utils.config import InputError, Settings
 from utils.randomness import keyed_permutation
 from utils.ranks import launched_world_size
-from utils.sources import BadRecord, Document, Source, cut_into_shards, find_checked_files, read
+from utils.sources import (
+    BadRecord,
+    BadRecords,
+    Document,
+    Shard,
+    Source,
+    check_documents,
+    read,
+)
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
-BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
 MAX_DOMAINS = 256  # each has a count in the state of every lane
 
 
@@ -55,28 +61,46 @@ class StreamArguments(Settings):
         super().check()
 
 
-class Corpus:
-    """The sources, cut into shards; shared by the lanes of a process.
+def check_mixture(sources: list[Source]) -> None:
+    """Raises InputError for weights, epochs or names that make no mixture."""
+    if not sources:
+        raise InputError("no sources: give at least one path")
+    weights = [source.weight for source in sources]
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        shown = ", ".join(f"{source.path}: {source.weight:g}" for source in sources)
+        raise InputError(f"the weights of the sources must be positive ({shown})")
+    names = [source.name or source.path for source in sources]
+    for source, name in zip(sources, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"two sources are called {name!r}: give each its own name")
+        if source.epochs is not None and source.epochs < 1:
+            raise InputError(f"source {name!r}: epochs must be at least 1, not {source.epochs}")
 
-    Args:
-        encode: texts → one sequence of token ids (or whatever has a length in tokens) each.
+
+def cut_into_shards(files: list[str], lanes: int) -> list[Shard]:
+    """Every document of the files in exactly one shard, and as many shards to every lane.
+
+    A source of many files (16 a lane or more) is not cut: a file is a shard. Otherwise every file
+    is cut into the same number of parts, the fewest that deal out evenly. Each part of a
+    compressed file costs decompressing all of it: there, many files, or a multiple of the lanes,
+    are the fastest.
+    """
+    parts = 1 if len(files) >= 16 * lanes else lanes // math.gcd(len(files), lanes)
+    return [Shard(file, part, parts) for file in files for part in range(parts)]
+
+
+class Corpus:
+    """The sources, cut into shards, and the order in which the lanes read them.
 
     Raises:
         InputError: nothing to read, a source without its text field, weights that sum to nothing.
     """
 
-    def __init__(
-        self,
-        sources: list[Source],
-        encode: Callable[[list[str]], Sequence],
-        arguments: StreamArguments,
-        seed: int,
-    ):
-        self.sources, self.encode, self.arguments, self.seed = sources, encode, arguments, seed
-        self.files = find_checked_files(sources, arguments.on_bad_record == "skip")
+    def __init__(self, sources: list[Source], arguments: StreamArguments, seed: int):
+        self.sources, self.arguments, self.seed = sources, arguments, seed
+        check_mixture(sources)
+        self.files = check_documents(sources, arguments.on_bad_record)
         self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
-        self._bad_records = 0
-        self._readers: OrderedDict[Cursor, None] = OrderedDict()
 
     def fingerprint(self) -> list[Any]:
         """What the order of the documents depends on, besides the seed: for comparing two runs."""
@@ -95,25 +119,25 @@ class Corpus:
         order = keyed_permutation(len(self.shards[source]), self.seed, "shards", source, epoch)
         return order[lane :: self.arguments.lanes]
 
+
+class Lanes:
+    """What the lanes of a process share: corpus, encoder, open readers, the broken records seen.
+
+    Args:
+        encode: texts → one sequence of token ids (or whatever has a length in tokens) each.
+    """
+
+    def __init__(self, corpus: Corpus, encode: Callable[[list[str]], Sequence]):
+        self.corpus, self.encode = corpus, encode
+        self.bad_records = BadRecords(corpus.arguments.on_bad_record, one_rank=True)
+        self._readers: OrderedDict[Cursor, None] = OrderedDict()
+
     def opened(self, cursor: "Cursor") -> None:
         """Note the use of a reader, and close the least recently used beyond the limit."""
         self._readers[cursor] = None
         self._readers.move_to_end(cursor)
         while len(self._readers) > OPEN_READERS:
             self._readers.popitem(last=False)[0].close()
-
-    def report(self, problem: BadRecord | OSError) -> None:
-        """Stop at a broken record or file, or say that it is skipped."""
-        self._bad_records += 1
-        if self.arguments.on_bad_record == "skip" and self._bad_records > BAD_RECORDS_SHOWN:
-            return
-        message = problem.message if isinstance(problem, BadRecord) else str(problem)
-        if self.arguments.on_bad_record == "fail":
-            raise InputError(
-                f"{message}; --on_bad_record skip leaves such records out", one_rank=True
-            )
-        last = "; more are only counted" if self._bad_records == BAD_RECORDS_SHOWN else ""
-        print(f"warning: skipped {message}{last}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         while self._readers:
@@ -123,8 +147,9 @@ class Corpus:
 class Cursor:
     """The place of one lane in one source: (epoch, shard, start of the chunk, documents taken)."""
 
-    def __init__(self, corpus: Corpus, source: int, lane: int, place: list[int | None]):
-        self.corpus, self.source, self.lane = corpus, source, lane
+    def __init__(self, lanes: Lanes, source: int, lane: int, place: list[int | None]):
+        self.lanes, self.source, self.lane = lanes, source, lane
+        self.corpus = corpus = lanes.corpus
         self.epochs, self.path = corpus.sources[source].epochs, corpus.sources[source].path
         self.epoch, self.shard, self.start, self.taken = place
         self.reader: Iterator | None = None
@@ -154,7 +179,7 @@ class Cursor:
             self._read_chunk()
         if not self.encoded:
             ahead = self.chunk[self.taken : self.taken + self.encode_batch]
-            self.encoded = list(self.corpus.encode([document.text for document in ahead]))[::-1]
+            self.encoded = list(self.lanes.encode([document.text for document in ahead]))[::-1]
             self.encode_batch = min(2 * self.encode_batch, ENCODE_BATCH)
         document = self.chunk[self.taken]
         self.taken += 1
@@ -172,7 +197,7 @@ class Cursor:
         if self.reader is None:
             shard, source = corpus.shards[self.source][index], corpus.sources[self.source]
             self.reader = read(shard, source, self.start)
-        corpus.opened(self)
+        self.lanes.opened(self)
         documents, size = [], 0
         self.bad_records, self.shard_ended = 0, True
         try:
@@ -180,7 +205,7 @@ class Cursor:
                 self.position = item.end
                 if isinstance(item, BadRecord):
                     self.bad_records += 1
-                    corpus.report(item)
+                    self.lanes.bad_records.report(item)
                     continue
                 documents.append(item)
                 size += item.size
@@ -189,7 +214,7 @@ class Cursor:
                     break
         except OSError as error:
             self.bad_records += 1
-            corpus.report(error)
+            self.lanes.bad_records.report(error)
         key = (corpus.seed, "chunk", self.source, self.epoch, index, self.start)
         self.chunk = [documents[i] for i in keyed_permutation(len(documents), *key)]
         if documents:
@@ -216,13 +241,14 @@ class Lane:
     epochs to give: a source that has spent its epochs leaves, and the weights are renormalised.
     """
 
-    def __init__(self, corpus: Corpus, index: int, state: dict[str, Any] | None = None):
-        count = len(corpus.sources)
+    def __init__(self, lanes: Lanes, index: int, state: dict[str, Any] | None = None):
+        self.lanes, self.index = lanes, index
+        count = len(lanes.corpus.sources)
         zero = {"tokens": [0] * count, "documents": 0, "bad_records": 0}
         state = state or {"places": [[0, 0, None, 0]] * count, **zero}
-        self.corpus, self.index = corpus, index
-        self.cursors = [Cursor(corpus, i, index, place) for i, place in enumerate(state["places"])]
-        self.tokens, self.weights = list(state["tokens"]), [s.weight for s in corpus.sources]
+        self.cursors = [Cursor(lanes, i, index, place) for i, place in enumerate(state["places"])]
+        self.tokens = list(state["tokens"])
+        self.weights = [source.weight for source in lanes.corpus.sources]
         self.counts = {key: state[key] for key in ("documents", "bad_records")}
         self.active = [
             i for i, cursor in enumerate(self.cursors) if self.weights[i] > 0 and not cursor.spent
@@ -246,7 +272,7 @@ class Lane:
             encoded, document = item
             tokens[source] += len(encoded)
             self.counts["documents"] += 1
-            return encoded, document, self.corpus.sources[source]
+            return encoded, document, self.lanes.corpus.sources[source]
         return None
 
 

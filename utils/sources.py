@@ -9,9 +9,9 @@ import glob
 import io
 import itertools
 import json
-import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from utils.files import READ_ERRORS, open_file
 
 # .json.gz: JSON lines too, as C4 and Dolma name theirs
 FORMATS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")
+BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
 
 
 @dataclass
@@ -52,9 +53,7 @@ class Shard(NamedTuple):
 class Document(NamedTuple):
     text: str
     domain: str
-    position: (
-        int  # where it starts: a byte of .jsonl, else a row; with `file` it names the document
-    )
+    position: int  # where it starts, a byte of .jsonl or a row: with `file` it names the document
     end: int  # where reading continues after it
     file: str
     size: int  # bytes of the text in UTF-8
@@ -68,9 +67,34 @@ class BadRecord(NamedTuple):
     end: int
     file: str
 
-    @property
-    def message(self) -> str:
+    def __str__(self) -> str:
         return f"{describe_position(self.file, self.position)}: {self.problem}"
+
+
+class BadRecords:
+    """Broken records and files: the first one stops, or each is named once and left out.
+
+    Args:
+        policy: "fail" or "skip".
+        shown: of those left out, so many are named.
+        one_rank: each process has records of its own.
+    """
+
+    def __init__(self, policy: str, shown: float = BAD_RECORDS_SHOWN, one_rank: bool = False):
+        self.policy, self.shown, self.one_rank = policy, shown, one_rank
+        self.messages: set[str] = set()
+
+    def report(self, problem: BadRecord | OSError) -> None:
+        if self.policy == "fail":
+            hint = "--on_bad_record skip leaves such records out"
+            raise InputError(f"{problem}; {hint}", self.one_rank)
+        # to say where a record is takes reading the file up to it
+        if len(self.messages) >= self.shown or (message := str(problem)) in self.messages:
+            return
+        self.messages.add(message)
+        last = "; more are only counted" if len(self.messages) == self.shown else ""
+        start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
+        print(f"{start}warning: skipped {message}{last}", file=sys.stderr, flush=True)
 
 
 def find_files(source: Source) -> list[str]:
@@ -133,58 +157,30 @@ def _hub_files(source: Source) -> list[str]:
     return [str(file) for file in splits[source.split]]
 
 
-def find_checked_files(sources: list[Source], skip_bad_records: bool) -> list[list[str]]:
-    """The files of each source of a mixture.
+def check_documents(sources: list[Source], on_bad_record: str = "fail") -> list[list[str]]:
+    """The files of each source, after a look for its first document.
 
     Raises:
-        InputError: weights, epochs or names that make no mixture; a source without a document.
+        InputError: as `find_files`; a source without a document.
     """
-    if not sources:
-        raise InputError("no sources: give at least one path")
-    weights = [source.weight for source in sources]
-    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        shown = ", ".join(f"{source.path}: {source.weight:g}" for source in sources)
-        raise InputError(f"the weights of the sources must be positive ({shown})")
-    names = [source.name or source.path for source in sources]
-    for source, name in zip(sources, names, strict=True):
-        if names.count(name) > 1:
-            raise InputError(f"two sources are called {name!r}: give each its own name")
-        if source.epochs is not None and source.epochs < 1:
-            raise InputError(f"source {name!r}: epochs must be at least 1, not {source.epochs}")
     found = [find_files(source) for source in sources]
     for source, files in zip(sources, found, strict=True):
-        _find_first_document(source, files, skip_bad_records)
+        if _first_document(source, files, on_bad_record) is None:
+            shown = ", ".join(files[:3])
+            raise InputError(f"source {source.path!r} is empty: no document in {shown}")
     return found
 
 
-def _find_first_document(source: Source, files: list[str], skip_bad_records: bool) -> None:
-    bad_records = 0
-    for file in files:
-        try:
-            with closing(read(Shard(file, 0, 1), source)) as items:
-                for item in items:
-                    if isinstance(item, Document):
-                        return
-                    bad_records += 1
-                    # so many are not a broken record here and there: the settings are wrong
-                    if not skip_bad_records or bad_records == 1000:
-                        raise InputError(f"source {source.path!r}: {item.message}")
-        except OSError as error:
-            if not skip_bad_records:
-                raise InputError(f"source {source.path!r}: {error}") from None
-    raise InputError(f"source {source.path!r} is empty: no document in {', '.join(files[:3])}")
+def _first_document(source: Source, files: list[str], on_bad_record: str) -> Document | None:
+    broken_records = itertools.count(1)
 
+    def report(problem: BadRecord | OSError) -> None:
+        # so many are not a broken record here and there: the settings are wrong
+        is_too_many = isinstance(problem, BadRecord) and next(broken_records) == 1000
+        if on_bad_record == "fail" or is_too_many:
+            raise InputError(f"source {source.path!r}: {problem}")
 
-def cut_into_shards(files: list[str], lanes: int) -> list[Shard]:
-    """Every document of the files in exactly one shard, and as many shards to every lane.
-
-    A source of many files (16 a lane or more) is not cut: a file is a shard. Otherwise every file
-    is cut into the same number of parts, the fewest that deal out evenly. Each part of a
-    compressed file costs decompressing all of it: there, many files, or a multiple of the lanes,
-    are the fastest.
-    """
-    parts = 1 if len(files) >= 16 * lanes else lanes // math.gcd(len(files), lanes)
-    return [Shard(file, part, parts) for file in files for part in range(parts)]
+    return next(documents(source, files, report), None)
 
 
 def read(
@@ -209,30 +205,29 @@ def read(
         raise OSError(f"{shard.file}{after}: {error}") from error
 
 
+def documents(
+    source: Source, files: list[str], report: Callable[[BadRecord | OSError], None]
+) -> Iterator[Document]:
+    """The documents of whole files, one after the other; what is broken there is reported."""
+    for file in files:
+        try:
+            with closing(read(Shard(file, 0, 1), source)) as items:
+                for item in items:
+                    if isinstance(item, Document):
+                        yield item
+                    else:
+                        report(item)
+        except OSError as error:
+            report(error)
+
+
 def held_out_documents(
     sources: list[Source], limit: int | None, on_bad_record: str = "fail"
 ) -> Iterator[Document]:
     """The documents of the sources in the order of their files: of each source at most `limit`."""
     for source in sources:
-        shards = (Shard(file, 0, 1) for file in find_files(source))
-        items = itertools.chain.from_iterable(read(shard, source) for shard in shards)
-        count = 0
-        for item in items:
-            if isinstance(item, BadRecord):
-                if on_bad_record == "fail":
-                    raise InputError(item.message)
-            elif item.text.strip():
-                yield item
-                count += 1
-                if count == limit:
-                    break
-
-
-def check_held_out(sources: list[Source]) -> None:
-    """Raises InputError unless every source begins with a document."""
-    for source in sources:
-        if next(held_out_documents([source], 1), None) is None:
-            raise InputError(f"source {source.path!r} is empty: no document to evaluate on")
+        report = BadRecords(on_bad_record, shown=0).report
+        yield from itertools.islice(documents(source, find_files(source), report), limit)
 
 
 def describe_position(file: str, position: int) -> str:

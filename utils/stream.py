@@ -18,7 +18,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
-from utils.lanes import Corpus
+from utils.lanes import Lanes
 from utils.training import Step
 
 
@@ -63,47 +63,52 @@ class Row(NamedTuple):
     tokens: int  # of documents; what is left of the row is padding
 
 
-class StepStream(torch.utils.data.IterableDataset):
-    """The rows of each step that belong to one rank.
+class TrainingStream(torch.utils.data.IterableDataset):
+    """The rows of each step: what `Training` trains on.
 
     Args:
         rows_of: (lane index, its state or None) → an endless iterator of its rows.
-        rows_per_lane: global batch size / lanes.
+        arguments: a `TrainingArguments` that is a `StreamArguments` as well.
     """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        rows_of: Callable[[int, dict | None], Iterator[Row]],
-        rows_per_lane: int,
-        rank: int,
-        world_size: int,
-        states: dict[int, dict] | None = None,
+        self, lanes: Lanes, rows_of: Callable[[int, dict | None], Iterator[Row]], arguments: Any
     ):
-        self.corpus, self.rows_of, self.rows_per_lane = corpus, rows_of, rows_per_lane
-        self.mine = list(range(rank, corpus.arguments.lanes, world_size))
-        self.states = states or {}
-        workers = corpus.arguments.dataloader_num_workers
-        if workers > len(self.mine):
-            raise InputError(
-                f"dataloader_num_workers: {workers} is more than a rank's {len(self.mine)} lanes"
-            )
+        self.lanes, self.rows_of, self.arguments = lanes, rows_of, arguments
+        self.states: dict[int, dict | None] = {}  # of the lanes that are read here
 
-    def __iter__(self) -> Iterator[list[Row] | InputError]:
-        worker = torch.utils.data.get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        lanes = [self.rows_of(i, self.states.get(i)) for i in self.mine[first::stride]]
-        try:
-            while True:
-                yield [next(lane) for lane in lanes for _ in range(self.rows_per_lane)]
-        except InputError as error:
-            yield error  # raised in a worker, it would arrive with a traceback in its message
-        finally:
-            self.corpus.close()  # an open parquet reader at interpreter exit can abort the process
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "the training data": self.lanes.corpus.fingerprint(),
+            "the tokenizer": self.lanes.encode.fingerprint(),
+        }
 
-    def steps(self) -> Iterator[list[Row]]:
+    def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
+        return self._steps(self.rows(rank, world_size, states), step)
+
+    def _steps(self, rows_of_steps: Iterator[list[Row]], step: int) -> Iterator[Step]:
+        for rows in rows_of_steps:
+            size = self.arguments.micro_batch_size(step)
+            features = [row.features for row in rows]
+            batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
+            states = {row.lane: row.state for row in rows}
+            yield Step(batches, sum(row.tokens for row in rows), states)
+            step += 1
+
+    def rows(
+        self, rank: int, world_size: int, states: dict[int, dict] | None = None
+    ) -> Iterator[list[Row]]:
         """The rank's rows of one step after the other, in an order that workers do not change."""
-        workers = self.corpus.arguments.dataloader_num_workers
+        workers, states = self.arguments.dataloader_num_workers, states or {}
+        part = copy.copy(self)
+        part.states = {i: states.get(i) for i in range(rank, self.arguments.lanes, world_size)}
+        if workers > len(part.states):
+            raise InputError(
+                f"dataloader_num_workers: {workers} is more than a rank's {len(part.states)} lanes"
+            )
+        return part._rows(workers)
+
+    def _rows(self, workers: int) -> Iterator[list[Row]]:
         parts = iter(
             torch.utils.data.DataLoader(
                 self,
@@ -134,42 +139,19 @@ class StepStream(torch.utils.data.IterableDataset):
         finally:
             del parts  # ends the workers; left to the garbage collector, they may hang
 
-
-class TrainingStream:
-    """The rows of a corpus as what `Training` trains on.
-
-    Args:
-        rows_of: as for `StepStream`.
-        arguments: a `TrainingArguments`.
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        rows_of: Callable[[int, dict | None], Iterator[Row]],
-        arguments: Any,
-    ):
-        self.corpus, self.rows_of, self.arguments = corpus, rows_of, arguments
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {
-            "the training data": self.corpus.fingerprint(),
-            "the tokenizer": self.corpus.encode.fingerprint(),
-        }
-
-    def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
-        per_lane = self.arguments.global_batch_size // self.corpus.arguments.lanes
-        stream = StepStream(self.corpus, self.rows_of, per_lane, rank, world_size, states)
-        return self._steps(stream, step)
-
-    def _steps(self, stream: StepStream, step: int) -> Iterator[Step]:
-        for rows in stream.steps():
-            size = self.arguments.micro_batch_size(step)
-            features = [row.features for row in rows]
-            batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
-            states = {row.lane: row.state for row in rows}
-            yield Step(batches, sum(row.tokens for row in rows), states)
-            step += 1
+    def __iter__(self) -> Iterator[list[Row] | InputError]:
+        """A step's rows of the lanes that this process, perhaps a worker, reads."""
+        worker = torch.utils.data.get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        per_lane = self.arguments.global_batch_size // self.arguments.lanes
+        lanes = [self.rows_of(i, self.states[i]) for i in list(self.states)[first::stride]]
+        try:
+            while True:
+                yield [next(lane) for lane in lanes for _ in range(per_lane)]
+        except InputError as error:
+            yield error  # raised in a worker, it would arrive with a traceback in its message
+        finally:
+            self.lanes.close()  # an open parquet reader at interpreter exit can abort the process
 
 
 def collate(features: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

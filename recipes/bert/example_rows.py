@@ -14,7 +14,7 @@ import numpy as np
 from masking import Example, ExampleMaker
 from utils import epochs
 from utils.config import InputError
-from utils.lanes import Corpus, Lane, count_tokens
+from utils.lanes import Lane, Lanes, count_tokens
 from utils.loss import IGNORE_INDEX
 from utils.randomness import keyed_permutation
 from utils.sentences import SentenceEncoder
@@ -27,7 +27,7 @@ EMPTY_DOCUMENTS = 10_000  # without a token, in a row: there is something else w
 
 
 def example_rows(
-    corpus: Corpus,
+    lanes: Lanes,
     make_examples: ExampleMaker,
     phases: Sequence[tuple[int, int]],
     packing: bool,
@@ -47,7 +47,8 @@ def example_rows(
     """
     zero = {"lane": None, "window_row": 0, "row": 0, "example": 0, "seen": {}, "counts": {}}
     state = state or zero
-    lane = Lane(corpus, lane_index, state["lane"])
+    lane = Lane(lanes, lane_index, state["lane"])
+    seed = lanes.corpus.seed
     row, resume_row, example = state["window_row"], state["row"], state["example"]
     seen, counts = dict(state["seen"]), dict(state["counts"])
     is_spent, unheard = False, {}
@@ -59,10 +60,10 @@ def example_rows(
         documents = [sentences for sentences, _, _ in window]
         names = [(document.file, document.position) for _, document, _ in window]
         examples = list(
-            make_examples(documents, names, length, example, corpus.seed, "example", lane_index)
+            make_examples(documents, names, length, example, seed, "example", lane_index)
         )
         # so that long examples are not always the first
-        order = keyed_permutation(len(examples), corpus.seed, "rows", lane_index, window_row)
+        order = keyed_permutation(len(examples), seed, "rows", lane_index, window_row)
         rows = fit([examples[i] for i in order], length, packing)
         _add(unheard, _document_counts(documents, examples, make_examples))
         while rows or is_spent:

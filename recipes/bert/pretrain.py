@@ -29,7 +29,7 @@ from masked_evaluation import MaskedEvaluation
 from masking import ExampleMaker, MaskingArguments
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
-from utils.lanes import Corpus, StreamArguments
+from utils.lanes import Corpus, Lanes, StreamArguments
 from utils.loss import IGNORE_INDEX, check_packing
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import (
@@ -46,7 +46,7 @@ from utils.model import (
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.sentences import SentenceEncoder
-from utils.sources import Source, check_held_out, held_out_documents
+from utils.sources import Source, check_documents, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
 
@@ -239,9 +239,9 @@ def main() -> None:
     tokenizer = load_tokenizer(args)
     config = model_config(args, args.row_length, tokenizer)
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
-    corpus = Corpus(args.train_sources, encode, args, args.seed)
+    corpus = Corpus(args.train_sources, args, args.seed)
     check_examples(args.train_sources, encode, args.objective)
-    check_held_out(args.validation_sources + args.test_sources)
+    check_documents(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return
@@ -256,12 +256,13 @@ def main() -> None:
         for phase in phases
     }
     rows = [(phase.sequence_length, phase.steps * per_lane) for phase in phases]
-    rows_of = partial(example_rows, corpus, make_examples, rows, args.packing)
+    lanes = Lanes(corpus, encode)
+    rows_of = partial(example_rows, lanes, make_examples, rows, args.packing)
     training.prepare(
         objective,
         model,
         tokenizer,
-        TrainingStream(corpus, rows_of, args),
+        TrainingStream(lanes, rows_of, args),
         flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
     )
     if args.packing:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.lanes import Corpus, Lane, count_tokens
+from utils.lanes import Lane, Lanes, count_tokens
 from utils.loss import IGNORE_INDEX
 from utils.stream import Row, TextEncoder
 
@@ -84,7 +84,7 @@ def pack(
 
 
 def packed_rows(
-    corpus: Corpus, sequence_length: int, lane_index: int, state: dict[str, Any] | None
+    lanes: Lanes, sequence_length: int, lane_index: int, state: dict[str, Any] | None
 ) -> Iterator[Row]:
     """The rows of one lane, for ever: when its documents are spent, rows without any target.
 
@@ -92,7 +92,7 @@ def packed_rows(
     rows, "seen": tokens in rows by source and domain}.
     """
     state = state or {"lane": None, "offset": 0, "seen": {}}
-    lane, seen = Lane(corpus, lane_index, state["lane"]), dict(state["seen"])
+    lane, seen = Lane(lanes, lane_index, state["lane"]), dict(state["seen"])
 
     def documents() -> Iterator[tuple[np.ndarray, Any]]:
         while True:

@@ -28,7 +28,7 @@ from bits_per_byte import baselines, evaluate_by_domain
 from packing import DocumentEncoder, packed_rows
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
-from utils.lanes import Corpus, StreamArguments
+from utils.lanes import Corpus, Lanes, StreamArguments
 from utils.loss import (
     IGNORE_INDEX,
     check_head,
@@ -41,7 +41,7 @@ from utils.model import ModelArguments, build_model, load_tokenizer, model_confi
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import generate_texts
-from utils.sources import Source, check_held_out, held_out_documents
+from utils.sources import Source, check_documents, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
 
@@ -148,8 +148,8 @@ def main() -> None:
     tokenizer = load_tokenizer(args)
     config = model_config(args, args.sequence_length, tokenizer)
     encode = DocumentEncoder(tokenizer)
-    corpus = Corpus(args.train_sources, encode, args, args.seed)
-    check_held_out(args.validation_sources + args.test_sources)
+    corpus = Corpus(args.train_sources, args, args.seed)
+    check_documents(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return
@@ -159,8 +159,8 @@ def main() -> None:
     model = build_model(args, config, transformers.AutoModelForCausalLM, args.seed)
     check_architecture(model)
     objective = NextTokenLoss(model)
-    rows_of = partial(packed_rows, corpus, args.sequence_length)
-    data = TrainingStream(corpus, rows_of, args)
+    lanes = Lanes(corpus, encode)
+    data = TrainingStream(lanes, partial(packed_rows, lanes, args.sequence_length), args)
     training.prepare(objective, model, tokenizer, data, flops_per_token=lambda step: flops)
     check_packing(
         partial(next_token_losses, training),

@@ -17,7 +17,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate, islice
@@ -29,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
-from utils.sources import BadRecord, Document, Shard, Source, find_files, read
+from utils.sources import BadRecords, Document, Source, check_documents, documents
 
 # Llama 3's pattern, GPT-4's in effect; no token crosses the borders that it draws. Contractions,
 # words with the one sign before them, up to three digits, signs with the line breaks after them,
@@ -93,11 +92,11 @@ def main() -> None:
     args = parse(Arguments)
     output_dir = Path(args.output_dir)
     check_output(output_dir)
-    train_corpus = Corpus([s for s in args.train_sources if s.weight > 0], args.on_bad_record)
-    validation_corpus = Corpus(args.validation_sources, args.on_bad_record)
+    train_text = Text([s for s in args.train_sources if s.weight > 0], args.on_bad_record)
+    validation_text = Text(args.validation_sources, args.on_bad_record)
 
     train = {"bpe": train_bpe, "wordpiece": train_wordpiece}[args.algorithm]
-    tokenizer = train(train_corpus, args)
+    tokenizer = train(train_text, args)
     if len(tokenizer) < args.vocab_size:
         say(
             f"warning: {len(tokenizer)} tokens came out, not {args.vocab_size}: no other pair is "
@@ -107,14 +106,14 @@ def main() -> None:
     with written_aside(output_dir) as folder:
         tokenizer.save_pretrained(folder)
     if args.validation_sources:
-        report(tokenizer, validation_corpus)
-    for corpus in (train_corpus, validation_corpus):
-        if corpus.bad_records:
-            print(f"skipped {len(corpus.bad_records)} broken records")
+        report(tokenizer, validation_text)
+    for text in (train_text, validation_text):
+        if text.bad_records.messages:
+            print(f"skipped {len(text.bad_records.messages)} broken records")
     print(f"{output_dir}: {args.algorithm}, {len(tokenizer)} tokens")
 
 
-def train_bpe(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBase:
+def train_bpe(text: "Text", args: Arguments) -> PreTrainedTokenizerBase:
     """Byte-level BPE (https://arxiv.org/abs/1508.07909, on bytes as in GPT-2): lossless.
 
     `tokenizer(text)` puts bos before the text, and no eos after it: a prompt is to be continued.
@@ -134,7 +133,7 @@ def train_bpe(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBase:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    learn(backend, trainer, corpus, args)
+    learn(backend, trainer, text, args)
     # the ids of special tokens are known only now
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
@@ -153,12 +152,12 @@ def train_bpe(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBase:
     )
 
 
-def train_wordpiece(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBase:
+def train_wordpiece(text: "Text", args: Arguments) -> PreTrainedTokenizerBase:
     """WordPiece as BERT reads it (https://arxiv.org/abs/1810.04805), its pieces found by BPE."""
     from transformers import BertTokenizer
 
     backend = BertTokenizer(do_lower_case=args.lowercase).backend_tokenizer
-    alphabet = count_alphabet(corpus, backend, args)
+    alphabet = count_alphabet(text, backend, args)
     # The trainer numbers "##a", "##b", … in the order of a hash table, another one in every run,
     # and breaks ties between pairs by number. As special tokens they have fixed numbers.
     inner = ["##" + c for c in alphabet if len(words_of("a" + c, backend)) == 1]
@@ -177,7 +176,7 @@ def train_wordpiece(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBas
         limit_alphabet=len(alphabet),
         show_progress=sys.stderr.isatty(),
     )
-    learn(backend, trainer, corpus, args)
+    learn(backend, trainer, text, args)
     return BertTokenizer(
         vocab=backend.get_vocab(),
         do_lower_case=args.lowercase,
@@ -185,21 +184,21 @@ def train_wordpiece(corpus: "Corpus", args: Arguments) -> PreTrainedTokenizerBas
     )
 
 
-def learn(backend: Tokenizer, trainer: trainers.Trainer, corpus: "Corpus", args: Arguments) -> None:
-    """Count the words of the corpus, then merge pairs of tokens until the vocabulary is full."""
+def learn(backend: Tokenizer, trainer: trainers.Trainer, text: "Text", args: Arguments) -> None:
+    """Count the words of the text, then merge pairs of tokens until the vocabulary is full."""
 
     def texts() -> Iterator[str]:
-        for document in corpus.documents("counting words", args.max_train_bytes):
+        for document in text.read("counting words", args.max_train_bytes):
             yield document.text
         say(f"merging pairs into {args.vocab_size} tokens")
 
     backend.train_from_iterator(texts(), trainer)
 
 
-def count_alphabet(corpus: "Corpus", backend: Tokenizer, args: Arguments) -> list[str]:
+def count_alphabet(text: "Text", backend: Tokenizer, args: Arguments) -> list[str]:
     """The most frequent characters of the text as the model will see it, ties by code point."""
     raw: Counter[str] = Counter()
-    for document in corpus.documents("counting characters", args.max_train_bytes):
+    for document in text.read("counting characters", args.max_train_bytes):
         raw.update(document.text)
     counts: Counter[str] = Counter()
     for character, count in raw.items():
@@ -215,26 +214,21 @@ def words_of(text: str, backend: Tokenizer) -> list[str]:
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
 
 
-class Corpus:
-    """The text of some sources, for as many readings as it takes.
+class Text:
+    """The documents of some sources, for as many readings as it takes.
 
     Raises:
         InputError: a source without any document; with on_bad_record "fail" a broken record.
     """
 
     def __init__(self, sources: list[Source], on_bad_record: str):
-        self.on_bad_record = on_bad_record
-        self.bad_records: set[str] = set()
+        self.bad_records = BadRecords(on_bad_record, shown=math.inf)
         self.files: list[tuple[Source, str, float]] = []  # with their shares of the bytes
-        for source in sources:
-            files = find_files(source)
-            if not any(True for file in files for _ in self._documents_of(source, file)):
-                raise InputError(
-                    f"source {source.path!r} is empty: no document in {', '.join(files[:3])}"
-                )
+        found = check_documents(sources, on_bad_record)
+        for source, files in zip(sources, found, strict=True):
             self.files += [(source, file, source.weight / len(files)) for file in files]
 
-    def documents(self, doing: str, max_bytes: int | None = None) -> Iterator[Document]:
+    def read(self, doing: str, max_bytes: int | None = None) -> Iterator[Document]:
         """Documents, file by file, with progress on stderr.
 
         Of `max_bytes` a source has a share by its weight and each of its files an equal part, read
@@ -251,7 +245,7 @@ class Corpus:
             if text_bytes >= limit:
                 break
             stop = text_bytes + (limit - text_bytes) * share / left
-            for document in self._documents_of(source, file):
+            for document in documents(source, [file], self.bad_records.report):
                 if text_bytes >= stop:
                     break
                 yield document
@@ -265,24 +259,6 @@ class Corpus:
             file_bytes += size
         seconds = time.monotonic() - started
         say(f"{doing}: {text_bytes / 1e6:.1f} MB of text in {seconds:.0f} s")
-
-    def _documents_of(self, source: Source, file: str) -> Iterator[Document]:
-        try:
-            with closing(read(Shard(file, 0, 1), source)) as items:
-                for item in items:
-                    if isinstance(item, BadRecord):
-                        self._report(item.message)
-                    else:
-                        yield item
-        except OSError as error:
-            self._report(str(error))
-
-    def _report(self, message: str) -> None:
-        if self.on_bad_record == "fail":
-            raise InputError(f"{message}; --on_bad_record skip leaves such records out")
-        if message not in self.bad_records:
-            say(f"warning: skipped {message}")
-        self.bad_records.add(message)
 
 
 def time_left(started: float, done: float) -> str:
@@ -321,12 +297,12 @@ def check_output(output_dir: Path) -> None:
             )
 
 
-def report(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
+def report(tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
     """Print bytes of UTF-8 per token (special tokens not counted) by domain and in all."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # their names in a text are text
     counts: dict[str, Counter[str]] = {}
-    documents = corpus.documents("held-out text")
+    documents = text.read("held-out text")
     while batch := list(islice(documents, ENCODE_BATCH)):
         encodings = backend.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
         for document, encoding in zip(batch, encodings, strict=True):

@@ -15,12 +15,13 @@ import example_rows as module
 from conftest import DOMAINS, SYLLABLES, write_jsonl
 from example_rows import check_examples, example_rows, features, fit
 from masking import Example, ExampleMaker, MaskingArguments
+from recipes.bert.pretrain import Arguments
 from utils.config import InputError
-from utils.lanes import Corpus, Lane, StreamArguments
+from utils.lanes import Corpus, Lane, Lanes
 from utils.loss import IGNORE_INDEX
 from utils.sentences import SentenceEncoder
 from utils.sources import Source
-from utils.stream import Row, StepStream
+from utils.stream import Row, TrainingStream
 
 OBJECTIVES = ["mlm_nsp", "mlm_sop", "mlm"]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -84,14 +85,15 @@ class Run:
         self.make = ExampleMaker(tokenizer, MaskingArguments(objective=objective))
         self.packing, self.phases = packing, phases or [(64, 0)]
         self.sources, self.encode = sources, SentenceEncoder(tokenizer)
-        self.arguments = StreamArguments(**{"lanes": 2, "shuffle_documents": 8, **more})
-        self.corpus = self.new_corpus()
+        settings = {"lanes": 2, "shuffle_documents": 8, "seed": 0, **more}
+        self.arguments = Arguments(global_batch_size=2 * settings["lanes"], **settings)
+        self.lanes = self.new_lanes()
 
-    def new_corpus(self) -> Corpus:
-        return Corpus(self.sources, self.encode, self.arguments, 0)
+    def new_lanes(self) -> Lanes:
+        return Lanes(Corpus(self.sources, self.arguments, seed=0), self.encode)
 
     def rows(self, lane: int = 0, state: dict | None = None):
-        return example_rows(self.corpus, self.make, self.phases, self.packing, lane, state)
+        return example_rows(self.lanes, self.make, self.phases, self.packing, lane, state)
 
     def all_rows(self, lane: int = 0) -> list[Row]:
         """Until there are three empty ones, which are left out."""
@@ -104,7 +106,7 @@ class Run:
 
     def windows(self, rows: list[Row], lane: int = 0) -> list[tuple[list, list[Example]]]:
         """The documents and examples of each window, told from where the rows say it begins."""
-        reader, windows, number = Lane(self.corpus, lane), [], 0
+        reader, windows, number = Lane(self.lanes, lane), [], 0
         begins = sorted({0, *(row.state["window_row"] for row in rows)})[:-1]
         for begin in begins:
             length = self.length_at(begin)
@@ -341,8 +343,8 @@ def test_resuming_again_and_again(wordpiece, mixture):
 def test_a_resume_tokenizes_its_window_again_and_no_more(wordpiece, mixture):
     run = Run(wordpiece, mixture)
     rows = run.all_rows()
-    encode, texts = run.corpus.encode, []
-    run.corpus.encode = lambda batch: texts.extend(batch) or encode(batch)
+    encode, texts = run.lanes.encode, []
+    run.lanes.encode = lambda batch: texts.extend(batch) or encode(batch)
     for done in (10, len(rows) // 2, len(rows) - 10):
         texts.clear()
         next(run.rows(0, after_json(rows[done - 1].state)))
@@ -394,13 +396,11 @@ def steps_of(run: Run, count: int, world_size: int, states: dict | None = None) 
     """Two rows a lane and step, those of all ranks together."""
     ranks = []
     for rank in range(world_size):
-        corpus = run.new_corpus()
-        rows_of = partial(example_rows, corpus, run.make, run.phases, run.packing)
+        lanes = run.new_lanes()
+        rows_of = partial(example_rows, lanes, run.make, run.phases, run.packing)
         # a worker gets a pickled copy
-        stream = pickle.loads(
-            pickle.dumps(StepStream(corpus, rows_of, 2, rank, world_size, states))
-        )
-        ranks.append(stream.steps())
+        stream = pickle.loads(pickle.dumps(TrainingStream(lanes, rows_of, run.arguments)))
+        ranks.append(stream.rows(rank, world_size, states))
     steps = []
     for _ in range(count):
         rows = [row for rank in ranks for row in next(rank)]

@@ -18,7 +18,7 @@ from launching import TINY_RUN, metrics
 from packing import DocumentEncoder
 from recipes.causal_lm.pretrain import NextTokenLoss
 from utils.config import InputError
-from utils.sources import Source, check_held_out, held_out_documents
+from utils.sources import Source, check_documents, held_out_documents
 
 DOMAIN = "meta.redpajama_set_name"
 LENGTH = 32  # shorter than most documents: they are scored in pieces
@@ -195,11 +195,11 @@ def test_broken_records_are_fatal_or_left_out(tmp_path):
 
 
 def test_a_source_without_documents_is_refused_before_anything_runs(tmp_path, sources):
-    check_held_out(sources)
+    check_documents(sources)
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": " "}\n')
-    with pytest.raises(InputError, match=r"data.jsonl' is empty: no document to evaluate on"):
-        check_held_out([*sources, Source(str(file))])
+    with pytest.raises(InputError, match=r"data.jsonl' is empty: no document in "):
+        check_documents([*sources, Source(str(file))])
 
 
 # gzip and unigrams

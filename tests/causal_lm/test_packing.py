@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import make_documents, write_jsonl
 from packing import DocumentEncoder, pack, packed_rows
 from utils.config import InputError
-from utils.lanes import Corpus, StreamArguments
+from utils.lanes import Corpus, Lanes, StreamArguments
 from utils.loss import IGNORE_INDEX
 from utils.sources import Source
 from utils.stream import collate
@@ -163,24 +163,25 @@ def test_tokenizers_that_cannot_be_streamed(tokenizer_folder):
 
 
 @pytest.fixture
-def make_corpus(tmp_path, tokenizer):
-    def make(lanes: int = 1, count: int = 30, **settings) -> Corpus:
+def make_lanes(tmp_path, tokenizer):
+    def make(lanes: int = 1, count: int = 30, **settings) -> Lanes:
         write_jsonl(tmp_path / "data.jsonl", make_documents("data", count))
         source = Source(str(tmp_path), name="data", epochs=1, **settings)
-        return Corpus([source], DocumentEncoder(tokenizer), StreamArguments(lanes=lanes), 0)
+        corpus = Corpus([source], StreamArguments(lanes=lanes), seed=0)
+        return Lanes(corpus, DocumentEncoder(tokenizer))
 
     return make
 
 
-def test_tokens_seen_are_counted_by_domain(make_corpus, tokenizer):
-    corpus = make_corpus(domain_field="meta.redpajama_set_name")
+def test_tokens_seen_are_counted_by_domain(make_lanes, tokenizer):
+    lanes = make_lanes(domain_field="meta.redpajama_set_name")
     encode = DocumentEncoder(tokenizer)
     expected: Counter[str] = Counter()
     for record in make_documents("data", 30):
         key = f"data/{record['meta']['redpajama_set_name']}"
         expected[key] += len(encode([record["text"]])[0])
     counted = 0
-    for row in packed_rows(corpus, 32, 0, None):
+    for row in packed_rows(lanes, 32, 0, None):
         if row.tokens == 0:
             break
         counted += row.tokens
@@ -188,21 +189,21 @@ def test_tokens_seen_are_counted_by_domain(make_corpus, tokenizer):
     assert row.state["seen"] == expected
 
 
-def test_a_lane_without_documents_has_rows_without_targets(make_corpus):
-    corpus = make_corpus(lanes=8, count=1)
-    lanes = [packed_rows(corpus, 16, lane, None) for lane in range(8)]
-    firsts = [next(lane) for lane in lanes]
+def test_a_lane_without_documents_has_rows_without_targets(make_lanes):
+    lanes = make_lanes(lanes=8, count=1)
+    rows_of_lanes = [packed_rows(lanes, 16, lane, None) for lane in range(8)]
+    firsts = [next(rows) for rows in rows_of_lanes]
     assert sum(row.tokens > 0 for row in firsts) == 1
-    for lane, first in zip(lanes, firsts, strict=True):
+    for rows, first in zip(rows_of_lanes, firsts, strict=True):
         if first.tokens == 0:
-            for row in (first, next(lane), next(lane)):
+            for row in (first, next(rows), next(rows)):
                 assert (row.features["shift_labels"] == IGNORE_INDEX).all()
                 assert row.features["position_ids"].tolist() == list(range(16))
                 assert row.state["seen"] == {}
 
 
-def test_a_domain_of_every_document_is_refused(make_corpus):
-    corpus = make_corpus(count=300, domain_field="text")
+def test_a_domain_of_every_document_is_refused(make_lanes):
+    lanes = make_lanes(count=300, domain_field="text")
     with pytest.raises(InputError, match="domain_field 'text' has more than 256 values: name a"):
-        for _ in packed_rows(corpus, 512, 0, None):
+        for _ in packed_rows(lanes, 512, 0, None):
             pass

@@ -22,13 +22,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from conftest import make_documents, write_jsonl
 from launching import TINY_RUN, metrics, steps
 from packing import DocumentEncoder, pack, packed_rows
-from recipes.causal_lm.pretrain import NextTokenLoss
+from recipes.causal_lm.pretrain import Arguments, NextTokenLoss
 from utils import loss
 from utils.engine import Engine
-from utils.lanes import Corpus, StreamArguments
+from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
 from utils.sources import Source
-from utils.stream import StepStream, collate
+from utils.stream import TrainingStream, collate
 
 STEPS = 12
 COSINE = {
@@ -62,9 +62,10 @@ def initial(tmp_path_factory, tokenizer_folder):
 def global_batches(sources, tokenizer, count=STEPS):
     """The batches that the recipe trains on, as the stream gives them."""
     sources = [Source(**source) for source in sources]
-    corpus = Corpus(sources, DocumentEncoder(tokenizer), StreamArguments(lanes=8), seed=0)
-    stream = StepStream(corpus, partial(packed_rows, corpus, 32), 2, 0, 1).steps()
-    return [collate([row.features for row in next(stream)]) for _ in range(count)]
+    settings = Arguments(lanes=8, global_batch_size=16)
+    lanes = Lanes(Corpus(sources, settings, seed=0), DocumentEncoder(tokenizer))
+    rows = TrainingStream(lanes, partial(packed_rows, lanes, 32), settings).rows(0, 1)
+    return [collate([row.features for row in next(rows)]) for _ in range(count)]
 
 
 def plain_loop(folder, batches, factor):

@@ -199,7 +199,8 @@ def functions(first: int, count: int) -> list[Definition]:
 PAIR = """
 import sys
 from pathlib import Path
-from recipes.corpus import sample_tasks
+sys.path.insert(0, "recipes/corpus")
+import sample_tasks
 from installed_packages import definitions, installed
 names = {"NetworkX": "networkx", "NumPy": "numpy"}
 sample_tasks.build({d: definitions(installed(n)) for d, n in names.items()}, Path(sys.argv[1]))

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, BertConfig, LlamaConfig
 from packing import DocumentEncoder
 from programs import ROOT, documented_commands
 from recipes.corpus import train_tokenizer
-from recipes.corpus.train_tokenizer import Arguments, Corpus
+from recipes.corpus.train_tokenizer import Arguments, Text
 from utils.config import InputError, parse
 from utils.sources import Source
 
@@ -313,10 +313,10 @@ def test_max_train_bytes_are_shared_by_weight_and_among_files(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i:06d}" for i in range(count)])
     weights = {"a": 2.0, "b": 1.0}
     sources = [Source(str(tmp_path / name), weight=weight) for name, weight in weights.items()]
-    corpus = Corpus(sources, "fail")
+    whole = Text(sources, "fail")
 
     def read(max_bytes: int | None) -> dict[str, int]:
-        texts = [document.text for document in corpus.documents("reading", max_bytes)]
+        texts = [document.text for document in whole.read("reading", max_bytes)]
         assert len(set(texts)) == len(texts)
         return Counter(text[:3] for text in texts)
 
@@ -358,7 +358,7 @@ def test_progress_tells_the_time_left(max_bytes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_tokenizer, "time", clock)
     monkeypatch.setattr(train_tokenizer, "PROGRESS_SECONDS", 0)
     source = Source(str(write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000] * 4)))
-    list(Corpus([source], "fail").documents("reading", max_bytes))
+    list(Text([source], "fail").read("reading", max_bytes))
     lines = capsys.readouterr().err.splitlines()
     if max_bytes is None:
         assert lines == [
@@ -406,15 +406,16 @@ def test_bad_settings(message, corpus, tmp_path):
 def test_bad_text(option, algorithm, corpus, tmp_path):
     """Named before anything is written, whichever sources it stands in."""
     path = tmp_path / "a.jsonl"
-    skip = "; --on_bad_record skip leaves such records out"
     contents = {
         "": f"source '{path}' is empty: no document in {path}",
         '{"text": " "}\n': f"source '{path}' is empty: no document in {path}",
         '\n{"content": "x", "id": 1}\n': (
-            f"{path}, line 2: no field 'text' (it has: content, id){skip}"
+            f"source '{path}': {path}, line 2: no field 'text' (it has: content, id)"
         ),
-        '{"text": null}\n': f"{path}, line 1: no field 'text' (it has: text){skip}",
-        "nothing\n": f"{path}, line 1: not JSON: Expecting value: line 1 column 1 (char 0){skip}",
+        '{"text": null}\n': f"source '{path}': {path}, line 1: no field 'text' (it has: text)",
+        "nothing\n": (
+            f"source '{path}': {path}, line 1: not JSON: Expecting value: line 1 column 1 (char 0)"
+        ),
     }
     for content, message in contents.items():
         path.write_text(content)

@@ -228,7 +228,7 @@ def test_a_broken_record_of_one_process_stops_all_with_a_checkpoint_and_one_mess
     lines = (corpus_folder / "train-0.jsonl").read_bytes().splitlines(keepends=True)
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"".join(lines))
-    corpus = Corpus([Source(str(path))], len, StreamArguments(lanes=8), seed=0)
+    corpus = Corpus([Source(str(path))], StreamArguments(lanes=8), seed=0)
     (eighth,) = corpus.shards_of(0, epoch=0, lane=1)  # a lane of process 1
     ends = list(itertools.accumulate(map(len, lines)))
     place = bisect.bisect(ends, (eighth + 0.5) / 8 * ends[-1])

@@ -17,15 +17,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from utils import files
 from utils.config import InputError
+from utils.lanes import check_mixture, cut_into_shards
 from utils.sources import (
     FORMATS,
     BadRecord,
     Document,
     Shard,
     Source,
-    cut_into_shards,
+    check_documents,
     describe_position,
-    find_checked_files,
     find_files,
     read,
 )
@@ -232,7 +232,7 @@ def test_a_broken_line_is_reported_and_passed(tmp_path, format, line, problem):
     first, broken, last = read_all(str(path))
     assert (first.text, last.text) == ("a", "b")
     assert isinstance(broken, BadRecord)
-    assert broken.message.startswith(f"{path}, line 3: {problem}")
+    assert str(broken).startswith(f"{path}, line 3: {problem}")
     assert list(read(Shard(str(path), 0, 1), Source(str(path)), broken.end)) == [last]
 
 
@@ -240,10 +240,10 @@ def test_broken_rows_of_parquet(tmp_path):
     file = write(tmp_path / "null.parquet", [{"text": "a"}, {"text": None}, {"text": "b"}])
     first, broken, last = read_all(file)
     assert (first.text, last.text) == ("a", "b")
-    assert broken.message == f"{file}, row 1: no field 'text' (it has: text)"
+    assert str(broken) == f"{file}, row 1: no field 'text' (it has: text)"
 
     file = write(tmp_path / "missing.parquet", [{"id": 1, "content": "a"}])
-    assert read_all(file)[0].message == f"{file}, row 0: no field 'text' (it has: id, content)"
+    assert str(read_all(file)[0]) == f"{file}, row 0: no field 'text' (it has: id, content)"
     assert texts(read_all(file, text_field="content", domain_field="meta.set")) == ["a"]
 
     buffers = [pa.py_buffer(data) for data in (b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0", b"a\xffb")]
@@ -251,7 +251,7 @@ def test_broken_rows_of_parquet(tmp_path):
     pq.write_table(pa.table({"text": column}), tmp_path / "bytes.parquet")
     first, broken, last = read_all(str(tmp_path / "bytes.parquet"))
     assert (first.text, last.text) == ("a", "b")
-    assert "row 1: 'utf-8' codec can't decode byte 0xff" in broken.message
+    assert "row 1: 'utf-8' codec can't decode byte 0xff" in str(broken)
 
 
 @pytest.mark.parametrize("format", [".jsonl.gz", ".jsonl.zst"])
@@ -511,7 +511,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch):
 )
 def test_sources_that_make_no_mixture(sources, message):
     with pytest.raises(InputError) as error:
-        find_checked_files(sources, skip_bad_records=False)
+        check_mixture(sources)
     assert str(error.value) == message
 
 
@@ -519,23 +519,23 @@ def test_a_source_must_hold_a_document(tmp_path, waits):
     empty = write(tmp_path / "a.jsonl", [{"text": " "}])
     source = Source(str(tmp_path))
 
-    def check(message: str, skip_bad_records: bool) -> None:
+    def check(message: str, on_bad_record: str) -> None:
         with pytest.raises(InputError) as error:
-            find_checked_files([source], skip_bad_records)
+            check_documents([source], on_bad_record)
         assert str(error.value) == f"source {str(tmp_path)!r}{message}"
 
-    check(f" is empty: no document in {empty}", False)
+    check(f" is empty: no document in {empty}", "fail")
     good = write(tmp_path / "c.jsonl", [{"content": "x"}, {"text": "found"}])
-    check(f": {good}, line 1: no field 'text' (it has: content)", False)
-    assert find_checked_files([source], True) == [[empty, good]]
+    check(f": {good}, line 1: no field 'text' (it has: content)", "fail")
+    assert check_documents([source], "skip") == [[empty, good]]
     damaged = write(tmp_path / "b.jsonl.gz", RECORDS)
     Path(damaged).write_bytes(b"garbage")
-    check(f": {damaged}: Not a gzipped file (b'ga')", False)
-    assert find_checked_files([source], True) == [[empty, damaged, good]]
+    check(f": {damaged}: Not a gzipped file (b'ga')", "fail")
+    assert check_documents([source], "skip") == [[empty, damaged, good]]
     # the field is misnamed, not a record broken here and there
     source.text_field = "body"
     wrong = write(tmp_path / "d.jsonl", [{"content": "x"}] * 5000)
-    check(f": {wrong}, line 997: no field 'body' (it has: content)", True)
+    check(f": {wrong}, line 997: no field 'body' (it has: content)", "skip")
 
 
 def test_positions_for_people(tmp_path):

@@ -17,13 +17,14 @@ import zstandard
 
 from conftest import make_documents, write_jsonl
 from packing import DocumentEncoder, packed_rows
+from recipes.causal_lm.pretrain import Arguments
 from utils import lanes, sources
 from utils.config import InputError
-from utils.lanes import Corpus, Lane, StreamArguments
+from utils.lanes import Corpus, Lane, Lanes, StreamArguments
 from utils.loss import IGNORE_INDEX
 from utils.randomness import keyed_permutation
 from utils.sources import Document, Source
-from utils.stream import Row, StepStream
+from utils.stream import Row, TrainingStream
 
 FORMATS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
 LANES, LENGTH = 16, 48
@@ -58,27 +59,32 @@ def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> list[Source]:
 class Run:
     """A run of any world size over one mixture."""
 
-    def __init__(self, sources: list[Source], tokenizer, seed: int = 0, **settings):
+    def __init__(
+        self, sources: list[Source], tokenizer, seed: int = 0, rows_per_lane: int = 2, **settings
+    ):
         self.sources, self.encode, self.seed = sources, DocumentEncoder(tokenizer), seed
         settings = {"lanes": LANES, "shuffle_documents": 4, **settings}
-        self.arguments = StreamArguments(**settings)
+        self.arguments = Arguments(global_batch_size=rows_per_lane * settings["lanes"], **settings)
+        self.rows_per_lane = rows_per_lane
 
     def corpus(self) -> Corpus:
-        return Corpus(self.sources, self.encode, self.arguments, self.seed)
+        return Corpus(self.sources, self.arguments, self.seed)
+
+    def stream(self) -> TrainingStream:
+        lanes = Lanes(self.corpus(), self.encode)
+        return TrainingStream(lanes, partial(packed_rows, lanes, LENGTH), self.arguments)
 
     def steps(self, count: int, world_size: int = 1, states: dict | None = None) -> list[list[Row]]:
-        """Two rows a lane and step, those of all ranks together; ends when none has tokens."""
-        ranks = []
-        for rank in range(world_size):
-            corpus = self.corpus()
-            rows_of = partial(packed_rows, corpus, LENGTH)
-            ranks.append(StepStream(corpus, rows_of, 2, rank, world_size, states).steps())
+        """The rows of all ranks together; ends when none has tokens."""
+        ranks = [self.stream().rows(rank, world_size, states) for rank in range(world_size)]
         steps: list[list[Row]] = []
         for _ in range(count):
             parts = [next(rank) for rank in ranks]
             for rank, part in enumerate(parts):
                 lanes = range(rank, self.arguments.lanes, world_size)
-                assert [row.lane for row in part] == [lane for lane in lanes for _ in range(2)]
+                assert [row.lane for row in part] == [
+                    lane for lane in lanes for _ in range(self.rows_per_lane)
+                ]
             rows = [row for part in parts for row in part]
             if not any(row.tokens for row in rows):
                 break
@@ -114,7 +120,7 @@ def words(texts: list[str]) -> list[list[str]]:
 
 def make_lane(sources: list[Source], state: dict | None = None, index: int = 0, **settings) -> Lane:
     arguments = StreamArguments(**{"lanes": 1, "shuffle_documents": 8, **settings})
-    return Lane(Corpus(sources, words, arguments, seed=0), index, state)
+    return Lane(Lanes(Corpus(sources, arguments, seed=0), words), index, state)
 
 
 def drain(lane: Lane, limit: int = ALWAYS) -> list[Document]:
@@ -149,8 +155,7 @@ def test_workers_as_runs_start_them(tmp_path, tokenizer):
     source = Source(write(tmp_path / "data", records), epochs=1)
     settings = {"lanes": 2, "shuffle_documents": 4}
     expected = Run([source], tokenizer, on_bad_record="skip", **settings).steps(ALWAYS)
-    corpus = Run([source], tokenizer, dataloader_num_workers=2, **settings).corpus()
-    steps = StepStream(corpus, partial(packed_rows, corpus, LENGTH), 2, 0, 1).steps()
+    steps = Run([source], tokenizer, dataloader_num_workers=2, **settings).stream().rows(0, 1)
     found = [next(steps)]
     workers = multiprocessing.active_children()
     # a signal to the process group of the run does not reach them
@@ -266,7 +271,7 @@ def test_resuming_after_any_document_while_sources_leave(tmp_path):
         states.append(json.loads(json.dumps(lane.state())))
     assert len(documents) == 13
     for done, state in enumerate(states, 1):
-        assert drain(Lane(lane.corpus, 0, state)) == documents[done:], f"after document {done}"
+        assert drain(Lane(lane.lanes, 0, state)) == documents[done:], f"after document {done}"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -283,7 +288,7 @@ def test_a_resume_reads_one_chunk(tmp_path, format, monkeypatch):
     resumed = make_lane([source], state)
     decoded.clear()  # the corpus has looked at its first document
     monkeypatch.setattr(
-        resumed.corpus, "encode", lambda texts: read.append(len(texts)) or words(texts)
+        resumed.lanes, "encode", lambda texts: read.append(len(texts)) or words(texts)
     )
     resumed.next()
     assert len(decoded) == 8
@@ -294,7 +299,7 @@ def test_few_documents_are_tokenized_before_the_first_row(tmp_path):
     source = Source(write(tmp_path / "data", make_documents("data", 100)))
     sizes: list[int] = []
     lane = make_lane([source], shuffle_documents=1000)
-    lane.corpus.encode = lambda texts: sizes.append(len(texts)) or words(texts)
+    lane.lanes.encode = lambda texts: sizes.append(len(texts)) or words(texts)
     drain(lane, 100)
     assert sizes == [1, 2, 4, 8, 16, 16, 16, 16, 16, 5]
 
@@ -358,12 +363,8 @@ def test_lanes_of_different_lengths_end_together(tmp_path, tokenizer):
     records = [{"text": "word " * (500 if i == 0 else 1)} for i in range(40)]
     source = Source(write(tmp_path / "data", records), epochs=1)
     for world_size in (1, 2, 8):
-        run = Run([source], tokenizer)
-        ranks = []
-        for rank in range(world_size):
-            corpus = run.corpus()
-            rows_of = partial(packed_rows, corpus, LENGTH)
-            ranks.append(StepStream(corpus, rows_of, 1, rank, world_size).steps())
+        run = Run([source], tokenizer, rows_per_lane=1)
+        ranks = [run.stream().rows(rank, world_size) for rank in range(world_size)]
         steps = [[next(rank) for rank in ranks] for _ in range(60)]
         with_tokens = [any(row.tokens for rank in step for row in rank) for step in steps]
         assert with_tokens == [True] * sum(with_tokens) + [False] * (60 - sum(with_tokens))
@@ -520,9 +521,9 @@ def test_readers_are_few_and_closing_them_changes_nothing(
     expected = list(map(plain, Run(mixture, tokenizer).steps(20)))
     for limit in (1, 5):
         monkeypatch.setattr(lanes, "OPEN_READERS", limit)
-        corpus = Run(mixture, tokenizer).corpus()
+        stream = Run(mixture, tokenizer).stream()
         assert open_files(tmp_path) == 0
-        steps = StepStream(corpus, partial(packed_rows, corpus, LENGTH), 2, 0, 1).steps()
+        steps = stream.rows(0, 1)
         for step in expected:
             assert plain(next(steps)) == step
             assert open_files(tmp_path) <= limit
@@ -533,13 +534,13 @@ def test_readers_are_few_and_closing_them_changes_nothing(
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts open files in /proc")
 def test_many_lanes_and_sources_do_not_mean_many_open_files(tmp_path):
     mixture = [Source(write(tmp_path / str(i), make_documents(str(i), 400))) for i in range(6)]
-    corpus = Corpus(mixture, words, StreamArguments(shuffle_documents=1), 0)
-    lanes = [Lane(corpus, index) for index in range(64)]
+    lanes = Lanes(Corpus(mixture, StreamArguments(shuffle_documents=1), 0), words)
+    every_lane = [Lane(lanes, index) for index in range(64)]
     for _ in range(6):
-        for lane in lanes:
+        for lane in every_lane:
             lane.next()
     assert 200 < open_files(tmp_path) <= 256
-    corpus.close()
+    lanes.close()
     assert open_files(tmp_path) == 0
 
 
@@ -549,7 +550,7 @@ def test_many_lanes_and_sources_do_not_mean_many_open_files(tmp_path):
 def test_the_fingerprint_tells_what_changes_the_order(tmp_path):
     def fingerprint(source: dict | None = None, **settings) -> list:
         entry = Source(str(tmp_path / "data"), **(source or {}))
-        return Corpus([entry], words, StreamArguments(**settings), 0).fingerprint()
+        return Corpus([entry], StreamArguments(**settings), 0).fingerprint()
 
     write(tmp_path / "data", make_documents("a", 20))
     first = fingerprint()
