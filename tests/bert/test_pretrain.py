@@ -225,7 +225,8 @@ def test_a_run_in_phases_learns_and_resumes(pretrain_bert, prose_folder, tmp_pat
     for folder in (found[0], found[3], found[4]):  # in the first phase, between, in the second
         copy = tmp_path / f"from-{folder.name}"
         shutil.copytree(folder, copy / "checkpoints" / folder.name)
-        seen = (ended.folder / "metrics.jsonl").read_bytes()[: state(folder)["metrics_size"]]
+        size = state(folder)["counters"]["metrics_size"]
+        seen = (ended.folder / "metrics.jsonl").read_bytes()[:size]
         (copy / "metrics.jsonl").write_bytes(seen)
         resumed = pretrain_bert(copy.name, **settings)
         assert resumed.status == 0, resumed.error

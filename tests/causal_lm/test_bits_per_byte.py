@@ -194,6 +194,16 @@ def test_broken_records_are_fatal_or_left_out(tmp_path):
     assert texts == ["a", "b"]
 
 
+def test_a_damaged_file_is_fatal_or_left_out(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9)[:-4])
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    source = Source(str(tmp_path))
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz, after line 9: Compressed file ended"):
+        list(held_out_documents([source], None))
+    texts = [document.text for document in held_out_documents([source], None, "skip")]
+    assert texts == ["a"] * 9 + ["b"]
+
+
 def test_a_source_without_documents_is_refused_before_anything_runs(tmp_path, sources):
     check_documents(sources)
     file = tmp_path / "data.jsonl"

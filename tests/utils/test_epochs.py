@@ -133,6 +133,7 @@ def test_no_other_cut_is_cheaper(seed, limit):
 
 def test_an_example_longer_than_the_budget_comes_alone():
     assert group_by_length([30, 5, 500, 40, 900], 100) == [[4], [2], [3, 0], [1]]
+    assert group_by_length([50, 50], 100) == [[0, 1]]
     assert group_by_length([], 100) == []
     assert group_by_length([0, 0, 7], 100) == [[2, 0, 1]]
 

@@ -477,6 +477,15 @@ def test_only_the_first_of_many_broken_records_are_shown(tmp_path, capsys):
     )
 
 
+def test_a_broken_record_is_named_once_however_often_it_is_read(tmp_path, capsys):
+    source = Source(write(tmp_path / "data", make_documents("a", 100)), epochs=3)
+    broken = break_some(source.path)
+    lane = make_lane([source], on_bad_record="skip")
+    drain(lane)
+    assert lane.state()["bad_records"] == 3 * broken
+    assert len(capsys.readouterr().err.splitlines()) == broken
+
+
 def test_a_broken_record_ends_the_run_with_its_line(tmp_path, tokenizer):
     source = Source(write(tmp_path / "data", make_documents("a", 100)))
     break_some(source.path)
