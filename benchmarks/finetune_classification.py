@@ -125,7 +125,7 @@ def train_recipe(args: classification.Arguments, prepared: tuple, observe: Obser
         make = TrainingExamples(examples, tokenizer, None, None, args.seed)
         to_batch = partial(collate, pad_token_id=tokenizer.pad_token_id, label=0)
         objective = classification.ClassificationLoss(model, args.problem_type)
-        data = Epochs(len(examples), make, to_batch, {"the training data": ""}, args)
+        data = Epochs(examples, to_batch, {"the training data": ""}, args, vary=make)
         training.prepare(objective, model, tokenizer, data)
         observe_recipe(training, args.max_steps, observe)
 

@@ -105,14 +105,7 @@ def train_recipe(data: Data, seed: int, steps: int, observe: Observer, *, packin
         model = data.model()
         objective = instruction.AnswerLoss(model, packing)
         examples = data.examples
-        epochs = Epochs(
-            len(examples),
-            lambda indices, epoch: [examples[index] for index in indices],
-            collate,
-            {"the training data": ""},
-            args,
-            packing,
-        )
+        epochs = Epochs(examples, collate, {"the training data": ""}, args, packing=packing)
         training.prepare(objective, model, data.tokenizer, epochs)
         observe_recipe(training, steps, observe)
 

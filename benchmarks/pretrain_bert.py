@@ -33,13 +33,13 @@ from benchmarks.trainers import Observer, observe_recipe, observed, timed, train
 from example_rows import example_rows
 from masking import ExampleMaker
 from recipes.bert import pretrain as bert
+from sentence_encoder import SentenceEncoder
 from utils.config import command, parse
 from utils.lanes import Corpus, Lanes
 from utils.model import build_model, load_tokenizer, model_config
 from utils.randomness import keyed_permutation
 from utils.report import markdown_table
 from utils.run_folder import RunFolder
-from utils.sentences import SentenceEncoder
 from utils.sources import Source, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training

@@ -111,22 +111,6 @@ def base_dtype(arguments: Any) -> torch.dtype:
     return half[arguments.mixed_precision] if is_half else torch.float32
 
 
-def check_trained_part(
-    config: Any, arguments: AdapterArguments, auto_model: Any, task_type: str
-) -> "transformers.PreTrainedModel":
-    """The model without storage, as it will be trained, to be looked at before anything is written.
-
-    Raises:
-        InputError: as `freeze` and `add_adapter` do.
-    """
-    model = empty_model(config, auto_model)
-    with torch.device("meta"):
-        freeze(model, arguments.freeze)
-        if arguments.lora is not None:
-            add_adapter(model, arguments, task_type, 0)
-    return model
-
-
 def freeze(model: "transformers.PreTrainedModel", what: str | int | None) -> None:
     """Take parameters out of training.
 

@@ -22,24 +22,25 @@ class Epochs:
     """What `Training` trains on: each epoch a permutation of the examples, keyed by the seed.
 
     Args:
-        count: of the examples.
-        make: (indices, epoch) → the examples.
+        examples: of which each is seen once an epoch.
         collate: (examples of each row) → a batch; a row without examples is all padding.
         fingerprint: what must not change over the life of a run, by name.
+        vary: (indices, epoch) → those examples as they are in that epoch; null: always the same.
         packing: several examples a row.
     """
 
     def __init__(
         self,
-        count: int,
-        make: Callable[[list[int], int], Sequence[Example]],
+        examples: Sequence[Example],
         collate: Callable[[list[list[Example]]], dict[str, torch.Tensor]],
         fingerprint: dict[str, Any],
         arguments: FinetuningArguments,
+        vary: Callable[[list[int], int], Sequence[Example]] | None = None,
         packing: bool = False,
     ):
-        self.count, self.make, self.collate = count, make, collate
-        self.arguments, self.packing = arguments, packing
+        self.examples, self.collate, self.arguments = examples, collate, arguments
+        self.vary = vary or (lambda indices, epoch: [examples[index] for index in indices])
+        self.packing = packing
         self._fingerprint = fingerprint
 
     def fingerprint(self) -> dict[str, Any]:
@@ -48,13 +49,13 @@ class Epochs:
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
         a = self.arguments
         budget = a.per_device_batch_size * a.row_length
-        steps_per_epoch = math.ceil(self.count / a.global_batch_size)
+        steps_per_epoch = math.ceil(len(self.examples) / a.global_batch_size)
         epoch, order = -1, []
         while True:
             if epoch != (epoch := step // steps_per_epoch):
-                order = Draws(a.seed, "epoch", epoch).permutation(self.count)
+                order = Draws(a.seed, "epoch", epoch).permutation(len(self.examples))
             start = step % steps_per_epoch * a.global_batch_size
-            examples = self.make(order[start : start + a.global_batch_size], epoch)
+            examples = self.vary(order[start : start + a.global_batch_size], epoch)
             lengths = [len(example["input_ids"]) for example in examples]
             mine: list[Rows] = deal(lengths, budget, world_size, self.packing)[rank]
             batches = [

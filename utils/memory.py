@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from utils.adapters import AdapterArguments, check_trained_part
 from utils.model import PAIR_HEADS, empty_model
 from utils.report import markdown_table
 
@@ -19,7 +18,8 @@ def parameter_count(config: Any, auto_model: Any = None) -> dict[str, int]:
     """The parameters of an `empty_model`: exact for every architecture; tied weights count once.
 
     Returns:
-        "total"; "without_input_embeddings": less every embedding that is only looked up, by token
+        "total"; "embeddings", of tokens, positions and types, the tied ones too;
+        "without_input_embeddings": less every embedding that is only looked up, by token
         or by position (a matrix tied to the output projection multiplies there, and stays);
         "head": of these, what comes after the base model, to the matrix of the logits;
         "pair_head": of these, what only the first token of a pair of segments goes through (BERT's
@@ -28,27 +28,24 @@ def parameter_count(config: Any, auto_model: Any = None) -> dict[str, int]:
     """
     model = empty_model(config, auto_model)
     output = model.get_output_embeddings()
-    lookups = {
-        module.weight
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding)
-        and (output is None or module.weight is not output.weight)
-    }
+    embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    lookups = embeddings - (set() if output is None else {output.weight})
     parameters = dict(model.named_parameters())
     pair_head = {w for name, w in parameters.items() if {*name.split(".")} & PAIR_MODULES}
     head = {*parameters.values()} - {*model.base_model.parameters()} - pair_head
     head |= set() if output is None else {output.weight}  # may be tied to the base model
-    total = _size(parameters.values())
+    total = count_parameters(parameters.values())
     return {
         "total": total,
-        "without_input_embeddings": total - _size(lookups),
-        "head": _size(head),
-        "pair_head": _size(pair_head),
+        "embeddings": count_parameters(embeddings),
+        "without_input_embeddings": total - count_parameters(lookups),
+        "head": count_parameters(head),
+        "pair_head": count_parameters(pair_head),
         "computed_again": _computed_again(model),
     }
 
 
-def _size(parameters: Iterable[torch.Tensor]) -> int:
+def count_parameters(parameters: Iterable[torch.Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
@@ -58,7 +55,7 @@ def _computed_again(model: torch.nn.Module) -> int:
         return 0
     shared = (p for name, p in model.named_parameters() if "layer_groups" in name)
     uses = model.config.num_hidden_layers / groups
-    return round((uses - 1) * _size(shared))
+    return round((uses - 1) * count_parameters(shared))
 
 
 def flops_per_token(
@@ -91,25 +88,6 @@ def flops_per_token(
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Adam's two moments: 8 bits each, and for each 256 of them a scale of 32 bits
 MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
-
-
-def parameter_parts(config: Any, arguments: AdapterArguments) -> dict[str, int]:
-    """Numbers of parameters: "trained", and of them the "embeddings"; "frozen"; "quantizable",
-    those that 4-bit loading takes: of the linear layers but the head. The model is built without
-    storage.
-    """
-    linear = empty_model(config).base_model.modules()
-    linear = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear))
-    # an adapter stands inside of the model
-    model = check_trained_part(config, arguments, None, "CAUSAL_LM")
-    trained = _size(p for p in model.parameters() if p.requires_grad)
-    embeddings = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    return {
-        "trained": trained,
-        "embeddings": _size(weight for weight in embeddings if weight.requires_grad),
-        "frozen": _size(model.parameters()) - trained,
-        "quantizable": linear,
-    }
 
 
 def state_bytes(
@@ -230,34 +208,16 @@ def plan(
     if total:
         days = total / (0.4 * 989e12 * 86400)
         lines.append(f"compute      {total:.3g} FLOPs: {days:,.4g} H100 days at 40% MFU")
-    return _with_memory(lines, {"trained": counts["total"]}, arguments.mixed_precision)
+    parts = {"trained": counts["total"], "embeddings": counts["embeddings"]}
+    lines += memory_section(parts, arguments.mixed_precision, optim=arguments.optim)
+    return "\n".join(lines)
 
 
-def finetuning_plan(config: Any, arguments: Any, load_in_4bit: bool = False) -> str:
-    """What `--dry_run true` prints: parameters, and memory by ZeRO stage and number of GPUs."""
-    a, parts = arguments, parameter_parts(config, arguments)
-    total, tokens = parts["trained"] + parts["frozen"], a.per_device_batch_size * a.sequence_length
-    lines = [
-        f"model        {config.model_type}, {total:,} parameters, of which "
-        f"{parts['trained']:,} are trained ({parts['trained'] / total:.2%})",
-        f"step         {a.global_batch_size:,} examples of at most {a.sequence_length:,} tokens",
-        f"micro-batch  at most {tokens:,} tokens",
-    ]
-    if a.gradient_checkpointing:
-        text = config.get_text_config()
-        kept = text.num_hidden_layers * tokens * text.hidden_size
-        kept *= 4 if a.mixed_precision == "no" else 2
-        lines.append(
-            f"activations  {kept / 2**30:.1f} GiB kept between layers, and one layer's own"
-        )
-    settings = {"half_frozen": a.has_adapter, "load_in_4bit": load_in_4bit, "optim": a.optim}
-    return _with_memory(lines, parts, a.mixed_precision, world_sizes=(1, 8), **settings)
-
-
-def _with_memory(lines: list[str], parts: dict[str, int], mixed_precision: str, **settings) -> str:
+def memory_section(parts: dict[str, int], mixed_precision: str, **settings: Any) -> list[str]:
+    """The lines of a plan about `memory_table`, which takes the same."""
     held = ["frozen weights"] * ("frozen" in parts) + ["weights", "gradients", "optimizer"]
     heading = (
         f"memory of {' + '.join(held)} per GPU (mixed_precision: {mixed_precision}), "
         "activations not counted:"
     )
-    return "\n".join([*lines, "", heading, "", memory_table(parts, mixed_precision, **settings)])
+    return ["", heading, "", memory_table(parts, mixed_precision, **settings)]

@@ -207,28 +207,6 @@ def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
 
 
-def block_diagonal_mask(sequence_ids: torch.Tensor, config: Any, dtype: torch.dtype) -> Any:
-    """An attention mask by which the sequences of a row do not see each other.
-
-    Additive, because eager attention takes booleans for numbers. Where the model has layers of
-    sliding attention, a dict with a mask for each kind of layer, as ModernBERT takes it.
-
-    Args:
-        sequence_ids: (rows, sequence_length).
-
-    Returns:
-        (rows, 1, sequence_length, sequence_length): 0 or the smallest number of the dtype.
-    """
-    blocks = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
-    smallest = torch.finfo(dtype).min
-    mask = torch.where(blocks, 0.0, smallest).to(dtype)
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-        return mask
-    place = torch.arange(blocks.shape[-1], device=blocks.device)
-    is_far = (place[:, None] - place[None, :]).abs() > config.sliding_window
-    return {"full_attention": mask, "sliding_attention": mask.masked_fill(is_far, smallest)}
-
-
 def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:
     """Which of position_ids and token_type_ids the model takes."""
     takes = inspect.signature(model.base_model.forward).parameters

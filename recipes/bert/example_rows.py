@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from masking import Example, ExampleMaker
+from sentence_encoder import SentenceEncoder
 from utils import epochs
 from utils.config import InputError
 from utils.lanes import Lane, Lanes, count_tokens
 from utils.loss import IGNORE_INDEX
 from utils.randomness import keyed_permutation
-from utils.sentences import SentenceEncoder
 from utils.sources import Source, held_out_documents
 from utils.stream import Row
 
@@ -149,6 +150,28 @@ def features(examples: list[Example], length: int) -> dict[str, np.ndarray]:
         start = end
     row["position_ids"][start:] = np.arange(length - start)
     return row
+
+
+def block_diagonal_mask(sequence_ids: torch.Tensor, config: Any, dtype: torch.dtype) -> Any:
+    """An attention mask by which the sequences of a row do not see each other.
+
+    Additive, because eager attention takes booleans for numbers. Where the model has layers of
+    sliding attention, a dict with a mask for each kind of layer, as ModernBERT takes it.
+
+    Args:
+        sequence_ids: (rows, sequence_length).
+
+    Returns:
+        (rows, 1, sequence_length, sequence_length): 0 or the smallest number of the dtype.
+    """
+    blocks = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
+    smallest = torch.finfo(dtype).min
+    mask = torch.where(blocks, 0.0, smallest).to(dtype)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return mask
+    place = torch.arange(blocks.shape[-1], device=blocks.device)
+    is_far = (place[:, None] - place[None, :]).abs() > config.sliding_window
+    return {"full_attention": mask, "sliding_attention": mask.masked_fill(is_far, smallest)}
 
 
 def _length_at(phases: Sequence[tuple[int, int]], row: int) -> int:

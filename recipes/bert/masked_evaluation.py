@@ -11,10 +11,10 @@ import torch
 
 from example_rows import features, fit
 from masking import Example, ExampleMaker
+from sentence_encoder import SentenceEncoder
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.scoring import batches
-from utils.sentences import SentenceEncoder
 from utils.sources import Document
 from utils.training import Training
 

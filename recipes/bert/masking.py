@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sentence_encoder import Sentences
 from utils.config import InputError, Settings
 from utils.loss import IGNORE_INDEX
 from utils.randomness import Draws
-from utils.sentences import Sentences
 
 
 @dataclass

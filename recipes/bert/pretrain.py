@@ -24,9 +24,10 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from example_rows import check_examples, example_rows
+from example_rows import block_diagonal_mask, check_examples, example_rows
 from masked_evaluation import MaskedEvaluation
 from masking import ExampleMaker, MaskingArguments
+from sentence_encoder import SentenceEncoder
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
@@ -34,7 +35,6 @@ from utils.loss import IGNORE_INDEX, check_packing
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import (
     ModelArguments,
-    block_diagonal_mask,
     build_model,
     check_encoder,
     empty_model,
@@ -45,7 +45,6 @@ from utils.model import (
 )
 from utils.report import conclude
 from utils.run_folder import RunFolder
-from utils.sentences import SentenceEncoder
 from utils.sources import Source, check_documents, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training

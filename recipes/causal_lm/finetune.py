@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from chunked_loss import summed_cross_entropy, token_scores
 from conversation_evaluation import evaluate_answers, write_answers
 from conversations import (
     ConversationArguments,
@@ -27,18 +28,17 @@ from conversations import (
     set_chat_template,
     to_examples,
 )
+from finetuning_plan import check_trained_part, finetuning_plan
 from utils.adapters import (
     AdapterArguments,
     base_dtype,
-    check_trained_part,
     task_model,
     trainable_share,
 )
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
-from utils.loss import IGNORE_INDEX, check_head, check_packing, summed_cross_entropy, token_scores
-from utils.memory import finetuning_plan
+from utils.loss import IGNORE_INDEX, check_head, check_packing
 from utils.model import load_tokenizer, model_config
 from utils.ranks import launched_with_fsdp, launched_zero_stage
 from utils.report import conclude
@@ -159,7 +159,7 @@ def main() -> None:
     del rows, examples
     for example in train:
         del example["messages"]  # texts that nothing reads again
-    check_head(check_trained_part(config, args, transformers.AutoModelForCausalLM, "CAUSAL_LM"))
+    check_head(check_trained_part(config, args))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
@@ -183,14 +183,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(
-            len(train),
-            lambda indices, epoch: [train[index] for index in indices],
-            collate,
-            fingerprint,
-            args,
-            args.packing,
-        ),
+        Epochs(train, collate, fingerprint, args, packing=args.packing),
     )
     if args.packing:
         check_packing(

@@ -25,17 +25,12 @@ import transformers
 from torch.nn.functional import pad
 
 from bits_per_byte import baselines, evaluate_by_domain
+from chunked_loss import summed_cross_entropy, token_scores
 from packing import DocumentEncoder, packed_rows
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
-from utils.loss import (
-    IGNORE_INDEX,
-    check_head,
-    check_packing,
-    summed_cross_entropy,
-    token_cross_entropy,
-)
+from utils.loss import IGNORE_INDEX, check_head, check_packing
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import ModelArguments, build_model, load_tokenizer, model_config
 from utils.report import conclude
@@ -91,9 +86,9 @@ class NextTokenLoss(torch.nn.Module):
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        cross_entropy = token_cross_entropy if per_token else summed_cross_entropy
-        loss = cross_entropy(hidden, head.weight, shift_labels, head.bias)
-        return loss if per_token else {"loss": loss}
+        if per_token:
+            return token_scores(hidden, head.weight, shift_labels, head.bias)[0]
+        return {"loss": summed_cross_entropy(hidden, head.weight, shift_labels, head.bias)}
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}

@@ -268,7 +268,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(len(examples["train"]), make, to_batch, fingerprint, args),
+        Epochs(examples["train"], to_batch, fingerprint, args, vary=make),
     )
     if training.is_main:
         print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -239,13 +240,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(
-            len(windows),
-            lambda indices, epoch: [windows[index] for index in indices],
-            lambda rows: collate([window for row in rows for window in row]),
-            fingerprint,
-            args,
-        ),
+        Epochs(windows, lambda rows: collate([*chain(*rows)]), fingerprint, args),
     )
     for _ in training.steps():
         if training.evaluates() and validation:

@@ -14,6 +14,7 @@ The same command continues a run that was stopped.
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -210,13 +211,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(
-            len(train),
-            lambda indices, epoch: [train[index] for index in indices],
-            lambda rows: encode.collate([example for row in rows for example in row]),
-            fingerprint,
-            args,
-        ),
+        Epochs(train, lambda rows: encode.collate([*chain(*rows)]), fingerprint, args),
     )
 
     def evaluate(

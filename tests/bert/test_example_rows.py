@@ -16,10 +16,10 @@ from conftest import DOMAINS, SYLLABLES, write_jsonl
 from example_rows import check_examples, example_rows, features, fit
 from masking import Example, ExampleMaker, MaskingArguments
 from recipes.bert.pretrain import Arguments
+from sentence_encoder import SentenceEncoder
 from utils.config import InputError
 from utils.lanes import Corpus, Lane, Lanes
 from utils.loss import IGNORE_INDEX
-from utils.sentences import SentenceEncoder
 from utils.sources import Source
 from utils.stream import Row, TrainingStream
 

@@ -12,10 +12,10 @@ from transformers import BertTokenizer
 
 from conftest import SYLLABLES
 from masking import ExampleMaker, MaskingArguments, WordStarts, _fitting
+from sentence_encoder import SentenceEncoder, Sentences
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.randomness import Draws, random_key
-from utils.sentences import SentenceEncoder, Sentences
 
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

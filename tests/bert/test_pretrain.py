@@ -26,8 +26,8 @@ from launching import checkpoints, metrics, state, steps
 from masking import ExampleMaker, MaskingArguments
 from recipes.bert import pretrain as bert
 from recipes.bert.pretrain import MaskedLoss
+from sentence_encoder import SentenceEncoder
 from utils.loss import IGNORE_INDEX
-from utils.sentences import SentenceEncoder
 from utils.stream import collate
 
 SMALL = {

@@ -25,11 +25,11 @@ def data(**settings) -> Epochs:
         **settings,
     )
     return Epochs(
-        COUNT,
-        lambda indices, epoch: [{**examples[i], "epoch": epoch} for i in indices],
+        examples,
         lambda rows: {"indices": torch.tensor([[e["index"] for e in row] for row in rows if row])},
         {"the training data": "x"},
         arguments,
+        vary=lambda indices, epoch: [{**examples[i], "epoch": epoch} for i in indices],
     )
 
 

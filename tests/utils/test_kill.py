@@ -96,7 +96,7 @@ SIGNALS = [
     ("utils.model.initialize_weights", "SIGTERM", "last", 0),
     ("bits_per_byte.evaluate_by_domain", "SIGTERM", "last", 4),
     ("utils.checkpoint.save_file", "SIGINT", "last", 6),
-    ("utils.loss.summed_cross_entropy", "SIGUSR1", "all", 7),
+    ("chunked_loss.summed_cross_entropy", "SIGUSR1", "all", 7),
     ("utils.checkpoint.save_file", "SIGTERM", "all", 9),
 ]
 
@@ -146,7 +146,7 @@ def test_a_dead_data_worker_stops_all_processes_with_a_checkpoint(runs, tmp_path
 @pytest.mark.parametrize("runs", ["no DeepSpeed"], indirect=True)
 def test_a_stop_signal_to_data_workers_too_stops_the_run_with_a_checkpoint(runs, tmp_path):
     code = DATA_WORKERS.replace("CALL", "17").replace("SIGNAL", "SIGTERM")  # in the fifth step
-    script = script_with(tmp_path / "told.py", "utils.loss.summed_cross_entropy", code)
+    script = script_with(tmp_path / "told.py", "chunked_loss.summed_cross_entropy", code)
     output_dir = tmp_path / "run"
     with runs.start(output_dir, script, dataloader_num_workers=1) as launch:
         assert launch.wait() == [0], launch.output()
@@ -180,7 +180,7 @@ return loss
 def test_nan_on_one_process_is_skipped_by_all_and_stops_the_run_in_the_end(
     config, mixed_precision, tmp_path, corpus_folder, tokenizer_folder
 ):
-    script = script_with(tmp_path / "nan.py", "utils.loss.summed_cross_entropy", NAN)
+    script = script_with(tmp_path / "nan.py", "chunked_loss.summed_cross_entropy", NAN)
     settings = {"max_steps": 20, "save_steps": 1, "keep_last": 20, "max_skipped_steps": 3}
     data = corpus_folder / "train-*.jsonl", tokenizer_folder
     arguments = tiny_run(tmp_path, *data, **settings, mixed_precision=mixed_precision)

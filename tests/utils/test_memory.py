@@ -22,19 +22,14 @@ from transformers import (
     T5Config,
 )
 
+from finetuning_plan import parameter_parts
 from launching import CAUSAL_LM, ROOT, run
 from recipes.bert.pretrain import MaskedLoss
 from utils.adapters import AdapterArguments, add_adapter, freeze
 from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
-from utils.memory import (
-    flops_per_token,
-    memory_table,
-    parameter_count,
-    parameter_parts,
-    state_bytes,
-)
+from utils.memory import flops_per_token, memory_table, parameter_count, state_bytes
 from utils.optimizer import adamw
 
 LLAMA_2_7B = LlamaConfig()  # the defaults are Llama-2-7B's shape
@@ -46,6 +41,7 @@ def test_parameters_of_llama_2_7b():
     embedding = 32_000 * 4096
     assert parameter_count(LLAMA_2_7B) == {
         "total": SEVEN_BILLION,
+        "embeddings": embedding,
         "without_input_embeddings": SEVEN_BILLION - embedding,
         "head": embedding,
         "pair_head": 0,
@@ -57,6 +53,7 @@ def test_parameters_of_gpt2():
     # GPT-2 ties its token embeddings to the output projection; its 1,024 positions are looked up
     assert parameter_count(GPT2Config()) == {
         "total": 124_439_808,
+        "embeddings": (50257 + 1024) * 768,
         "without_input_embeddings": 124_439_808 - 1024 * 768,
         "head": 50257 * 768,
         "pair_head": 0,

@@ -8,8 +8,9 @@ import pytest
 from transformers import BertTokenizer, ByT5Tokenizer
 
 from conftest import SYLLABLES, WORDS
+from sentence_encoder import SentenceEncoder, Sentences
 from utils.config import InputError
-from utils.sentences import SentenceEncoder, Sentences, cut_into_sentences
+from utils.sentences import cut_into_sentences
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

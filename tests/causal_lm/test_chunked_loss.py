@@ -4,16 +4,18 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils import loss
+import chunked_loss
+from chunked_loss import summed_cross_entropy, token_scores
 from utils.config import InputError
-from utils.loss import IGNORE_INDEX, check_head, summed_cross_entropy, token_cross_entropy
+from utils.loss import IGNORE_INDEX, check_head
 
 ROWS, HIDDEN, VOCABULARY = 50, 16, 90
 
 
 @pytest.fixture(params=[1, 7, ROWS - 1, ROWS, 10 * ROWS], ids=lambda rows: f"{rows} rows a chunk")
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", request.param * VOCABULARY + VOCABULARY // 2)
+    elements = request.param * VOCABULARY + VOCABULARY // 2
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", elements)
 
 
 def inputs(dtype=torch.float32, bias=True, shape=(ROWS,)):
@@ -68,7 +70,7 @@ def test_half_precision_is_as_near_to_the_truth_as_whole_logits(chunks, dtype):
 
 def test_weights_in_fp32_under_hidden_states_in_bf16(monkeypatch):
     """As autocast hands them over: over the chunks their gradient is summed in fp32."""
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", VOCABULARY)
     hidden, weight, labels, _ = inputs(bias=False, shape=(1000,))
     low = hidden.detach().bfloat16().requires_grad_()
     value = summed_cross_entropy(low, weight, labels)
@@ -112,7 +114,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 def test_loss_of_each_token(chunks):
     hidden, weight, labels, offset = inputs(shape=(5, ROWS // 5))
-    losses = token_cross_entropy(hidden, weight, labels, offset)
+    losses, _ = token_scores(hidden, weight, labels, offset)
     expected = whole(hidden, weight, labels, offset, "none").view(labels.shape)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     assert not losses.requires_grad
@@ -132,13 +134,13 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("function", [summed_cross_entropy, token_cross_entropy])
+@pytest.mark.parametrize("function", [summed_cross_entropy, token_scores])
 def test_no_tensor_is_larger_than_a_chunk(function, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     hidden, weight, labels, _ = inputs(bias=False)
     with LargestTensor() as largest:
         value = function(hidden, weight, labels)
-        if value.requires_grad:
+        if function is summed_cross_entropy:
             value.backward()
     assert largest.elements == max(weight.numel(), hidden.numel(), 4 * VOCABULARY)
     with LargestTensor() as largest:
@@ -193,7 +195,7 @@ def test_models_whose_logits_are_those_of_a_linear_head(model_type, settings):
     with torch.no_grad():
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         logits = model(input_ids=tokens, use_cache=False).logits
-    losses = token_cross_entropy(hidden, head.weight, labels, head.bias)
+    losses, _ = token_scores(hidden, head.weight, labels, head.bias)
     expected = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
