@@ -11,7 +11,7 @@ TOKENIZERS := data/tokenizers/bpe-8192/tokenizer.json data/tokenizers/wordpiece-
 TASKS := data/tasks/README.md
 SETUP := $(INSTALLED) $(SAMPLE) $(TOKENIZERS) $(TASKS)
 
-.PHONY: setup demo test lint bench soak
+.PHONY: setup demo test coverage lint bench soak
 
 setup: $(SETUP)
 
@@ -23,6 +23,12 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/pytest
+
+coverage: $(SETUP)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
