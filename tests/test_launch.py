@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 SMOKE = "recipes/causal_lm/configs/pretrain_smoke.yaml"
 ZERO2 = ["--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"]
 RECIPES = [p for p in sorted(ROOT.glob("recipes/*/*.py")) if "__main__" in p.read_text()]
-READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("recipes/*/README.md")])
+READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("recipes/*/README.md")])
 LAUNCHERS = ("make ", "python ", "accelerate launch ", "sbatch ")
 
 
@@ -122,9 +122,12 @@ def test_sigterm_to_the_launcher_ends_with_a_checkpoint(tmp_path, corpus_folder,
 
 
 def commands(text: str, indented: bool = True) -> list[str]:
-    """The shell commands of indented or fenced blocks, each on one line."""
+    """The shell commands of indented or fenced blocks, each on one line; a copy is its original."""
     found, fenced = [], False
-    for line in text.replace("\\\n", " ").splitlines():
+    text = text.replace("\\\n", " ")
+    for original, copy in re.findall(r"^ +cp -r (\S+) (\S+)$", text, re.MULTILINE):
+        text = text.replace(copy, original)
+    for line in text.splitlines():
         fenced ^= line.startswith("```")
         if fenced or not indented or line.startswith("    "):
             command = re.sub(r"^([A-Z_]+=\S+ )*(\.venv/bin/)?", "", line.strip())
@@ -193,6 +196,11 @@ def test_a_recipe_beside_it_takes_the_config(config):
         except InputError as error:
             refusals.append(f"{recipe}: {error}")
     assert len(refusals) < len(recipes), refusals
+
+
+def test_the_readme_shows_the_result_of_the_soak():
+    table, _, _ = (ROOT / "benchmarks/results/soak.md").read_text().partition("\n\n")
+    assert table in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -239,7 +239,7 @@ def test_the_slurm_script_ends_the_run_in_order(settings, launcher, tmp_path):
     for name, script in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    recipe = tmp_path / "causal_lm.py"  # a path that no other process on this machine has
+    recipe = tmp_path / "pretrain.py"  # a path that no other process on this machine has
     recipe.symlink_to(ROOT / CAUSAL_LM)
     for port in range(20_000, 30_000):
         with socket.socket() as probe:
