@@ -1,4 +1,4 @@
-"""What an installation brings."""
+"""What an installation brings, and that a copied and changed folder is a recipe of its own."""
 
 import ast
 import shutil
@@ -16,7 +16,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from programs import ROOT
+from launching import command_line, metrics
+from programs import ROOT, start
 
 
 def distributions(files: Iterable[Path]) -> set[str]:
@@ -93,3 +94,38 @@ def test_the_citation_is_of_this_version():
     assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what it must have
     assert citation["version"] == project["version"]
     assert citation["license"] == project["license"]
+
+
+def launch_copy(recipe: str, edits: dict[str, tuple[str, str]], folder: Path) -> Path:
+    """The output_dir of one step of a copy in which texts of files are replaced."""
+    copy, output_dir = folder / "mine", folder / "run"
+    shutil.copytree(ROOT / "recipes" / recipe, copy)
+    for name, (old, new) in edits.items():
+        text = (copy / name).read_text()
+        assert old in text
+        (copy / name).write_text(text.replace(old, new))
+    settings = {"output_dir": str(output_dir), "max_steps": 1, "eval_steps": 1, "save_steps": 1}
+    config = copy / "configs" / "finetune_smoke.yaml"
+    done = start(copy / "finetune.py", config, *command_line(settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output_dir
+
+
+def test_a_copy_has_a_part_and_a_chat_template_of_its_own(tmp_path):
+    part = 'input_column: str = "input"', 'input_column: str = "context"'
+    template = "### Question:", "### Mine:"
+    edits = {"conversations.py": part, "chat_templates/plain.jinja": template}
+    output_dir = launch_copy("causal_lm", edits, tmp_path)
+    assert yaml.safe_load((output_dir / "config.yaml").read_text())["input_column"] == "context"
+    assert "### Mine:" in (output_dir / "model" / "chat_template.jinja").read_text()
+
+
+def test_a_copy_has_metrics_of_its_own(tmp_path):
+    loss = '"single_label_classification": {"loss": cross_entropy, '
+    edits = {"classification_metrics.py": (loss, loss + '"mine": lambda outputs: 0.125, ')}
+    (evaluation,) = (
+        record
+        for record in metrics(launch_copy("classification", edits, tmp_path))
+        if "eval_loss" in record
+    )
+    assert evaluation["eval_mine"] == 0.125
