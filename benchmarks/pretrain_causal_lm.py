@@ -15,12 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings

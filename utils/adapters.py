@@ -214,7 +214,7 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
     base, given = config.base_model_name_or_path, model.name_or_path
-    if not is_same_model(base, given):
+    if Path(str(base)).resolve() != Path(str(given)).resolve():  # two ways to write one folder
         raise InputError(
             f"adapter_name_or_path: {path} is an adapter for {base}, not for {given}: "
             f"set model_name_or_path: {base}"
@@ -224,13 +224,6 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
     except (RuntimeError, ValueError, KeyError) as error:
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: {path} does not fit {given}: {problem}") from None
-
-
-def is_same_model(one: str | None, other: str | None) -> bool:
-    """Of two names, or of two ways to write the path of a folder."""
-    if one is None or other is None:
-        return one == other
-    return one == other or Path(one).absolute().resolve() == Path(other).absolute().resolve()
 
 
 def trainable_share(model: "transformers.PreTrainedModel | peft.PeftModel") -> str:

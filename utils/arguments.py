@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_type_hints
 
 import torch
 import transformers
@@ -11,21 +11,6 @@ import transformers
 from utils.config import InputError, Settings
 from utils.ranks import launched_with_fsdp, launched_world_size, launched_zero_stage
 from utils.tables import Table
-
-COUNTS = (
-    "sequence_length",
-    "global_batch_size",
-    "per_device_batch_size",
-    "max_steps",
-    "max_tokens",
-    "max_skipped_steps",
-    "logging_steps",
-    "eval_steps",
-    "early_stopping_patience",
-    "save_steps",
-    "keep_last",
-    "keep_every",
-)
 
 SchedulerType = Literal[
     "linear",
@@ -83,9 +68,10 @@ class TrainingArguments(Settings):
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def check(self) -> None:
-        for name in COUNTS:
+        for name, hint in get_type_hints(TrainingArguments).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
+            is_count = hint in (int, int | None) and name not in ("seed", "warmup_steps")
+            if is_count and value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
         if self.l1_decay < 0:
             raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")

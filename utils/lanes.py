@@ -17,15 +17,7 @@ from typing import Any, Literal
 from utils.config import InputError, Settings
 from utils.randomness import keyed_permutation
 from utils.ranks import launched_world_size
-from utils.sources import (
-    BadRecord,
-    BadRecords,
-    Document,
-    Shard,
-    Source,
-    check_documents,
-    read,
-)
+from utils.sources import BadRecord, BadRecords, Document, Shard, Source, check_documents, read
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place

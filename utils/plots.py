@@ -1,7 +1,4 @@
-"""The pictures of a run, made from its metrics: loss, learning rate, throughput, domains.
-
-write_plots(folder)
-"""
+"""The pictures of a run, made from its metrics: loss, learning rate, throughput, domains."""
 
 import math
 from itertools import accumulate

@@ -1,7 +1,4 @@
-"""What the launcher made this process, and what the processes of a run agree on.
-
-Sums, lists, and that one of them was told to stop.
-"""
+"""What the launcher made of a process, and what the processes of a run agree on."""
 
 import json
 import os

@@ -33,7 +33,7 @@ def score_examples(
     The batches do not depend on the number of ranks, and so neither do the results.
 
     Args:
-        lengths, budget, limit: of the examples and their batches, as `batches_of` takes them.
+        lengths, budget, limit: of the examples and their batches, as for `group_by_length`.
         score: indices of a batch → a result of each, which can be pickled. Every rank calls it as
             often, since a forward under ZeRO-3 is a joint act: at last perhaps with no indices.
         what: is done, as the progress bar says.
@@ -44,9 +44,14 @@ def score_examples(
     ranks = training.ranks
     mine: list[tuple[int, Any]] = []
     training.objective.eval()
+    groups = group_by_length(lengths, budget, limit)
+    groups += [[]] * (-len(groups) % ranks.world_size)
     bar = progress_bar(len(lengths), what, "examples")
     with bar, torch.no_grad(), training.accelerator.autocast():
-        for indices in batches_of(ranks, lengths, budget, limit):
+        for start in range(0, len(groups), ranks.world_size):
+            if ranks.any_rank(False) or ranks.stopped:
+                break
+            indices = groups[start + ranks.rank]
             mine += zip(indices, score(indices), strict=False)
             bar.update(min(len(indices) * ranks.world_size, bar.total - bar.n))
     if ranks.stopped:
@@ -125,25 +130,6 @@ def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def batches_of(
-    ranks: Ranks, lengths: list[int], budget: int, limit: int | None = None
-) -> Iterator[list[int]]:
-    """Every example once, over all ranks: indices of similar lengths, as many times on every rank.
-
-    A rank that has no more gets empty lists. Ends, with `ranks.stopped` set, at a stop signal.
-
-    Args:
-        lengths: of the examples, in tokens.
-        budget: of a batch, padding included, in tokens; a longer example comes alone.
-        limit: of examples in a batch.
-    """
-    groups = group_by_length(lengths, budget, limit)
-    for start in range(0, len(groups), ranks.world_size):
-        if ranks.any_rank(False) or ranks.stopped:
-            return
-        yield dict(enumerate(groups[start : start + ranks.world_size])).get(ranks.rank, [])
 
 
 def batches(

@@ -60,9 +60,9 @@ class Training:
     def __init__(self, arguments: TrainingArguments, folder: RunFolder):
         self.arguments, self.folder = arguments, folder
         self.ranks = Ranks()
-        self.is_main = self.ranks.is_main
         self.accelerator = start_processes(arguments, folder.path)
         self.ranks.join(self.accelerator.process_index, self.accelerator.num_processes)
+        self.is_main = self.ranks.is_main
         self.state = RunState()
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
@@ -169,10 +169,10 @@ class Training:
 
     def evaluates(self) -> bool:
         """Whether it is time to evaluate: every `eval_steps`, and at the end of the run."""
-        a, state = self.arguments, self.state
-        is_last = bool(state.ending) or state.step == a.total_steps
-        is_due = a.eval_steps is not None and state.step % a.eval_steps == 0
-        return (is_last or is_due) and state.evaluated_step != state.step
+        a, step = self.arguments, self.state.step
+        is_last = bool(self.state.ending) or step == a.total_steps
+        is_due = a.eval_steps is not None and step % a.eval_steps == 0
+        return (is_last or is_due) and self.state.evaluated_step != step
 
     def record_evaluation(self, results: dict[str, Any] | None) -> None:
         """Log an evaluation; note the best one, and end the run when none was better for long.
@@ -229,10 +229,10 @@ class Training:
         try:
             self.engine.save(folder, state, self.model_files.write)
         except checkpoint.CheckpointError as error:
-            last = self.folder.newest_checkpoint()
+            last = self.folder.newest_checkpoint() or "none"
             raise InputError(
                 f"could not write {folder}: {error}. "
-                f"The last good checkpoint is {last or 'none'}: make room and start again"
+                f"The last good checkpoint is {last}: make room and start again"
             ) from None
         self.saved_step = self.state.step
         if self.is_main:
@@ -265,12 +265,11 @@ class Training:
 
     def _log_tokens_by_source(self) -> None:
         """Once a step, though a stopped run may come here again."""
-        if self.state.counted_step == self.state.step:
-            return
-        self.state.counted_step = self.state.step
-        found = totals(self.ranks.gather(list(self.data_states.values())))
-        if self.is_main and found:
-            self.folder.record({"step": self.state.step, **found})
+        if self.state.counted_step != self.state.step:
+            self.state.counted_step = self.state.step
+            found = totals(self.ranks.gather(list(self.data_states.values())))
+            if self.is_main and found:
+                self.folder.record({"step": self.state.step, **found})
 
     def _train_step(self, data: Step, tokens: int, counts: dict[str, int], start: float) -> None:
         a, state = self.arguments, self.state
@@ -308,8 +307,8 @@ class Training:
         for batch in data.batches:
             for name, count in self.objective.counts(batch).items():
                 counts[name] += count
-        flags = [float(spent), float(self.data_error is not None), float(data.tokens)]
-        spent, failed, tokens, *sums = self.ranks.sum([*flags, *counts.values()])
+        mine = [spent, self.data_error is not None, data.tokens, *counts.values()]
+        spent, failed, tokens, *sums = self.ranks.sum(mine)
         if failed and not self.stopped:  # what stops a run may have ended its data workers, too
             if state.step > 0:
                 self.save()
@@ -341,11 +340,8 @@ class Training:
 
 def totals(states: list[dict]) -> dict[str, dict[str, int]]:
     """Of all lanes' states: tokens by source, and what else a recipe has its lanes count."""
-    found = {}
-    for name, key in {"tokens_by_source": "seen", "sequence_counts": "counts"}.items():
-        total: Counter[str] = Counter()
-        for state in states:
-            total.update(state.get(key, {}))
-        if total:
-            found[name] = dict(sorted(total.items()))
-    return found
+    found: dict[str, Counter] = {"tokens_by_source": Counter(), "sequence_counts": Counter()}
+    for state in states:
+        found["tokens_by_source"].update(state.get("seen", {}))
+        found["sequence_counts"].update(state.get("counts", {}))
+    return {name: dict(sorted(total.items())) for name, total in found.items() if total}

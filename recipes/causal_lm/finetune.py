@@ -22,19 +22,9 @@ import transformers
 
 from chunked_loss import summed_cross_entropy, token_scores
 from conversation_evaluation import evaluate_answers, write_answers
-from conversations import (
-    ConversationArguments,
-    collate,
-    set_chat_template,
-    to_examples,
-)
+from conversations import ConversationArguments, collate, set_chat_template, to_examples
 from finetuning_plan import check_trained_part, finetuning_plan
-from utils.adapters import (
-    AdapterArguments,
-    base_dtype,
-    task_model,
-    trainable_share,
-)
+from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest

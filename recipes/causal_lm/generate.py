@@ -26,11 +26,7 @@ from typing import Literal
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from utils.config import InputError, command, parse

@@ -31,13 +31,7 @@ from typing import Any, NamedTuple
 
 from dataset_folder import replaced_folder
 from docstring_questions import POINTER, WORDINGS, Question, questions, without_answer
-from installed_packages import (
-    DOCSTRING_DOMAINS,
-    Definition,
-    definitions,
-    installed,
-    versions,
-)
+from installed_packages import DOCSTRING_DOMAINS, Definition, definitions, installed, versions
 from utils.config import InputError, command, parse
 
 MINIMUM_CHARACTERS = 100  # of a docstring to classify

@@ -8,13 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from answers import (
-    best_answers,
-    best_spans,
-    check_tokenizer,
-    collate_windows,
-    make_windows,
-)
+from answers import best_answers, best_spans, check_tokenizer, collate_windows, make_windows
 from conftest import WORDS
 from questions import Answer, Question
 from utils.config import InputError

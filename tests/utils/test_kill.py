@@ -8,14 +8,7 @@ import signal
 import pytest
 
 from killing import STAGES, Runs, kill, partial_checkpoints, result, script_with
-from launching import (
-    Launch,
-    checkpoints,
-    run,
-    state,
-    steps,
-    tiny_run,
-)
+from launching import Launch, checkpoints, run, state, steps, tiny_run
 from utils.lanes import Corpus, StreamArguments
 from utils.sources import Source
 

@@ -15,14 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from conftest import STOP_SIGNALS, make_documents, write_jsonl
-from launching import (
-    ROOT,
-    TINY_RUN,
-    checkpoints,
-    metrics,
-    state,
-    steps,
-)
+from launching import ROOT, TINY_RUN, checkpoints, metrics, state, steps
 from recipes.causal_lm import pretrain as causal_lm
 from recipes.causal_lm.pretrain import NextTokenLoss
 from utils import checkpoint, training
