@@ -6,6 +6,7 @@ A window is [CLS] question [SEP] a part of the context [SEP]; [CLS] stands for "
 
 import math
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,21 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if tokenizer.cls_token_id is None:
         raise InputError("tokenizer: it has no [CLS] token, which stands for no answer")
+    text = "a " * 64
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    windows = tokenizer(
+        "a",
+        text,
+        truncation="only_second",
+        max_length=tokenizer.num_special_tokens_to_add(pair=True) + 16,
+        return_overflowing_tokens=True,
+    ).encodings
+    if sum(window.sequence_ids.count(1) for window in windows) != tokens:
+        # of a long context all but the beginning would be lost without a word
+        raise InputError(
+            f"tokenizers {version('tokenizers')} loses windows of a long text: "
+            "install tokenizers 0.23.3 or later"
+        )
 
 
 def make_windows(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from answers import best_answers, best_spans, check_tokenizer, collate_windows, make_windows
 from conftest import WORDS
@@ -185,6 +185,17 @@ def test_tokenizers_that_are_refused(wordpiece, tokenizer):
 
     with pytest.raises(InputError, match=r"^tokenizer: Slow does not tell .* a fast tokenizer"):
         check_tokenizer(Slow())
+
+    class Losing(type(wordpiece)):
+        """As tokenizers 0.23.2 cuts a long text."""
+
+        def __call__(self, *texts, **options):
+            found = super().__call__(*texts, **options)
+            return BatchEncoding(found.data, found.encodings[:2])
+
+    losing = Losing(tokenizer_object=wordpiece.backend_tokenizer)
+    with pytest.raises(InputError, match=r"loses windows of a long text: install tokenizers"):
+        check_tokenizer(losing)
 
 
 def test_best_spans_are_the_best_of_all():
