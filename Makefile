@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 PROCESSES ?= $(shell nvidia-smi -L 2>/dev/null | grep -c . | sed 's/^0$$/2/')
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+# each takes 2 GB, and starts processes of its own
+TEST_PROCESSES := $(shell echo $$(( $(CORES) < 4 ? $(CORES) : 4 )))
 
 INSTALLED := .venv/installed
 SAMPLE := data/sample/README.md
@@ -22,7 +24,7 @@ demo: $(SETUP)
 	$(BIN)/python recipes/causal_lm/generate.py recipes/causal_lm/configs/generate_demo.yaml
 
 test: $(SETUP)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES)
 
 coverage: $(SETUP)
 	$(BIN)/coverage erase

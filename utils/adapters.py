@@ -82,11 +82,11 @@ def task_model(
     Raises:
         InputError: as `build_model`, `freeze` and `add_adapter` do.
     """
+    from accelerate.state import AcceleratorState
+
     a = arguments
     if not a.model_name_or_path and (a.has_adapter or a.freeze is not None):
         base = folder / "base_model"
-        from accelerate.state import AcceleratorState
-
         with AcceleratorState().main_process_first():
             if not base.exists():
                 _write_base(a, config, auto_model, base)

@@ -29,7 +29,7 @@ from utils.adapters import AdapterArguments, add_adapter, freeze
 from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
-from utils.memory import flops_per_token, memory_table, parameter_count, state_bytes
+from utils.memory import flops_per_token, memory_table, parameter_count, plan, state_bytes
 from utils.optimizer import adamw
 
 LLAMA_2_7B = LlamaConfig()  # the defaults are Llama-2-7B's shape
@@ -244,6 +244,19 @@ def test_the_table_of_the_readme_is_what_the_dry_run_prints(tmp_path):
     assert "1,024 sequences x 4,096 = 4,194,304 tokens" in printed
     assert "149,489 steps = 627,002,310,656 tokens" in printed
     assert "46,086,512,640 FLOPs a token" in printed
+
+
+def test_the_plan_of_a_run_with_8_bit_moments():
+    arguments = TrainingArguments(max_steps=1, optim="adamw_bnb_8bit")
+    text = plan(LLAMA_2_7B, arguments, [(1024, 1)])
+    embedding = 32_000 * 4096
+    parts = {"trained": SEVEN_BILLION, "embeddings": embedding}
+    assert memory_table(parts, "no", optim="adamw_bnb_8bit") in text
+    held = sum(state_bytes(parts, 0, 1, "no", optim="adamw_bnb_8bit").values())
+    # weights and gradients in 4 bytes, moments in 1 and a scale for 256 of them, of embeddings in 4
+    moments = 2 * (1 + 4 / 256) * (SEVEN_BILLION - embedding) + 8 * embedding
+    assert held == pytest.approx(8 * SEVEN_BILLION + moments, rel=1e-9)
+    assert text.count("not with adamw_bnb_8bit") == 3 * 3
 
 
 def test_the_sizes_of_the_launch_table_leave_a_third_of_80_gb_free():
