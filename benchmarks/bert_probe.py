@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,10 +110,10 @@ def untrained(args: Arguments, seed: int) -> PreTrainedModel:
     """The encoder that the run of this seed began with."""
     recipe = parse(bert.Arguments, [args.config, "--seed", str(seed)])
     tokenizer = load_tokenizer(recipe)
-    config = model_config(recipe, recipe.sequence_length, tokenizer)
+    config = model_config(recipe, tokenizer)
     # weights are a function of the seed and the name of the module: the class must be the recipe's
     auto_model = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForPreTraining
-    return build_model(recipe, config, auto_model, seed).base_model
+    return build_model(replace(recipe, seed=seed), config, auto_model).base_model
 
 
 @torch.no_grad()

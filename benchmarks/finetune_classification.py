@@ -108,7 +108,7 @@ def prepare(args: classification.Arguments) -> tuple[Any, Any, list[dict[str, An
     rows = read_labelled_texts(args.train_data, args)
     names = label_names(rows, args)
     tokenizer = load_tokenizer(args)
-    config = model_config(args, args.sequence_length, tokenizer)
+    config = model_config(args, tokenizer)
     check_tokenizer(tokenizer, config, args.sequence_length)
     configure(config, names, args.problem_type, args.dropout)
     examples, _ = labelled_examples(tokenizer, rows, label_ids(rows, names, args))
@@ -117,7 +117,7 @@ def prepare(args: classification.Arguments) -> tuple[Any, Any, list[dict[str, An
 
 def train_recipe(args: classification.Arguments, prepared: tuple, observe: Observer) -> None:
     tokenizer, config, examples = prepared
-    model = build_model(args, config, AutoModelForSequenceClassification, args.seed)
+    model = build_model(args, config, AutoModelForSequenceClassification)
     with TemporaryDirectory() as folder:
         args.output_dir = folder
         args = args.for_examples(len(examples))
@@ -132,7 +132,7 @@ def train_recipe(args: classification.Arguments, prepared: tuple, observe: Obser
 
 def train_trainer(args: classification.Arguments, prepared: tuple, observe: Observer) -> None:
     tokenizer, config, examples = prepared
-    model = build_model(args, config, AutoModelForSequenceClassification, args.seed)
+    model = build_model(args, config, AutoModelForSequenceClassification)
     rows = [{n: e[n].tolist() for n in ("input_ids", "label")} for e in examples]
     with TemporaryDirectory() as folder:
         observed(Trainer, observe)(

@@ -91,10 +91,10 @@ class Data:
         set_chat_template(self.tokenizer, args)
         rows = [row for table in args.train_data for row in read_table(table)]
         self.examples, _ = to_examples(rows, self.tokenizer, args)
-        self.config = model_config(args, args.sequence_length, self.tokenizer)
+        self.config = model_config(args, self.tokenizer)
 
     def model(self) -> torch.nn.Module:
-        return build_model(self.args, self.config, AutoModelForCausalLM, self.args.seed)
+        return build_model(self.args, self.config, AutoModelForCausalLM)
 
 
 def train_recipe(data: Data, seed: int, steps: int, observe: Observer, *, packing: bool) -> None:

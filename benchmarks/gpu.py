@@ -148,7 +148,7 @@ def prepared(size: str, way: str, folder: str) -> tuple[Training, float]:
     ]
     args = parse(recipe.Arguments, words)
     tokenizer, length = load_tokenizer(args), args.sequence_length
-    config = model_config(args, length, tokenizer)
+    config = model_config(args, tokenizer)
     corpus = Corpus(args.train_sources, args, args.seed)
     training = Training(args, RunFolder(folder))
     if is_bert:
@@ -156,13 +156,13 @@ def prepared(size: str, way: str, folder: str) -> tuple[Training, float]:
         lanes = Lanes(corpus, SentenceEncoder(tokenizer))
         make = ExampleMaker(tokenizer, args)
         rows_of = partial(example_rows, lanes, make, [(length, 1)], args.packing)
-        model = build_model(args, config, kind, args.seed)
+        model = build_model(args, config, kind)
         objective = bert.MaskedLoss(model, args.objective, args.packing)
     else:
         kind, predicted = transformers.AutoModelForCausalLM, 1.0
         lanes = Lanes(corpus, DocumentEncoder(tokenizer))
         rows_of = partial(packed_rows, lanes, length)
-        model = build_model(args, config, kind, args.seed)
+        model = build_model(args, config, kind)
         objective = causal_lm.NextTokenLoss(model)
     training.prepare(objective, model, tokenizer, TrainingStream(lanes, rows_of, args))
     return training, flops_per_token(config, length, kind, predicted)

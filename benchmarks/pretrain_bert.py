@@ -96,8 +96,8 @@ class Arguments:
 
 
 def build(args: bert.Arguments, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
-    config = model_config(args, args.sequence_length, tokenizer)
-    return build_model(args, config, AutoModelForMaskedLM, args.seed)
+    config = model_config(args, tokenizer)
+    return build_model(args, config, AutoModelForMaskedLM)
 
 
 def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:

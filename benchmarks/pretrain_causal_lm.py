@@ -46,8 +46,8 @@ class Arguments:
 
 
 def build(args: causal_lm.Arguments, tokenizer) -> torch.nn.Module:
-    config = model_config(args, args.sequence_length, tokenizer)
-    return build_model(args, config, AutoModelForCausalLM, args.seed)
+    config = model_config(args, tokenizer)
+    return build_model(args, config, AutoModelForCausalLM)
 
 
 def stream_of(args: causal_lm.Arguments, tokenizer) -> TrainingStream:

@@ -35,7 +35,7 @@ class AdapterArguments(ModelArguments):
 
     def check(self) -> None:
         if self.lora is not None:
-            import peft
+            import peft  # its settings' names cost what importing it does
 
             known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
             if unknown := self.lora.keys() - known:
@@ -51,15 +51,15 @@ class AdapterArguments(ModelArguments):
         if self.adapter_name_or_path is not None and self.model_name_or_path is None:
             raise InputError("adapter_name_or_path: give model_name_or_path, that of its base")
         for name in ("loraplus_lr_ratio", "merge_adapter"):
-            is_default = getattr(self, name) == getattr(type(self), name)
-            if getattr(self, name) and not is_default and not self.has_adapter:
+            is_default = getattr(self, name) == getattr(type(self), name)  # a recipe may want it
+            if not self.has_adapter and getattr(self, name) and not is_default:
                 raise InputError(f"{name}: there is no adapter: give lora too")
         super().check()
 
     def fixed(self) -> dict[str, Any]:
         names = ("model_name_or_path", "freeze", "lora", "adapter_name_or_path")
         own = {name: getattr(self, name) for name in (*names, "loraplus_lr_ratio")}
-        return own | super().fixed()
+        return super().fixed() | own
 
     @property
     def has_adapter(self) -> bool:
@@ -91,7 +91,7 @@ def task_model(
             if not base.exists():
                 _write_base(a, config, auto_model, base)
         a = replace(a, model_name_or_path=str(base))
-    model = build_model(a, config, auto_model, a.seed, dtype=base_dtype(a), **options)
+    model = build_model(a, config, auto_model, dtype=base_dtype(a), **options)
     freeze(model, a.freeze)
     return model, add_adapter(model, a, task_type, a.seed) if a.has_adapter else model
 
@@ -169,7 +169,8 @@ def add_adapter(
 
     if arguments.adapter_name_or_path is not None:
         return _load_adapter(model, arguments.adapter_name_or_path)
-    settings = {"target_modules": "all-linear", **arguments.lora, "task_type": task_type}
+    given = copy.deepcopy(arguments.lora)  # peft extends its lists
+    settings = {"target_modules": "all-linear", **given, "task_type": task_type}
     if task_type == "QUESTION_ANS":  # whose head peft does not know by all its names
         heads = [name for name, child in model.named_children() if child is not model.base_model]
         settings = {"modules_to_save": heads, "exclude_modules": heads} | settings

@@ -70,6 +70,7 @@ class TrainingArguments(Settings):
     def check(self) -> None:
         for name, hint in get_type_hints(TrainingArguments).items():
             value = getattr(self, name)
+            # but for these two, 0 of nothing makes sense
             is_count = hint in (int, int | None) and name not in ("seed", "warmup_steps")
             if is_count and value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
@@ -93,12 +94,8 @@ class TrainingArguments(Settings):
         super().check()
 
     def fixed(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "sequence_length": self.row_length,
-            "global_batch_size": self.global_batch_size,
-            **super().fixed(),
-        }
+        own = {"seed": self.seed, "sequence_length": self.row_length}
+        return super().fixed() | own | {"global_batch_size": self.global_batch_size}
 
     def check_batch(self, per_device_batch_size: int) -> None:
         """Raises InputError unless micro-batches of that size make up the global batch."""

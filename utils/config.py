@@ -94,7 +94,7 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
         sys.stdout.flush()
         os._exit(130)
     except InputError as error:
-        from utils.ranks import launched_rank
+        from utils.ranks import launched_rank  # with torch, which settings alone do not need
 
         if error.one_rank or launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """The steps of a finite set of examples, epoch after epoch, for any number of ranks.
 
-A step is a function of (data, seed, its number): a resume needs no state at all.
+A step is a function of (data, seed, its number): a resume needs no state at all. It is a random set
+of examples, where `group_by_length` of other trainers lets lengths decide which are trained on
+together; how it is then cut and dealt by length changes nothing but the speed.
 """
 
 import hashlib
@@ -15,6 +17,9 @@ from utils.arguments import FinetuningArguments
 from utils.randomness import Draws
 from utils.training import Step
 
+MICRO_BATCH_COST = 256  # tokens of padding that are cheaper than one more micro-batch
+
+Rows = list[list[int]]  # of a micro-batch; each row the indices of its examples
 Example = dict[str, Any]  # features by name; `input_ids` is a sequence of token ids
 
 
@@ -74,11 +79,6 @@ def digest(parts: Iterator[Any]) -> str:
     return state.hexdigest()
 
 
-MICRO_BATCH_COST = 256  # tokens of padding that are cheaper than one more micro-batch
-
-Rows = list[list[int]]  # of a micro-batch; each row the indices of its examples
-
-
 def deal(
     lengths: list[int], budget: int, world_size: int, packing: bool = False
 ) -> list[list[Rows]]:
@@ -93,7 +93,7 @@ def deal(
     """
     rows = fit(lengths, max(lengths)) if packing else [[index] for index in range(len(lengths))]
     sizes = [sum(lengths[index] for index in row) for row in rows]
-    groups = group_by_length(sizes, budget)
+    groups = cut_by_length(sizes, budget)
     while len(groups) % world_size:
         longest = max(groups, key=len)
         if len(longest) < 2:
@@ -134,19 +134,18 @@ def fit(lengths: list[int], room: int) -> Rows:
     return sorted(sorted(row) for row in rows)
 
 
-def group_by_length(lengths: list[int], budget: int, limit: int | None = None) -> list[list[int]]:
+def cut_by_length(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices of similar lengths, the longest first: Σ (rows x the longest + overhead) is least.
 
     Args:
         budget: of a group, padding included; a longer one comes alone.
-        limit: of indices in a group.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     sizes = np.array([lengths[index] for index in order])
     cheapest, previous = np.zeros(len(order) + 1), [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         # a group that ends here has at most so many rows, whatever its longest
-        count = min(end, limit or end, max(1, budget // max(1, int(sizes[end - 1]))))
+        count = min(end, max(1, budget // max(1, int(sizes[end - 1]))))
         start = end - count
         padded = np.arange(count, 0, -1) * sizes[start:end]
         is_allowed = padded <= budget

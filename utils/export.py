@@ -21,6 +21,38 @@ from utils.files import written_aside
 WEIGHTS = "adapter_model.safetensors"
 
 
+class ModelFiles:
+    """Configuration, tokenizer, and where there are such the settings of adapter and generation.
+
+    `base_model`: where the weights come from that a checkpoint does not hold, if there are any.
+
+    Args:
+        model: as it is before an engine takes hold of it; or a peft.PeftModel.
+    """
+
+    def __init__(
+        self, model: "transformers.PreTrainedModel", tokenizer: transformers.PreTrainedTokenizerBase
+    ):
+        self.tokenizer = tokenizer
+        is_whole = all(parameter.requires_grad for parameter in model.parameters())
+        # saved buffers, too, are in no checkpoint (Marian's bias of the logits)
+        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+        self.base_model = None if is_whole and not buffers else model.name_or_path or None
+        self.others = [copy.deepcopy(model.config)]
+        if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
+            self.others.append(model.peft_config["default"])
+        if model.can_generate():
+            self.others.append(model.generation_config)
+
+    def write(self, folder: Path) -> None:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # a slow one has none
+        if backend is not None:
+            backend.no_truncation()  # a call that truncates leaves that behind
+            backend.no_padding()
+        for part in (*self.others, self.tokenizer):
+            part.save_pretrained(folder)
+
+
 @dataclass
 class Arguments:
     """Export a checkpoint to Hugging Face format."""
@@ -141,35 +173,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     command(main)
-
-
-class ModelFiles:
-    """Configuration, tokenizer, and where there are such the settings of adapter and generation.
-
-    `base_model`: where the weights come from that a checkpoint does not hold, if there are any.
-
-    Args:
-        model: as it is before an engine takes hold of it; or a peft.PeftModel.
-    """
-
-    def __init__(
-        self, model: "transformers.PreTrainedModel", tokenizer: transformers.PreTrainedTokenizerBase
-    ):
-        self.tokenizer = tokenizer
-        is_whole = all(parameter.requires_grad for parameter in model.parameters())
-        # saved buffers, too, are in no checkpoint (Marian's bias of the logits)
-        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-        self.base_model = None if is_whole and not buffers else model.name_or_path or None
-        self.others = [copy.deepcopy(model.config)]
-        if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
-            self.others.append(model.peft_config["default"])
-        if model.can_generate():
-            self.others.append(model.generation_config)
-
-    def write(self, folder: Path) -> None:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # a slow one has none
-        if backend is not None:
-            backend.no_truncation()  # a call that truncates leaves that behind
-            backend.no_padding()
-        for part in (*self.others, self.tokenizer):
-            part.save_pretrained(folder)

@@ -1,6 +1,5 @@
 """Files anywhere (local, or at a URL that fsspec opens), read in ranges and with patience."""
 
-import contextlib
 import gzip
 import io
 import os
@@ -9,7 +8,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ BUFFER = 2**18
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_file(address: str) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, decompressed when its name ends with .gz or .zst.
 
@@ -84,7 +83,7 @@ class _File(io.RawIOBase):
             print(
                 f"warning: {self.address}: {reason}; again in {wait} s", file=sys.stderr, flush=True
             )
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 self.stream.close()
             self.stream = None
             time.sleep(wait)

@@ -26,7 +26,7 @@ MAX_DOMAINS = 256  # each has a count in the state of every lane
 
 @dataclass
 class StreamArguments(Settings):
-    """How documents become an order. All of it is fixed for the life of a run."""
+    """How documents become an order. The first three are fixed for the life of a run."""
 
     # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
     # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.

@@ -22,7 +22,7 @@ LOGIT_SETTINGS = {
 
 
 def check_head(model: "transformers.PreTrainedModel") -> None:
-    """Raises InputError unless the logits of the model are what the losses here take them for."""
+    """Raises InputError unless the logits of the model are a linear map of its hidden states."""
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or {*model.children()} != {model.base_model, head}:
         raise InputError(

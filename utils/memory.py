@@ -12,6 +12,11 @@ from utils.model import PAIR_HEADS, empty_model
 from utils.report import markdown_table
 
 PAIR_MODULES = {"pooler", *PAIR_HEADS}
+# NF4 with its scales quantized too (Dettmers et al. 2023, QLoRA): 4 bits, for each 64 weights
+# 8 bits of scale, and for each 256 scales 32 bits
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Adam's two moments: 8 bits each, and for each 256 of them a scale of 32 bits
+MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
 
 
 def parameter_count(config: Any, auto_model: Any = None) -> dict[str, int]:
@@ -59,10 +64,7 @@ def _computed_again(model: torch.nn.Module) -> int:
 
 
 def flops_per_token(
-    config: Any,
-    sequence_length: int,
-    auto_model: Any = None,
-    predicted: float = 1.0,
+    config: Any, sequence_length: int, auto_model: Any = None, predicted: float = 1.0
 ) -> int:
     """Floating-point operations of forward and backward for one token: 6·N + 12·L·H·S.
 
@@ -81,13 +83,6 @@ def flops_per_token(
     text = config.get_text_config()
     attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
     return 6 * parameters + attention
-
-
-# NF4 with its scales quantized too (Dettmers et al. 2023, QLoRA): 4 bits, for each 64 weights
-# 8 bits of scale, and for each 256 scales 32 bits
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Adam's two moments: 8 bits each, and for each 256 of them a scale of 32 bits
-MOMENTS_8BIT_BYTES = 2 * (1 + 4 / 256)
 
 
 def state_bytes(
@@ -117,7 +112,8 @@ def state_bytes(
     copy of its gradients that a process makes while it steps.
 
     Args:
-        parts: as `parameter_parts` gives them; {"trained": …} of a model that is trained whole.
+        parts: numbers of parameters: "trained", and of them "embeddings", which 8-bit moments leave
+            out; where a part is frozen also "frozen", and of it "quantizable".
         zero_stage: 0 (DistributedDataParallel) to 3.
         mixed_precision: "no", "bf16" or "fp16".
         offload: as in ds_configs/zero2_offload.json and zero3_offload.json: gradients and
@@ -192,7 +188,7 @@ def plan(
     counts, batch = parameter_count(config, auto_model), arguments.global_batch_size
     lines = [
         f"model        {config.model_type}, {counts['total']:,} parameters "
-        f"({counts['without_input_embeddings']:,} without the input embeddings)",
+        f"({counts['without_input_embeddings']:,} without the input embeddings)"
     ]
     total = 0.0
     for length, steps in phases:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from utils.config import InputError, Settings
 from utils.randomness import random_key
 
+PAIR_HEADS = {"seq_relationship", "sop_classifier"}
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -43,10 +44,11 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
         raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
 
 
-def model_config(arguments: ModelArguments, sequence_length: int, tokenizer: Any = None) -> Any:
-    """The configuration of the model, checked against the tokenizer and the sequence length.
+def model_config(arguments: Any, tokenizer: Any = None) -> Any:
+    """The configuration of the model, checked against the tokenizer and the length of a row.
 
     Args:
+        arguments: `TrainingArguments` and `ModelArguments`.
         tokenizer: where it is not given, it is loaded if the settings leave something to it.
     """
     settings, given = dict(arguments.model), arguments.model_name_or_path
@@ -83,22 +85,19 @@ def model_config(arguments: ModelArguments, sequence_length: int, tokenizer: Any
     groups = getattr(config, "num_key_value_heads", None) or 1
     if heads % groups:
         raise InputError(f"model.num_key_value_heads: {groups} does not divide the {heads} heads")
-    positions = getattr(config, "max_position_embeddings", sequence_length)
-    if sequence_length > positions:
+    length = arguments.row_length
+    positions = getattr(config, "max_position_embeddings", length)
+    # null: a recipe whose rows have two parts checks each of them
+    if arguments.sequence_length is not None and length > positions:
         raise InputError(
-            f"sequence_length: {sequence_length} is more than the model's "
+            f"sequence_length: {length} is more than the model's "
             f"max_position_embeddings of {positions}"
         )
     return config
 
 
 def build_model(
-    arguments: ModelArguments,
-    config: Any,
-    auto_model: Any,
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
+    arguments: Any, config: Any, auto_model: Any, dtype: torch.dtype = torch.float32, **options: Any
 ) -> "transformers.PreTrainedModel":
     """The model: from given weights, or initialised as a function of the seed.
 
@@ -106,6 +105,7 @@ def build_model(
     named in the model's `newly_initialized`.
 
     Args:
+        arguments: `TrainingArguments` and `ModelArguments`.
         auto_model: AutoModelForCausalLM or another class of its kind.
         options: more of `from_pretrained`.
 
@@ -144,7 +144,7 @@ def build_model(
             "it is another architecture, or another size"
         )
     if not name or new:
-        initialize_weights(model, seed, new if name else None)
+        initialize_weights(model, arguments.seed, new if name else None)
     model.newly_initialized = sorted(new) if name else []
     # that of the given weights may be another head's
     model.config.architectures = [type(model).__name__]
@@ -202,9 +202,6 @@ def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
-
-
-PAIR_HEADS = {"seq_relationship", "sop_classifier"}
 
 
 def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:

@@ -36,11 +36,7 @@ def adamw(model: torch.nn.Module, arguments: TrainingArguments) -> torch.optim.O
         }
         for (is_vector, is_fast), parameters in sorted(found.items())
     ]
-    settings = {
-        "lr": a.learning_rate,
-        "betas": (a.adam_beta1, a.adam_beta2),
-        "eps": a.adam_epsilon,
-    }
+    settings = {"lr": a.learning_rate, "betas": (a.adam_beta1, a.adam_beta2), "eps": a.adam_epsilon}
     if a.optim == "adamw_bnb_8bit":
         optimizer = _adamw_8bit(model, groups, settings)
     else:

@@ -1,4 +1,4 @@
-"""The result of every one of a finite set of examples, worked out by all ranks together."""
+"""What all ranks work out together: a result of each example, texts, batches of a stream."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
-from utils.epochs import group_by_length
+from utils.epochs import cut_by_length
 from utils.files import written_aside
 from utils.progress import progress_bar
 from utils.ranks import Ranks
@@ -22,40 +22,40 @@ from utils.training import Training
 
 def score_examples(
     training: Training,
-    lengths: list[int],
-    budget: int,
+    examples: Sequence[Any],
     score: Callable[[list[int]], Sequence[Any]],
     what: str,
-    limit: int | None = None,
+    groups: list[list[int]] | None = None,
 ) -> list[Any] | None:
     """The result of each example, in the order of the examples, on every rank.
 
-    The batches do not depend on the number of ranks, and so neither do the results.
+    The groups do not depend on the number of ranks, and so neither do the results.
 
     Args:
-        lengths, budget, limit: of the examples and their batches, as for `group_by_length`.
-        score: indices of a batch → a result of each, which can be pickled. Every rank calls it as
-            often, since a forward under ZeRO-3 is a joint act: at last perhaps with no indices.
+        score: a group → a result of each, which can be pickled. Every rank calls it as often, since
+            a forward under ZeRO-3 is a joint act: at last perhaps with an empty one.
         what: is done, as the progress bar says.
+        groups: of indices, scored together; null: by the lengths of the examples' `input_ids`.
 
     Returns:
         None when a stop signal came in between.
     """
     ranks = training.ranks
+    if groups is None:
+        a, lengths = training.arguments, [len(example["input_ids"]) for example in examples]
+        groups = cut_by_length(lengths, a.per_device_batch_size * a.row_length)
+    groups = groups + [[]] * (-len(groups) % ranks.world_size)
     mine: list[tuple[int, Any]] = []
     training.objective.eval()
-    groups = group_by_length(lengths, budget, limit)
-    groups += [[]] * (-len(groups) % ranks.world_size)
-    bar = progress_bar(len(lengths), what, "examples")
+    bar = progress_bar(len(examples), what, "examples")
     with bar, torch.no_grad(), training.accelerator.autocast():
         for start in range(0, len(groups), ranks.world_size):
-            if ranks.any_rank(False) or ranks.stopped:
-                break
+            ranks.any_rank(False)  # hears of a signal to any of them
+            if ranks.stopped:
+                return None
             indices = groups[start + ranks.rank]
             mine += zip(indices, score(indices), strict=False)
-            bar.update(min(len(indices) * ranks.world_size, bar.total - bar.n))
-    if ranks.stopped:
-        return None
+            bar.update(sum(map(len, groups[start : start + ranks.world_size])))
     return [result for _, result in sorted(ranks.gather(mine), key=lambda item: item[0])]
 
 
@@ -111,9 +111,9 @@ def generate_texts(
         written = written[:, longest:] if is_decoder else written
         return tokenizer.batch_decode(written, skip_special_tokens=True)
 
-    lengths = [len(prompt) for prompt in prompts]
-    budget = batch_size * max(lengths, default=1)
-    return score_examples(training, lengths, budget, texts, "generating", batch_size)
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return score_examples(training, prompts, texts, "generating", groups)
 
 
 def check_finite(results: Any) -> None:

@@ -9,7 +9,7 @@ import re
 MAX_CHARACTERS = 400
 # not before a small letter, which goes on after an abbreviation
 _END = re.compile(
-    r"""[.!?…]["'”’)\]]*(?=\s+[^\sa-z])|[。！？]["”』」）]*|\n(?=[^\S\n]*\n)""",  # noqa: RUF001
+    r"""[.!?…]["'”’)\]]*(?=\s+[^\sa-z])|[。！？]["”』」）]*|\n(?=[^\S\n]*\n)"""  # noqa: RUF001
 )
 
 

@@ -225,8 +225,13 @@ def held_out_documents(
     sources: list[Source], limit: int | None, on_bad_record: str = "fail"
 ) -> Iterator[Document]:
     """The documents of the sources in the order of their files: of each source at most `limit`."""
+
+    def report(problem: BadRecord | OSError) -> None:
+        if isinstance(problem, OSError):
+            raise InputError(str(problem))  # else ranks may go on with different documents
+        BadRecords(on_bad_record, shown=0).report(problem)
+
     for source in sources:
-        report = BadRecords(on_bad_record, shown=0).report
         yield from itertools.islice(documents(source, find_files(source), report), limit)
 
 

@@ -327,7 +327,8 @@ class Training:
                 "Change it back, or choose another output_dir"
             )
         self.engine.load(folder)
-        self.state = RunState(**state["counters"])
+        # once the size of the metrics stood beside the counters
+        self.state = RunState(**{"metrics_size": state.get("metrics_size", 0), **state["counters"]})
         if state["limits"] != self.arguments.limits:
             self.state.ending = ""  # what has come to its end goes on within other limits
         self.saved_step = self.state.step

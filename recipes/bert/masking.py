@@ -35,7 +35,7 @@ class MaskingArguments(Settings):
 
     def fixed(self) -> dict[str, Any]:
         own = {item.name: getattr(self, item.name) for item in fields(MaskingArguments)}
-        return own | super().fixed()
+        return super().fixed() | own
 
     def check_length(self, shortest: int) -> None:
         """Raises InputError for a length of a row that makes no examples."""

@@ -229,14 +229,14 @@ def main() -> None:
     predicted = args.mlm_probability
     needs = (args.row_length, args.objective != "mlm", args.packing)
     if args.dry_run:
-        config = model_config(args, args.row_length)
+        config = model_config(args)
         check_encoder(empty_model(config, auto_model), *needs)
         phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
         phases = phases or [(args.row_length, args.total_steps)]
         print(plan(config, args, phases, auto_model, predicted))
         return
     tokenizer = load_tokenizer(args)
-    config = model_config(args, args.row_length, tokenizer)
+    config = model_config(args, tokenizer)
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
     corpus = Corpus(args.train_sources, args, args.seed)
     check_examples(args.train_sources, encode, args.objective)
@@ -246,7 +246,7 @@ def main() -> None:
         return
 
     training = Training(args, folder)
-    model = build_model(args, config, auto_model, args.seed)
+    model = build_model(args, config, auto_model)
     check_encoder(model, *needs)
     objective = MaskedLoss(model, args.objective, args.packing)
     phases, per_lane = args.all_phases(), args.global_batch_size // args.lanes

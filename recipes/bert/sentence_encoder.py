@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-import transformers
+from transformers import PreTrainedTokenizerBase
 
 from utils.sentences import cut_into_sentences
 from utils.stream import TextEncoder
@@ -31,7 +31,7 @@ class Sentences:
 class SentenceEncoder(TextEncoder):
     """Texts → `Sentences`."""
 
-    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         needed = ("mask_token", "cls_token", "sep_token")
         super().__init__(tokenizer, *needed, purpose="masked language modelling")
 

@@ -16,13 +16,11 @@ def evaluate_answers(
     training: Training,
     examples: list[dict[str, Any]],
     token_scores: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
-    budget: int,
 ) -> dict[str, Any] | None:
     """Means over the answers' tokens, in all and by source; summed in float64.
 
     Args:
         token_scores: batch → (loss, whether the label is the most likely token) by position.
-        budget: tokens of a batch, padding included.
 
     Returns:
         None when a stop signal came in between.
@@ -34,8 +32,7 @@ def evaluate_answers(
         counted = (batch["shift_labels"] != IGNORE_INDEX).double()
         return torch.stack([losses * counted, are_right * counted, counted]).sum(2).T.tolist()
 
-    lengths = [len(example["input_ids"]) for example in examples]
-    found = score_examples(training, lengths, budget, score, "evaluating")
+    found = score_examples(training, examples, score, "evaluating")
     if found is None:
         return None
     sums = np.array(found)  # of each example's losses, right tokens and tokens

@@ -131,11 +131,11 @@ def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> tor
 def main() -> None:
     args = parse(Arguments)
     if args.dry_run:
-        print(finetuning_plan(model_config(args, args.sequence_length), args, args.load_in_4bit))
+        print(finetuning_plan(model_config(args), args))
         return
     tokenizer = load_tokenizer(args)
     set_chat_template(tokenizer, args)
-    config = model_config(args, args.sequence_length, tokenizer)
+    config = model_config(args, tokenizer)
     config.eos_token_id = tokenizer.eos_token_id
     tables = (args.train_data, args.validation_data, args.test_data)
     rows = [[row for table in part for row in read_table(table)] for part in tables]
@@ -181,12 +181,11 @@ def main() -> None:
             (1, min(args.sequence_length, 128)),
             config.vocab_size,
         )
-    budget = args.per_device_batch_size * args.sequence_length
     scores_of = partial(training.forward, per_token=True)
     evaluate = partial(evaluate_answers, training, token_scores=scores_of)
     for step in training.steps():
         if training.evaluates():
-            results = evaluate(validation, budget=budget) if validation else {}
+            results = evaluate(validation) if validation else {}
             chosen = validation[: args.sample_answers]
             samples = write_answers(training, model, tokenizer, chosen)
             # a resume evaluates again where a signal cut the answers short
@@ -201,7 +200,7 @@ def main() -> None:
         facts |= {f"{part} conversations {name}": n for name, n in counts.items() if n}
     if test:
         training.load_best()
-        results = evaluate(test, budget=budget)
+        results = evaluate(test)
         if results is None:
             return training.stop()
         training.record_test(results)

@@ -13,7 +13,7 @@ from utils.memory import count_parameters, memory_section
 from utils.model import empty_model
 
 
-def finetuning_plan(config: Any, arguments: Any, load_in_4bit: bool = False) -> str:
+def finetuning_plan(config: Any, arguments: Any) -> str:
     """What `--dry_run true` prints: parameters, and memory by ZeRO stage and number of GPUs."""
     a, parts = arguments, parameter_parts(config, arguments)
     total, tokens = parts["trained"] + parts["frozen"], a.per_device_batch_size * a.sequence_length
@@ -30,7 +30,7 @@ def finetuning_plan(config: Any, arguments: Any, load_in_4bit: bool = False) -> 
         lines.append(
             f"activations  {kept / 2**30:.1f} GiB kept between layers, and one layer's own"
         )
-    settings = {"half_frozen": a.has_adapter, "load_in_4bit": load_in_4bit, "optim": a.optim}
+    settings = {"half_frozen": a.has_adapter, "load_in_4bit": a.load_in_4bit, "optim": a.optim}
     lines += memory_section(parts, a.mixed_precision, world_sizes=(1, 8), **settings)
     return "\n".join(lines)
 

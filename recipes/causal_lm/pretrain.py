@@ -137,11 +137,11 @@ def write_samples(
 def main() -> None:
     args = parse(Arguments)
     if args.dry_run:
-        config = model_config(args, args.sequence_length)
+        config = model_config(args)
         print(plan(config, args, [(args.sequence_length, args.total_steps)]))
         return
     tokenizer = load_tokenizer(args)
-    config = model_config(args, args.sequence_length, tokenizer)
+    config = model_config(args, tokenizer)
     encode = DocumentEncoder(tokenizer)
     corpus = Corpus(args.train_sources, args, args.seed)
     check_documents(args.validation_sources + args.test_sources)
@@ -151,7 +151,7 @@ def main() -> None:
 
     flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
-    model = build_model(args, config, transformers.AutoModelForCausalLM, args.seed)
+    model = build_model(args, config, transformers.AutoModelForCausalLM)
     check_architecture(model)
     objective = NextTokenLoss(model)
     lanes = Lanes(corpus, encode)
@@ -183,8 +183,8 @@ def main() -> None:
         training.record_test(results)
         facts["bits per byte of the test documents"] = f"{results['eval_bits_per_byte']:.4f}"
         if args.baselines and training.is_main:
-            test = held_out_documents(args.test_sources, args.eval_documents)
-            train = held_out_documents(args.train_sources, 20_000)
+            test = held_out_documents(args.test_sources, args.eval_documents, args.on_bad_record)
+            train = held_out_documents(args.train_sources, 20_000, args.on_bad_record)
             facts |= baselines(test, train, encode, len(tokenizer))
     conclude(training, "Causal language model", "text-generation", USAGE, facts)
 

@@ -200,15 +200,12 @@ def predict(
     Args:
         to_batch: rows of one example or none → the batch.
     """
-    args = training.arguments
 
     def logits(indices: list[int]) -> np.ndarray:
         batch = to_batch([[examples[index]] for index in indices] or [[]])
         return training.forward(batch, predict=True).float().cpu().numpy()
 
-    lengths = [len(example["input_ids"]) for example in examples]
-    budget = args.per_device_batch_size * args.sequence_length
-    found = score_examples(training, lengths, budget, logits, "predicting")
+    found = score_examples(training, examples, logits, "predicting")
     return None if found is None else np.stack(found)
 
 
@@ -227,9 +224,9 @@ def main() -> None:
     rows = {split: read_labelled_texts(table, args) for split, table in tables.items()}
     names = label_names(rows["train"], args)
     labels = {split: label_ids(found, names, args) for split, found in rows.items()}
-    weights = class_weights(args.class_weights, names, labels["train"], args)
+    weights = class_weights(names, labels["train"], args)
     tokenizer = load_tokenizer(args)
-    config = model_config(args, args.sequence_length, tokenizer)
+    config = model_config(args, tokenizer)
     check_tokenizer(tokenizer, config, args.sequence_length)
     configure(config, names, args.problem_type, args.dropout)
     examples, cut = {}, {}

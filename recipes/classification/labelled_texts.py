@@ -163,23 +163,19 @@ def _names(row: LabelledText) -> tuple[str, ...]:
     return (row.label,) if isinstance(row.label, str) else row.label
 
 
-def class_weights(
-    given: dict[str, float] | str | None,
-    names: list[str],
-    labels: np.ndarray,
-    arguments: LabelledTextArguments,
-) -> list[float] | None:
-    """A weight for each label.
+def class_weights(names: list[str], labels: np.ndarray, arguments: Any) -> list[float] | None:
+    """A weight for each label, 1 where `class_weights` leaves it out.
+
+    "balanced": rows / (labels x rows of the label), as scikit-learn has it, and with several labels
+    the negative over the positive rows of each.
 
     Args:
-        given: label → weight, 1 where it is left out; "balanced": rows / (labels x rows of the
-            label), as scikit-learn has it, and with several labels the negative over the positive
-            rows of each.
         labels: those of the training rows, as `label_ids` returns them.
 
     Raises:
         InputError: a label that does not exist, or one without rows to be balanced.
     """
+    given = arguments.class_weights
     if given is None:
         return None
     if given == "balanced":

@@ -161,9 +161,7 @@ def evaluate(
             for window, loss, start, end in zip(of_batch, losses.tolist(), *logits, strict=False)
         ]
 
-    lengths = [len(window["input_ids"]) for window in windows]
-    budget = args.per_device_batch_size * args.sequence_length
-    results = score_examples(training, lengths, budget, score, "answering")
+    results = score_examples(training, windows, score, "answering")
     if results is None:
         return None
     check_finite([(loss, no_answer) for loss, no_answer, _ in results])
@@ -198,7 +196,7 @@ def main() -> None:
     args = parse(Arguments)
     tokenizer = load_tokenizer(args)
     check_tokenizer(tokenizer)
-    config = model_config(args, args.sequence_length, tokenizer)
+    config = model_config(args, tokenizer)
     tables = (args.train_data, args.validation_data, args.test_data)
     train, validation, test = (read_questions(part, args) for part in tables)
     has_unanswerable = check_unanswerable(train, validation + test)

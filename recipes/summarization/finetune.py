@@ -29,7 +29,7 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.loss import IGNORE_INDEX, check_head
-from utils.model import load_tokenizer, model_config
+from utils.model import empty_model, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -151,18 +151,14 @@ class TargetLoss(torch.nn.Module):
         return {"loss": int((batch["labels"] != IGNORE_INDEX).sum())}
 
 
-def evaluate_loss(
-    training: Training, encode: PairEncoder, examples: list[Example], args: Arguments
-) -> float | None:
+def evaluate_loss(training: Training, encode: PairEncoder, examples: list[Example]) -> float | None:
     """Mean loss of a target token; None when a signal interrupts."""
 
     def score(indices: list[int]) -> list[float]:
         batch = encode.collate([examples[index] for index in indices])
         return training.forward(batch, per_example=True).tolist()
 
-    lengths = [len(example["input_ids"]) for example in examples]
-    budget = args.per_device_batch_size * args.row_length
-    losses = score_examples(training, lengths, budget, score, "evaluating")
+    losses = score_examples(training, examples, score, "evaluating")
     if losses is None:
         return None
     check_finite(losses)
@@ -173,7 +169,7 @@ def main() -> None:
     args = parse(Arguments)
     tokenizer = load_tokenizer(args)
     check_tokenizer(tokenizer)
-    config = model_config(args, 1, tokenizer)
+    config = model_config(args, tokenizer)
     args.check_model_fits(config, args.new_tokens)
     is_encoder_decoder = config.is_encoder_decoder
     auto_model = (
@@ -195,6 +191,8 @@ def main() -> None:
     }
     validation, test = encode(validation_pairs), encode(test_pairs)
     args = args.for_examples(len(train))
+    if not is_encoder_decoder:
+        check_head(empty_model(config))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
@@ -202,8 +200,6 @@ def main() -> None:
     training = Training(args, folder)
     task = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
     model, trained = task_model(args, config, auto_model, task, folder.path)
-    if not is_encoder_decoder:
-        check_head(model)
     model.generation_config = generation_config(model, tokenizer, args)
     objective = TargetLoss(model, args.label_smoothing_factor)
     facts = {"trained": trainable_share(trained), **facts}
@@ -218,7 +214,7 @@ def main() -> None:
         pairs: list[Pair], examples: list[Example], count: int | None
     ) -> tuple[dict[str, float] | None, list[str]]:
         """Loss, scores of the first `count` texts, and these; None when a signal interrupts."""
-        loss = evaluate_loss(training, encode, examples, args)
+        loss = evaluate_loss(training, encode, examples)
         if loss is None:
             return None, []
         examples = examples[:count]

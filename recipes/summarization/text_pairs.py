@@ -37,7 +37,7 @@ class PairArguments(Settings):
 
     def fixed(self) -> dict[str, Any]:
         names = ("source_prefix", "source_suffix", "max_source_length", "max_target_length")
-        return {name: getattr(self, name) for name in names} | super().fixed()
+        return super().fixed() | {name: getattr(self, name) for name in names}
 
     def check_model_fits(self, config: Any, max_new_tokens: int) -> None:
         """Raises InputError where the settings do not suit the kind of model, or its positions."""

@@ -289,6 +289,15 @@ def test_frozen_parameters_do_not_move(what: Any, moves: tuple[str, ...], fine_t
         assert changes == is_free or "key.bias" in name, name
 
 
+def test_lora_settings_stay_as_they_were_given(fine_tune: Callable):
+    """peft lengthens the list by the classifier's own names."""
+    settings = {"lora": {**LORA, "modules_to_save": ["pooler"]}, "max_steps": 2}
+    first = fine_tune("run", **settings)
+    assert first.status == 0, first.error
+    assert read_yaml(str(first.folder / "config.yaml"))[0]["lora"] == settings["lora"]
+    assert "is finished at step 2" in fine_tune("run", **settings).output
+
+
 def test_lora_learns_the_same_adapter_on_stage_3(
     fine_tune: Callable, texts: Path, wordpiece_folder: Path, tmp_path: Path
 ):

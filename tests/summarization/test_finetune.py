@@ -333,6 +333,16 @@ def test_lora_trains_its_adapter_alone(name, summarize, references, data):
     assert [record["prediction"] for record in predictions(ended.folder)] == texts
 
 
+def test_an_adapter_beside_the_head_of_a_decoder(summarize, references):
+    base = str(references["llama"] / "model")
+    for number, lora in enumerate(
+        [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}]
+    ):
+        settings = {**REFERENCES["llama"], "model_name_or_path": base, "lora": {"r": 4, **lora}}
+        ended = summarize(f"{number}", max_steps=1, **settings)
+        assert ended.status == 0, ended.error
+
+
 def test_frozen_parameters_do_not_move(summarize, references):
     base = references["t5"] / "model"
     ended = summarize(model_name_or_path=str(base), freeze="encoder", max_steps=3)

@@ -9,7 +9,7 @@ import torch
 
 from utils import epochs
 from utils.arguments import FinetuningArguments
-from utils.epochs import MICRO_BATCH_COST, Epochs, deal, digest, fit, group_by_length
+from utils.epochs import MICRO_BATCH_COST, Epochs, cut_by_length, deal, digest, fit
 from utils.tables import Table
 
 COUNT, BATCH = 103, 10
@@ -113,29 +113,28 @@ def padded(groups: list[list[int]], lengths: list[int]) -> int:
     return sum(len(group) * max(lengths[index] for index in group) for group in groups)
 
 
-@pytest.mark.parametrize("limit", [None, 1, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_other_cut_is_cheaper(seed, limit):
+def test_no_other_cut_is_cheaper(seed):
     lengths = draw_lengths(seed, 10, longest=400)
     order = sorted(lengths, reverse=True)
-    groups = group_by_length(lengths, 1200, limit)
+    groups = cut_by_length(lengths, 1200)
     assert [lengths[index] for group in groups for index in group] == order
     cost = padded(groups, lengths) + MICRO_BATCH_COST * len(groups)
     cheapest = float("inf")
     for cuts in range(10):
         for ends in itertools.combinations(range(1, 10), cuts):
             parts = [order[a:b] for a, b in itertools.pairwise([0, *ends, 10])]
-            if all(len(part) * part[0] <= 1200 and len(part) <= (limit or 10) for part in parts):
+            if all(len(part) * part[0] <= 1200 for part in parts):
                 total = sum(len(part) * part[0] + MICRO_BATCH_COST for part in parts)
                 cheapest = min(cheapest, total)
     assert cost == cheapest
 
 
 def test_an_example_longer_than_the_budget_comes_alone():
-    assert group_by_length([30, 5, 500, 40, 900], 100) == [[4], [2], [3, 0], [1]]
-    assert group_by_length([50, 50], 100) == [[0, 1]]
-    assert group_by_length([], 100) == []
-    assert group_by_length([0, 0, 7], 100) == [[2, 0, 1]]
+    assert cut_by_length([30, 5, 500, 40, 900], 100) == [[4], [2], [3, 0], [1]]
+    assert cut_by_length([50, 50], 100) == [[0, 1]]
+    assert cut_by_length([], 100) == []
+    assert cut_by_length([0, 0, 7], 100) == [[2, 0, 1]]
 
 
 def test_little_padding():

@@ -256,6 +256,20 @@ def test_early_stopping(disturbed, monkeypatch):
     assert len(steps(more.folder)) == 12
 
 
+def test_a_checkpoint_that_keeps_the_size_of_the_metrics_beside_the_counters(pretrain):
+    """As checkpoints once did: what was logged before it stays."""
+    first = pretrain(max_steps=8, save_steps=4)
+    logged = metrics(first.folder)
+    (first.folder / "finished.json").unlink()
+    file = checkpoints(first.folder)[-1] / "state.json"
+    state = json.loads(file.read_text())
+    state["metrics_size"] = state["counters"].pop("metrics_size")
+    file.write_text(json.dumps(state))
+    again = pretrain(max_steps=8, save_steps=4)
+    assert again.status == 0, again.error
+    assert metrics(first.folder) == logged
+
+
 def test_resume_never(disturbed):
     first = disturbed()
     before = contents(first.folder)
