@@ -1,4 +1,7 @@
-"""What a script has imported when it prints its help, says that a key is wrong, or goes on."""
+"""What a script has imported when it prints its help, says that a key is wrong, or goes on.
+
+Settings with `lora` are checked by the names that peft has for them: those import it.
+"""
 
 import json
 from pathlib import Path
