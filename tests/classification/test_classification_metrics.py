@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from classification_metrics import METRICS, measure, probabilities, reliability
+from classification_metrics import METRICS, measure, probabilities, reliability, scores
 from classification_report import write_figures
 from launching import ROOT
 from utils.config import InputError
@@ -32,6 +32,21 @@ def averages(labels: np.ndarray, found: np.ndarray) -> dict[str, float]:
         for name, function in functions.items()
         for average in ("micro", "macro")
     }
+
+
+@pytest.mark.parametrize("problem_type", METRICS)
+def test_what_evaluate_computes_is_what_the_module_beside_it_computes(problem_type):
+    """evaluate runs a copy of it."""
+    draw = np.random.default_rng(1)
+    logits = draw.normal(size=(40, 1 if problem_type == "regression" else 3))
+    labels = {
+        "single_label_classification": draw.integers(0, 3, 40),
+        "multi_label_classification": draw.integers(0, 2, (40, 3)),
+        "regression": draw.normal(size=40),
+    }[problem_type]
+    found = scores(problem_type, logits, labels)
+    assert measure(problem_type, logits, labels) == approx(found)
+    assert list(found) == list(METRICS[problem_type])
 
 
 def test_single_label_metrics_are_scikit_learns():
