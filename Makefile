@@ -24,7 +24,7 @@ demo: $(SETUP)
 	$(BIN)/python recipes/causal_lm/generate.py recipes/causal_lm/configs/generate_demo.yaml
 
 test: $(SETUP)
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES)
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 coverage: $(SETUP)
 	$(BIN)/coverage erase

@@ -70,6 +70,12 @@ def write_jsonl(path: Path, records: list[Any]) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws does not depend on the tests that ran before it in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train-0.jsonl and train-1.jsonl (200 documents each) and validation.jsonl (40)."""

@@ -421,8 +421,11 @@ def test_evaluation_is_that_of_each_example_alone(tiny_llama):
             gather=gather,
         )
         accelerator = SimpleNamespace(autocast=nullcontext)
-        training = SimpleNamespace(ranks=ranks, accelerator=accelerator, objective=objective)
-        return evaluate_answers(training, examples, scores, 40)
+        arguments = SimpleNamespace(per_device_batch_size=1, row_length=40)
+        training = SimpleNamespace(
+            ranks=ranks, accelerator=accelerator, objective=objective, arguments=arguments
+        )
+        return evaluate_answers(training, examples, scores)
 
     for world_size in (1, 2):
         kept, barrier = [[] for _ in range(world_size)], Barrier(world_size)
