@@ -567,7 +567,9 @@ def test_weights_are_initialised_as_transformers_does_by_seed_and_name(model_typ
         same = [n for n, p in first.items() if p.shape == parameter.shape]
         assert [n for n in same if torch.equal(first[n], first[name])] == [name]
         assert not torch.equal(first[name], parameter)
-        assert float(first[name].detach().std()) == pytest.approx(deviation, rel=0.1)
+        # two samples of n numbers differ in their deviation by 1 / √n of it, more or less
+        tolerance = 5 / parameter.numel() ** 0.5
+        assert float(first[name].detach().std()) == pytest.approx(deviation, rel=tolerance)
 
 
 def test_torch_compile_compiles_the_model_that_the_objective_calls(pretrain, monkeypatch):
