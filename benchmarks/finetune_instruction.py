@@ -100,12 +100,12 @@ class Data:
 def train_recipe(data: Data, seed: int, steps: int, observe: Observer, *, packing: bool) -> None:
     args = copy.copy(data.args)
     with TemporaryDirectory() as folder:
-        args.output_dir, args.seed = folder, seed
+        args.output_dir, args.seed, args.packing = folder, seed, packing
         training = Training(args, RunFolder(folder))
         model = data.model()
         objective = instruction.AnswerLoss(model, packing)
         examples = data.examples
-        epochs = Epochs(examples, collate, {"the training data": ""}, args, packing=packing)
+        epochs = Epochs(examples, collate, {"the training data": ""}, args)
         training.prepare(objective, model, data.tokenizer, epochs)
         observe_recipe(training, steps, observe)
 

@@ -149,7 +149,7 @@ def prepared(size: str, way: str, folder: str) -> tuple[Training, float]:
     args = parse(recipe.Arguments, words)
     tokenizer, length = load_tokenizer(args), args.sequence_length
     config = model_config(args, tokenizer)
-    corpus = Corpus(args.train_sources, args, args.seed)
+    corpus = Corpus(args)
     training = Training(args, RunFolder(folder))
     if is_bert:
         kind, predicted = transformers.AutoModelForPreTraining, args.mlm_probability

@@ -102,7 +102,7 @@ def build(args: bert.Arguments, tokenizer: PreTrainedTokenizerBase) -> torch.nn.
 
 def train_recipe(args: bert.Arguments, steps: int, observe: Observer) -> None:
     tokenizer = load_tokenizer(args)
-    lanes = Lanes(Corpus(args.train_sources, args, args.seed), SentenceEncoder(tokenizer))
+    lanes = Lanes(Corpus(args), SentenceEncoder(tokenizer))
     make_examples = ExampleMaker(tokenizer, args)
     phases = [(args.sequence_length, 1)]  # the last one goes on
     with TemporaryDirectory() as folder:

@@ -51,7 +51,7 @@ def build(args: causal_lm.Arguments, tokenizer) -> torch.nn.Module:
 
 
 def stream_of(args: causal_lm.Arguments, tokenizer) -> TrainingStream:
-    lanes = Lanes(Corpus(args.train_sources, args, args.seed), DocumentEncoder(tokenizer))
+    lanes = Lanes(Corpus(args), DocumentEncoder(tokenizer))
     return TrainingStream(lanes, partial(packed_rows, lanes, args.sequence_length), args)
 
 

@@ -60,8 +60,10 @@ def steps_of(
 ) -> Iterator[list[Row]]:
     """The rows of rank 0, one a lane and step, epoch after epoch."""
     source = Source(path, name="sample", domain_field="meta.redpajama_set_name")
-    settings = pretrain.Arguments(lanes=args.lanes, global_batch_size=args.lanes)
-    lanes = Lanes(Corpus([source], settings, seed=0), DocumentEncoder(tokenizer))
+    settings = pretrain.Arguments(
+        train_sources=[source], lanes=args.lanes, global_batch_size=args.lanes
+    )
+    lanes = Lanes(Corpus(settings), DocumentEncoder(tokenizer))
     rows_of = partial(packed_rows, lanes, args.sequence_length)
     return TrainingStream(lanes, rows_of, settings).rows(0, world_size, states)
 

@@ -27,6 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from utils.lanes import Corpus, StreamArguments
+from utils.sources import Source
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # threads for tensors as small as these only wait for each other
 
@@ -62,6 +65,12 @@ def make_prose(name: str, count: int, seed: int = 0) -> list[dict]:
         }
         for number in range(count)
     ]
+
+
+def corpus_of(sources: list[Source], seed: int = 0, **settings: Any) -> Corpus:
+    arguments = StreamArguments(train_sources=sources, **settings)
+    arguments.seed = seed  # of the TrainingArguments beside it
+    return Corpus(arguments)
 
 
 def write_jsonl(path: Path, records: list[Any]) -> str:

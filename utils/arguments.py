@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 import transformers
@@ -184,6 +184,7 @@ class FinetuningArguments(TrainingArguments):
     eval_steps: int | None = None  # null: at the end of each epoch
     save_steps: int | None = None  # null: at the end of each epoch
     load_best_model_at_end: bool = True
+    packing: ClassVar[bool] = False  # several examples a row: a setting of recipes that can
 
     def check(self) -> None:
         if self.num_train_epochs <= 0:

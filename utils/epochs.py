@@ -31,7 +31,6 @@ class Epochs:
         collate: (examples of each row) → a batch; a row without examples is all padding.
         fingerprint: what must not change over the life of a run, by name.
         vary: (indices, epoch) → those examples as they are in that epoch; null: always the same.
-        packing: several examples a row.
     """
 
     def __init__(
@@ -41,11 +40,9 @@ class Epochs:
         fingerprint: dict[str, Any],
         arguments: FinetuningArguments,
         vary: Callable[[list[int], int], Sequence[Example]] | None = None,
-        packing: bool = False,
     ):
         self.examples, self.collate, self.arguments = examples, collate, arguments
         self.vary = vary or (lambda indices, epoch: [examples[index] for index in indices])
-        self.packing = packing
         self._fingerprint = fingerprint
 
     def fingerprint(self) -> dict[str, Any]:
@@ -62,7 +59,7 @@ class Epochs:
             start = step % steps_per_epoch * a.global_batch_size
             examples = self.vary(order[start : start + a.global_batch_size], epoch)
             lengths = [len(example["input_ids"]) for example in examples]
-            mine: list[Rows] = deal(lengths, budget, world_size, self.packing)[rank]
+            mine: list[Rows] = deal(lengths, budget, world_size, a.packing)[rank]
             batches = [
                 self.collate([[examples[index] for index in row] for row in rows]) for rows in mine
             ]

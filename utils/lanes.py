@@ -11,7 +11,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from utils.config import InputError, Settings
@@ -26,8 +26,9 @@ MAX_DOMAINS = 256  # each has a count in the state of every lane
 
 @dataclass
 class StreamArguments(Settings):
-    """How documents become an order. The first three are fixed for the life of a run."""
+    """How documents become an order. Fixed for a run, but for the last two."""
 
+    train_sources: list[Source] = field(default_factory=list)
     # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
     # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.
     lanes: int = 64
@@ -88,10 +89,10 @@ class Corpus:
         InputError: nothing to read, a source without its text field, weights that sum to nothing.
     """
 
-    def __init__(self, sources: list[Source], arguments: StreamArguments, seed: int):
-        self.sources, self.arguments, self.seed = sources, arguments, seed
-        check_mixture(sources)
-        self.files = check_documents(sources, arguments.on_bad_record)
+    def __init__(self, arguments: Any):
+        self.arguments, self.sources, self.seed = arguments, arguments.train_sources, arguments.seed
+        check_mixture(self.sources)
+        self.files = check_documents(self.sources, arguments.on_bad_record)
         self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
 
     def fingerprint(self) -> list[Any]:

@@ -174,7 +174,7 @@ def memory_table(
 def plan(
     config: Any,
     arguments: Any,
-    phases: Sequence[tuple[int, int | None]],
+    phases: Sequence[tuple[int, int | None]] = (),
     auto_model: Any = None,
     predicted: float = 1.0,
 ) -> str:
@@ -182,7 +182,7 @@ def plan(
 
     Args:
         arguments: a `TrainingArguments`.
-        phases: (sequence length, steps) one after the other; None: no end is set.
+        phases: (sequence length, steps) one after the other; none: all steps are alike.
         predicted: as for `flops_per_token`.
     """
     counts, batch = parameter_count(config, auto_model), arguments.global_batch_size
@@ -191,7 +191,7 @@ def plan(
         f"({counts['without_input_embeddings']:,} without the input embeddings)"
     ]
     total = 0.0
-    for length, steps in phases:
+    for length, steps in phases or [(arguments.row_length, arguments.total_steps)]:
         flops = flops_per_token(config, length, auto_model, predicted)
         lines.append(
             f"step         {batch:,} sequences x {length:,} = {batch * length:,} tokens, "

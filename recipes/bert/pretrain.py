@@ -74,7 +74,6 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
     sequence_length: int = 512  # tokens of a row; with phases, that of the last
     phases: list[Phase] = field(default_factory=list)  # their steps add up to max_steps
     packing: bool = True  # several sequences a row, which do not see each other; false: padding
-    train_sources: list[Source] = field(default_factory=list)
     validation_sources: list[Source] = field(default_factory=list)  # each read once
     test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
     eval_documents: int | None = None  # of each validation source; null: all
@@ -232,13 +231,12 @@ def main() -> None:
         config = model_config(args)
         check_encoder(empty_model(config, auto_model), *needs)
         phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
-        phases = phases or [(args.row_length, args.total_steps)]
         print(plan(config, args, phases, auto_model, predicted))
         return
     tokenizer = load_tokenizer(args)
     config = model_config(args, tokenizer)
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
-    corpus = Corpus(args.train_sources, args, args.seed)
+    corpus = Corpus(args)
     check_examples(args.train_sources, encode, args.objective)
     check_documents(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)

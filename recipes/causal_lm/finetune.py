@@ -173,7 +173,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(train, collate, fingerprint, args, packing=args.packing),
+        Epochs(train, collate, fingerprint, args),
     )
     if args.packing:
         check_packing(

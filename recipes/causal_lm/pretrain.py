@@ -52,7 +52,6 @@ print(generate("def ", max_new_tokens=60)[0]["generated_text"])
 class Arguments(TrainingArguments, StreamArguments, ModelArguments):
     """Pretrain a causal language model on a stream of raw text."""
 
-    train_sources: list[Source] = field(default_factory=list)
     validation_sources: list[Source] = field(default_factory=list)  # each read once
     test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
     baselines: bool = False  # gzip -9 and a unigram model beside the bits per byte of the test
@@ -138,12 +137,12 @@ def main() -> None:
     args = parse(Arguments)
     if args.dry_run:
         config = model_config(args)
-        print(plan(config, args, [(args.sequence_length, args.total_steps)]))
+        print(plan(config, args))
         return
     tokenizer = load_tokenizer(args)
     config = model_config(args, tokenizer)
     encode = DocumentEncoder(tokenizer)
-    corpus = Corpus(args.train_sources, args, args.seed)
+    corpus = Corpus(args)
     check_documents(args.validation_sources + args.test_sources)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):

@@ -86,11 +86,13 @@ class Run:
         self.packing, self.phases = packing, phases or [(64, 0)]
         self.sources, self.encode = sources, SentenceEncoder(tokenizer)
         settings = {"lanes": 2, "shuffle_documents": 8, "seed": 0, **more}
-        self.arguments = Arguments(global_batch_size=2 * settings["lanes"], **settings)
+        self.arguments = Arguments(
+            train_sources=sources, global_batch_size=2 * settings["lanes"], **settings
+        )
         self.lanes = self.new_lanes()
 
     def new_lanes(self) -> Lanes:
-        return Lanes(Corpus(self.sources, self.arguments, seed=0), self.encode)
+        return Lanes(Corpus(self.arguments), self.encode)
 
     def rows(self, lane: int = 0, state: dict | None = None):
         return example_rows(self.lanes, self.make, self.phases, self.packing, lane, state)

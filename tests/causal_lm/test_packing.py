@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import make_documents, write_jsonl
+from conftest import corpus_of, make_documents, write_jsonl
 from packing import DocumentEncoder, pack, packed_rows
 from utils.config import InputError
-from utils.lanes import Corpus, Lanes, StreamArguments
+from utils.lanes import Lanes
 from utils.loss import IGNORE_INDEX
 from utils.sources import Source
 from utils.stream import collate
@@ -167,7 +167,7 @@ def make_lanes(tmp_path, tokenizer):
     def make(lanes: int = 1, count: int = 30, **settings) -> Lanes:
         write_jsonl(tmp_path / "data.jsonl", make_documents("data", count))
         source = Source(str(tmp_path), name="data", epochs=1, **settings)
-        corpus = Corpus([source], StreamArguments(lanes=lanes), seed=0)
+        corpus = corpus_of([source], lanes=lanes)
         return Lanes(corpus, DocumentEncoder(tokenizer))
 
     return make

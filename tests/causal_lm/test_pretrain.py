@@ -56,8 +56,8 @@ def initial(tmp_path_factory, tokenizer_folder):
 def global_batches(sources, tokenizer, count=STEPS):
     """The batches that the recipe trains on, as the stream gives them."""
     sources = [Source(**source) for source in sources]
-    settings = Arguments(lanes=8, global_batch_size=16)
-    lanes = Lanes(Corpus(sources, settings, seed=0), DocumentEncoder(tokenizer))
+    settings = Arguments(train_sources=sources, lanes=8, global_batch_size=16)
+    lanes = Lanes(Corpus(settings), DocumentEncoder(tokenizer))
     rows = TrainingStream(lanes, partial(packed_rows, lanes, 32), settings).rows(0, 1)
     return [collate([row.features for row in next(rows)]) for _ in range(count)]
 

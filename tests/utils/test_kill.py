@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
+from conftest import corpus_of
 from killing import STAGES, Runs, kill, partial_checkpoints, result, script_with
 from launching import Launch, checkpoints, run, state, steps, tiny_run
-from utils.lanes import Corpus, StreamArguments
 from utils.sources import Source
 
 
@@ -221,7 +221,7 @@ def test_a_broken_record_of_one_process_stops_all_with_a_checkpoint_and_one_mess
     lines = (corpus_folder / "train-0.jsonl").read_bytes().splitlines(keepends=True)
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"".join(lines))
-    corpus = Corpus([Source(str(path))], StreamArguments(lanes=8), seed=0)
+    corpus = corpus_of([Source(str(path))], lanes=8)
     (eighth,) = corpus.shards_of(0, epoch=0, lane=1)  # a lane of process 1
     ends = list(itertools.accumulate(map(len, lines)))
     place = bisect.bisect(ends, (eighth + 0.5) / 8 * ends[-1])

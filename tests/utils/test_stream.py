@@ -15,7 +15,7 @@ import pytest
 import torch
 import zstandard
 
-from conftest import make_documents, write_jsonl
+from conftest import corpus_of, make_documents, write_jsonl
 from packing import DocumentEncoder, packed_rows
 from recipes.causal_lm.pretrain import Arguments
 from utils import lanes, sources
@@ -64,11 +64,14 @@ class Run:
     ):
         self.sources, self.encode, self.seed = sources, DocumentEncoder(tokenizer), seed
         settings = {"lanes": LANES, "shuffle_documents": 4, **settings}
-        self.arguments = Arguments(global_batch_size=rows_per_lane * settings["lanes"], **settings)
+        batch = rows_per_lane * settings["lanes"]
+        self.arguments = Arguments(
+            train_sources=sources, seed=seed, global_batch_size=batch, **settings
+        )
         self.rows_per_lane = rows_per_lane
 
     def corpus(self) -> Corpus:
-        return Corpus(self.sources, self.arguments, self.seed)
+        return Corpus(self.arguments)
 
     def stream(self) -> TrainingStream:
         lanes = Lanes(self.corpus(), self.encode)
@@ -119,8 +122,8 @@ def words(texts: list[str]) -> list[list[str]]:
 
 
 def make_lane(sources: list[Source], state: dict | None = None, index: int = 0, **settings) -> Lane:
-    arguments = StreamArguments(**{"lanes": 1, "shuffle_documents": 8, **settings})
-    return Lane(Lanes(Corpus(sources, arguments, seed=0), words), index, state)
+    corpus = corpus_of(sources, **{"lanes": 1, "shuffle_documents": 8, **settings})
+    return Lane(Lanes(corpus, words), index, state)
 
 
 def drain(lane: Lane, limit: int = ALWAYS) -> list[Document]:
@@ -543,7 +546,7 @@ def test_readers_are_few_and_closing_them_changes_nothing(
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts open files in /proc")
 def test_many_lanes_and_sources_do_not_mean_many_open_files(tmp_path):
     mixture = [Source(write(tmp_path / str(i), make_documents(str(i), 400))) for i in range(6)]
-    lanes = Lanes(Corpus(mixture, StreamArguments(shuffle_documents=1), 0), words)
+    lanes = Lanes(corpus_of(mixture, shuffle_documents=1), words)
     every_lane = [Lane(lanes, index) for index in range(64)]
     for _ in range(6):
         for lane in every_lane:
@@ -559,7 +562,7 @@ def test_many_lanes_and_sources_do_not_mean_many_open_files(tmp_path):
 def test_the_fingerprint_tells_what_changes_the_order(tmp_path):
     def fingerprint(source: dict | None = None, **settings) -> list:
         entry = Source(str(tmp_path / "data"), **(source or {}))
-        return Corpus([entry], StreamArguments(**settings), 0).fingerprint()
+        return corpus_of([entry], **settings).fingerprint()
 
     write(tmp_path / "data", make_documents("a", 20))
     first = fingerprint()
