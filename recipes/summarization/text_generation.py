@@ -48,7 +48,7 @@ class GenerationArguments(Settings):
                 raise InputError(f"{name} must be at least {least}, not {value}")
         if self.length_penalty != 1.0 and self.num_beams == 1:
             raise InputError("length_penalty: it weighs beams against each other: raise num_beams")
-        if self.min_new_tokens > self.new_tokens:
+        if self.min_new_tokens > self.new_tokens:  # which the recipe knows, with the targets
             raise InputError(
                 f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens "
                 f"{self.new_tokens}"
