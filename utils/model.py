@@ -36,10 +36,14 @@ class ModelArguments(Settings):
         super().check()
 
 
-def load_tokenizer(arguments: ModelArguments) -> Any:
+def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
+    """
+    Args:
+        options: more of `from_pretrained`, which are exported with the tokenizer.
+    """
     name = arguments.tokenizer or arguments.model_name_or_path
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from chat_rendering import plain_messages, turn_ends
 from conversations import collate
 from utils.loss import IGNORE_INDEX
 from utils.scoring import generate_texts, score_examples
@@ -63,12 +64,17 @@ def write_answers(
         turns = example["messages"]
         first = next(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
         prompt = tokenizer.apply_chat_template(
-            turns[:first], add_generation_prompt=True, return_dict=True
+            plain_messages(turns[:first]),
+            tools=example["tools"],
+            add_generation_prompt=True,
+            return_dict=True,
         )["input_ids"]
         if len(prompt) < positions:
             asked.append(turns[first - 1]["content"])
             prompts.append(prompt)
-    texts = generate_texts(training, model, tokenizer, prompts, 100, do_sample=False)
+    texts = generate_texts(
+        training, model, tokenizer, prompts, 100, eos_token_id=turn_ends(tokenizer), do_sample=False
+    )
     if texts is None:
         return None
     pairs = zip(asked, texts, strict=True)

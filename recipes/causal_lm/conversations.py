@@ -1,20 +1,24 @@
 """Conversations: checked, written out by a chat template, and marked where the assistant speaks."""
 
+import json
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from chat_rendering import Message, generation_header, turn_ends
+from chat_tokens import encode_conversations
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
-from utils.progress import in_batches
+from utils.ranks import launched_rank
 from utils.tables import TableRow
 
 # whom each role may follow; None: the beginning
@@ -26,8 +30,8 @@ FOLLOWS = {
 }
 
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
-
-Message = dict[str, str]
+# what data of other tools call the weight of a turn
+WEIGHTS = ("weight", "train", "training", "loss")
 
 
 @dataclass
@@ -42,6 +46,7 @@ class ConversationArguments:
     instruction_column: str = "instruction"
     input_column: str = "input"
     output_column: str = "output"
+    tools_column: str = "tools"  # JSON schemas of the tools, where a row has such a column
     source_column: str | None = None  # by which the evaluation is broken down
     # with generation marks: a name in chat_templates, or a jinja file; null: the tokenizer's
     chat_template: str | None = None
@@ -53,8 +58,12 @@ class ConversationArguments:
 def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Message]:
     """A row as a conversation that ends with the assistant.
 
+    Turns keep what else they have (`tool_calls`, `name`), without nulls; a turn of the assistant
+    that nothing is to be learnt from has a "weight" of 0.
+
     Raises:
-        InputError: a missing column, an unknown role, an order of turns that is none, empty text.
+        InputError: a missing column, an unknown role, an order of turns that is none, empty text,
+            a weight that is neither 0 nor 1.
     """
     a, values = arguments, row.values
     if a.messages_column in values:
@@ -65,7 +74,10 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
             {"role": "assistant", "content": row.text(a.completion_column)},
         ]
     elif a.instruction_column in values:
-        parts = [row.text(a.instruction_column), values.get(a.input_column) or ""]
+        given = values.get(a.input_column)
+        if given is not None and not isinstance(given, str):
+            raise InputError(f"{row.place}: {a.input_column} must be text, not {given!r}")
+        parts = [row.text(a.instruction_column), given]
         messages = [
             {"role": "user", "content": "\n\n".join(part for part in parts if part)},
             {"role": "assistant", "content": row.text(a.output_column)},
@@ -77,35 +89,82 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
     if not isinstance(messages, list) or not messages:
         shown = shorten(repr(messages), 60)
         raise InputError(f"{row.place}: {a.messages_column} must be a list of turns, not {shown}")
-    before = None
+    turns, before = [], None
     for number, message in enumerate(messages, 1):
         where = f"{row.place}: turn {number}"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, dict) or "role" not in message:
             shown = shorten(repr(message), 60)
             raise InputError(f"{where} must have a role and a content, not {shown}")
-        role, content = message["role"], message["content"]
+        role = message["role"]
         if role not in FOLLOWS:
             raise InputError(f"{where}: unknown role {role!r}: there are {', '.join(FOLLOWS)}")
         if before not in FOLLOWS[role]:
             after = "cannot come first" if before is None else f"cannot follow {before!r}"
             raise InputError(f"{where}: {role!r} {after}")
-        if not isinstance(content, str) or not content.strip():
-            raise InputError(f"{where}: the content of {role!r} is empty, or not text")
+        turns.append(_turn(message, where))
         before = role
     if before != "assistant":
         raise InputError(
             f"{row.place}: the last turn is that of {before!r}: nothing to learn from it"
         )
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return turns
+
+
+def _turn(message: Message, where: str) -> Message:
+    is_assistant = message["role"] == "assistant"
+    has_calls = is_assistant and bool(message.get("tool_calls") or message.get("function_call"))
+    if "content" not in message and not has_calls:
+        shown = shorten(repr(message), 60)
+        raise InputError(f"{where} must have a role and a content, not {shown}")
+    content = message.get("content")
+    if has_calls and content is None:
+        content = ""
+    if not isinstance(content, str) or not (content.strip() or has_calls):
+        raise InputError(f"{where}: the content of {message['role']!r} is empty, or not text")
+    keys = [key for key in ("role", "content", *message) if key not in WEIGHTS]
+    turn = {key: message[key] for key in keys if message.get(key) is not None}
+    for name in WEIGHTS:
+        value = message.get(name)
+        if value is not None and value not in (0, 1):
+            raise InputError(f"{where}: {name} must be 0 or 1, not {shorten(repr(value), 60)}")
+        if is_assistant and value == 0:
+            turn["weight"] = 0
+        elif value and not is_assistant and name != "weight":  # which OpenAI ignores there
+            raise InputError(f"{where}: {name}: nothing is learnt from {message['role']!r}")
+    return turn
+
+
+def read_tools(row: TableRow, arguments: ConversationArguments) -> list[dict[str, Any]] | None:
+    """The tools that a row tells the assistant of; None: there are none.
+
+    Raises:
+        InputError: no list of JSON schemas.
+    """
+    column = arguments.tools_column
+    tools = given = row.values.get(column)
+    if isinstance(given, str) and given.strip():  # a cell of a csv file
+        with suppress(ValueError):
+            tools = json.loads(given)
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        shown = shorten(str(given), 60)
+        raise InputError(f"{row.place}: {column} must be a list of JSON schemas, not {shown}")
+    return tools
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: ConversationArguments) -> None:
     """Give the tokenizer the template and the end token of the settings.
 
     Raises:
-        InputError: no template, a broken one, one without generation marks, or one that writes
-            tokens that the tokenizer does not know.
+        InputError: no template, a broken one, one without generation marks, one that writes tokens
+            that the tokenizer does not know, or none at which generation could stop.
     """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"tokenizer: {type(tokenizer).__name__} does not tell which characters a token stands "
+            "for: conversations need a fast tokenizer (tokenizer.json)"
+        )
     given = arguments.chat_template
     shipped = {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
     known = ", ".join(shipped)
@@ -119,6 +178,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
         except OSError as error:
             raise InputError(f"chat_template: cannot read {given}: {error.strerror}") from None
     template = tokenizer.chat_template
+    if isinstance(template, dict):  # another one for tools
+        template = template.get("default")
     if not isinstance(template, str):
         raise InputError(
             f"chat_template: the tokenizer {tokenizer.name_or_path} has none: give one of {known}, "
@@ -143,54 +204,14 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
         tokenizer.eos_token = arguments.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks are made of lengths, never of this token
-
-
-def encode_conversations(
-    conversations: Sequence[list[Message]],
-    places: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[dict[str, np.ndarray]]:
-    """{"input_ids", "is_target"} of each: whether the assistant says the token.
-
-    Args:
-        places: where each was read.
-
-    Raises:
-        InputError: the template cannot write such a conversation.
-    """
-    examples = []
-    for start, batch in in_batches(conversations, "conversations"):
-        try:
-            encoded = tokenizer.apply_chat_template(
-                list(batch),
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            _name_unwritable(batch, places[start:], tokenizer)
-            problem = shorten(str(error), 200)
-            raise InputError(f"chat_template: cannot write the conversations: {problem}") from None
-        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-            examples.append(
-                {"input_ids": np.array(ids, np.int32), "is_target": np.array(mask, bool)}
-            )
-    return examples
-
-
-def _name_unwritable(
-    conversations: Sequence[list[Message]],
-    places: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    for conversation, place in zip(conversations, places, strict=False):
-        try:
-            tokenizer.apply_chat_template(conversation, tokenize=False)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            problem = shorten(str(error), 200)
-            raise InputError(
-                f"{place}: the chat_template cannot write the conversation: {problem}"
-            ) from None
+    turn_ends(tokenizer, name)
+    if launched_rank() == 0 and generation_header(tokenizer) is None:
+        print(
+            f"warning: chat_template: {name} writes something else before an answer than with "
+            "add_generation_prompt: what clients ask is not what the model was trained on",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def to_examples(
@@ -201,7 +222,7 @@ def to_examples(
     """Rows → examples, and how many were left out or cut.
 
     An example has `input_ids` and `shift_labels` (int32 arrays: the token after each, -100 where
-    it is not the assistant's), its `source` and its `messages`.
+    it is not the assistant's), its `source`, its `messages` and its `tools`.
 
     Args:
         arguments: `ConversationArguments` with a `sequence_length`.
@@ -211,13 +232,17 @@ def to_examples(
     """
     a, length = arguments, arguments.sequence_length
     conversations = [read_messages(row, a) for row in rows]
+    tools = [read_tools(row, a) for row in rows]
     examples, counts = [], {"skipped": 0, "truncated": 0}
-    encoded = encode_conversations(conversations, [row.place for row in rows], tokenizer)
-    for row, messages, example in zip(rows, conversations, encoded, strict=True):
+    places = [row.place for row in rows]
+    encoded = encode_conversations(conversations, places, tokenizer, tools)
+    for row, messages, of_row, example in zip(rows, conversations, tools, encoded, strict=True):
         ids, is_target = example["input_ids"], example["is_target"]
         if not is_target[1:].any():
             raise InputError(
-                f"{row.place}: the chat template marks no token of it as the assistant's"
+                f"{row.place}: every turn of the assistant has weight 0: nothing to learn from it"
+                if any(message.get("weight") == 0 for message in messages)
+                else f"{row.place}: the chat template marks no token of it as the assistant's"
             )
         if len(ids) > length:
             if a.on_long_example == "fail":
@@ -234,7 +259,13 @@ def to_examples(
         labels[:-1] = np.where(is_target[1:], ids[1:], IGNORE_INDEX)
         source = "all" if a.source_column is None else str(row.get(a.source_column))
         examples.append(
-            {"input_ids": ids, "shift_labels": labels, "source": source, "messages": messages}
+            {
+                "input_ids": ids,
+                "shift_labels": labels,
+                "source": source,
+                "messages": messages,
+                "tools": of_row,
+            }
         )
     if not examples:
         raise InputError(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from chat_rendering import set_ends
 from chunked_loss import summed_cross_entropy, token_scores
 from conversation_evaluation import evaluate_answers, write_answers
 from conversations import ConversationArguments, collate, set_chat_template, to_examples
@@ -136,19 +137,18 @@ def main() -> None:
     tokenizer = load_tokenizer(args)
     set_chat_template(tokenizer, args)
     config = model_config(args, tokenizer)
-    config.eos_token_id = tokenizer.eos_token_id
     tables = (args.train_data, args.validation_data, args.test_data)
     rows = [[row for table in part for row in read_table(table)] for part in tables]
     examples = [to_examples(part, tokenizer, args) if part else ([], {}) for part in rows]
     (train, validation, test), left_out = zip(*examples, strict=True)
     args = args.for_examples(len(train))
     fingerprint = {
-        "the training data": digest(example["messages"] for example in train),
+        "the training data": digest(e["messages"] + (e["tools"] or []) for e in train),
         "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
     }
     del rows, examples
     for example in train:
-        del example["messages"]  # texts that nothing reads again
+        del example["messages"], example["tools"]  # texts that nothing reads again
     check_head(check_trained_part(config, args))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
@@ -166,8 +166,7 @@ def main() -> None:
     model, trained = task_model(
         args, config, transformers.AutoModelForCausalLM, "CAUSAL_LM", folder.path, **options
     )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    set_ends(model.generation_config, tokenizer)
     objective = AnswerLoss(model, args.packing, args.neftune_noise_alpha)
     training.prepare(
         objective,

@@ -5,6 +5,7 @@ A window is [CLS] question [SEP] a part of the context [SEP]; [CLS] stands for "
 """
 
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from utils.loss import IGNORE_INDEX
 from utils.progress import in_batches
 
 Window = dict[str, Any]
+MARKS = {"Mn", "Mc", "Me", "Cf"}  # Unicode's categories of accents and invisible characters
 
 
 class Span(NamedTuple):
@@ -135,9 +137,10 @@ def make_windows(
             )
         for question, own in zip(batch, of_questions, strict=True):
             _label(question, own)
-            if not keep_offsets:
-                for window in own:
-                    del window["offsets"]
+            for window in own:
+                offsets = window.pop("offsets")
+                if keep_offsets:
+                    window["offsets"] = _with_marks(question.context, offsets)
             windows += own
     return windows
 
@@ -153,21 +156,46 @@ def _label(question: Question, windows: list[Window]) -> None:
     # blanks around it belong to no token of its own
     start = answer.start + len(text) - len(text.lstrip())
     end = answer.start + len(text.rstrip())
-    is_held = has_token = False
-    for window in windows:
-        window["start"] = window["end"] = window["cls"]
-        from_, to = window["offsets"].T
-        inside = np.flatnonzero((to > start) & (from_ < end) & (to > from_))
-        has_token |= len(inside) > 0
-        if len(inside) and from_[inside[0]] <= start and to[inside[-1]] >= end:
-            is_held = True
-            begin = window["context"][0]
-            window["start"], window["end"] = begin + int(inside[0]), begin + int(inside[-1])
-    if not has_token:
+    parts = [_tokens_of(window["offsets"], start, end) for window in windows]
+    edges = [
+        (window["offsets"][part[0], 0], window["offsets"][part[-1], 1], len(part))
+        for window, part in zip(windows, parts, strict=True)
+        if len(part)
+    ]
+    if not edges:
         raise InputError(f"{question.place}: the tokenizer makes no token of {text!r}")
-    if not is_held:
-        for window in windows:
-            window["start"] = window["end"] = IGNORE_INDEX
+    # all of its tokens: characters of it that have none (stripped accents) are in no window
+    firsts, lasts, lengths = zip(*edges, strict=True)
+    whole = (min(firsts), max(lasts), max(lengths))
+    is_held = whole in edges
+    for window, part in zip(windows, parts, strict=True):
+        window["start"] = window["end"] = window["cls"] if is_held else IGNORE_INDEX
+        if len(part) and (*window["offsets"][[part[0], part[-1]], [0, 1]], len(part)) == whole:
+            begin = window["context"][0]
+            window["start"], window["end"] = begin + int(part[0]), begin + int(part[-1])
+
+
+def _tokens_of(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
+    """The indices of the tokens that stand for any of the characters from start to end."""
+    from_, to = offsets.T
+    return np.flatnonzero((to > start) & (from_ < end) & (to > from_))
+
+
+def _with_marks(context: str, offsets: np.ndarray) -> np.ndarray:
+    """Offsets by which an accent that the tokenizer has stripped belongs to its letter.
+
+    So do the invisible characters between two parts of an emoji.
+    """
+    if context.isascii():
+        return offsets
+    offsets = offsets.copy()
+    behind = np.append(offsets[1:, 0], len(context))
+    for index in np.flatnonzero(offsets[:, 1] < behind):
+        to = offsets[index, 1]
+        while to < behind[index] and unicodedata.category(context[to]) in MARKS:
+            to += 1
+        offsets[index, 1] = to
+    return offsets
 
 
 def collate_windows(windows: Sequence[Window], padding: int) -> dict[str, torch.Tensor]:

@@ -194,7 +194,8 @@ def threshold_of(training: Training) -> float:
 
 def main() -> None:
     args = parse(Arguments)
-    tokenizer = load_tokenizer(args)
+    # what is exported reads a [SEP] in a question as it is read here: as text
+    tokenizer = load_tokenizer(args, split_special_tokens=True)
     check_tokenizer(tokenizer)
     config = model_config(args, tokenizer)
     tables = (args.train_data, args.validation_data, args.test_data)

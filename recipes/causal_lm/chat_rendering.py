@@ -1,0 +1,186 @@
+"""What a chat template writes: the text, what of it the assistant says, where its turns end."""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import takewhile
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from utils.config import InputError
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+# keys of a turn, by their names, without which it would be another conversation
+MEANINGFUL = (
+    ("tool_calls",),
+    ("function_call",),
+    ("reasoning_content", "reasoning", "thinking"),
+    ("name",),
+)
+UNWRITABLE = (jinja2.TemplateError, TypeError, ValueError)
+PROBE = [
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "Here."},
+    {"role": "user", "content": "When?"},
+    {"role": "assistant", "content": "Here."},
+]
+
+
+class Text(NamedTuple):
+    """A conversation in characters."""
+
+    text: str
+    spans: list[Span]  # of the characters that the template marks as the assistant's
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict] | None = None,
+    **options: Any,
+) -> Text:
+    """What `apply_chat_template` writes, and where it marks the assistant."""
+    (text,), (spans,) = render_jinja_template(
+        [plain_messages(messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(None, tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+        **options,
+    )
+    return Text(text, [span for span in spans if span[0] < span[1]])
+
+
+def plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """As templates and clients know them."""
+    return [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]:
+    """Where generation is to stop: what ends a turn in the template, and the tokenizer's own end.
+
+    Args:
+        name: of the template.
+
+    Raises:
+        InputError: the template writes no such token, or marks something else than the answers.
+    """
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    try:
+        text, spans = render_chat(tokenizer, PROBE)
+    except UNWRITABLE:
+        return own  # the first conversation that it cannot write will be named
+    answer = PROBE[1]["content"]
+    if not spans or answer not in text:
+        return own
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    added, ends = {*tokenizer.added_tokens_decoder, *own}, []
+    for span in spans:
+        said = text.find(answer, *span) + len(answer)
+        if said < len(answer):
+            continue
+        behind = [(token, to) for token, (_, to) in tokens if text[said:to].strip()]
+        run = list(takewhile(lambda item: item[0] in added, behind))
+        inside = [token for token, to in run if to <= span[1]]
+        ends.append(inside[-1] if inside else run[0][0] if run else None)
+    if not ends:
+        raise InputError(
+            f"chat_template: {name} marks something else than what the assistant says: "
+            "{% generation %} cannot stand in a macro or a block that is set"
+        )
+    if ends[-1] is None:
+        raise InputError(
+            f"chat_template: {name} writes no token after the assistant's last turn at which "
+            "generation could stop: write {{ eos_token }} there"
+        )
+    return [end for end in dict.fromkeys(ends + own) if end is not None]
+
+
+def generation_header(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What of a marked span `add_generation_prompt` writes already: mostly nothing.
+
+    None: that prompt is not what stands before an answer.
+    """
+    try:
+        text, spans = render_chat(tokenizer, PROBE)
+        prompt, _ = render_chat(tokenizer, PROBE[:-1], add_generation_prompt=True)
+    except UNWRITABLE:
+        return ""
+    start = spans[-1][0] if spans else 0
+    return prompt[start:] if text.startswith(prompt) and start <= len(prompt) else None
+
+
+def set_ends(settings: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have generation stop where a turn ends, and where the given model stops already.
+
+    Args:
+        settings: a GenerationConfig.
+    """
+    given = settings.eos_token_id
+    given = given if isinstance(given, list) else [given]
+    ends = list(dict.fromkeys([*turn_ends(tokenizer), *given]))
+    ends = [end for end in ends if end is not None]
+    settings.eos_token_id = ends[0] if len(ends) == 1 else ends
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+
+
+def checked_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: list[dict] | None,
+    place: str,
+) -> Text:
+    """Raises InputError where the template cannot write it, or does not write all of it."""
+    write = partial(render_chat, tokenizer)
+
+    def is_read(whole: Text, *without: Any) -> bool:
+        try:
+            return write(*without) != whole
+        except UNWRITABLE:
+            return True
+
+    said = [keys for keys in MEANINGFUL if any(_says(m, key) for m in messages for key in keys)]
+    try:
+        if said or tools:
+            # turns that are nothing but calls have no content
+            filled = [{"content": "", **message} for message in messages]
+            whole = write(filled, tools)
+            for keys in said:
+                without = [{k: m[k] for k in m if k not in keys} for m in filled]
+                if not is_read(whole, without, tools):
+                    key = next(key for key in keys if any(_says(m, key) for m in messages))
+                    raise _silent(place, key)
+            if tools and not is_read(whole, filled):
+                raise _silent(place, "tools")
+        written = write(messages, tools)
+        written.text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}: {error.object[error.start]!a} is half of a character (a lone surrogate), "
+            "and no Unicode"
+        ) from None
+    except UNWRITABLE as error:
+        problem = shorten(str(error), 200)
+        raise InputError(
+            f"{place}: the chat_template cannot write the conversation: {problem}"
+        ) from None
+    return written
+
+
+def _silent(place: str, key: str) -> InputError:
+    return InputError(
+        f"{place}: the chat_template does not write {key}: choose one that does, or take it out of "
+        "the data"
+    )
+
+
+def _says(message: Message, key: str) -> bool:
+    # a tool's result stands behind its call: some templates need no name to connect them
+    return bool(message.get(key)) and not (key == "name" and message["role"] == "tool")
