@@ -1,8 +1,8 @@
 """What a chat template writes: the text, what of it the assistant says, where its turns end."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import takewhile
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -27,6 +27,13 @@ PROBE = [
     {"role": "user", "content": "Where?"},
     {"role": "assistant", "content": "Here."},
     {"role": "user", "content": "When?"},
+    {"role": "assistant", "content": "Here."},
+]
+CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {}}}
+CALLS = [
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "Here.", "name": "look", "tool_call_id": CALL["id"]},
     {"role": "assistant", "content": "Here."},
 ]
 
@@ -76,30 +83,34 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]
     except UNWRITABLE:
         return own  # the first conversation that it cannot write will be named
     answer = PROBE[1]["content"]
-    if not spans or answer not in text:
-        return own
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-    added, ends = {*tokenizer.added_tokens_decoder, *own}, []
-    for span in spans:
-        said = text.find(answer, *span) + len(answer)
-        if said < len(answer):
-            continue
-        behind = [(token, to) for token, (_, to) in tokens if text[said:to].strip()]
-        run = list(takewhile(lambda item: item[0] in added, behind))
-        inside = [token for token, to in run if to <= span[1]]
-        ends.append(inside[-1] if inside else run[0][0] if run else None)
-    if not ends:
+    if answer in text and spans and not any(answer in text[slice(*span)] for span in spans):
         raise InputError(
             f"chat_template: {name} marks something else than what the assistant says: "
             "{% generation %} cannot stand in a macro or a block that is set"
         )
-    if ends[-1] is None:
+    ends = _ends_of(text, spans, tokenizer)
+    if ends and ends[-1] is None:
         raise InputError(
             f"chat_template: {name} writes no token after the assistant's last turn at which "
             "generation could stop: write {{ eos_token }} there"
         )
+    with suppress(*UNWRITABLE):  # some end a turn that calls a tool in another way
+        ends += _ends_of(*render_chat(tokenizer, CALLS), tokenizer)
     return [end for end in dict.fromkeys(ends + own) if end is not None]
+
+
+def _ends_of(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
+    """The added token that is the last in each span, or else the first behind it; or None."""
+    added = {*tokenizer.added_tokens_decoder}
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    tokens = [(token, from_) for token, (from_, to) in pairs if text[from_:to].strip()]
+    ends = []
+    for _, end in spans:
+        inside = [token for token, from_ in tokens if from_ < end]
+        near = [*inside[-1:], *(token for token, from_ in tokens if from_ >= end)][:2]
+        ends.append(next((token for token in near if token in added), None))
+    return ends
 
 
 def generation_header(tokenizer: PreTrainedTokenizerBase) -> str | None:

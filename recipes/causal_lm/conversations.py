@@ -46,6 +46,8 @@ class ConversationArguments:
     instruction_column: str = "instruction"
     input_column: str = "input"
     output_column: str = "output"
+    system_column: str = "system"  # of prompts and instructions, where a row has it: the first turn
+    history_column: str = "history"  # of instructions: [[question, answer], …], the turns before
     tools_column: str = "tools"  # JSON schemas of the tools, where a row has such a column
     source_column: str | None = None  # by which the evaluation is broken down
     # with generation marks: a name in chat_templates, or a jinja file; null: the tokenizer's
@@ -79,6 +81,7 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
             raise InputError(f"{row.place}: {a.input_column} must be text, not {given!r}")
         parts = [row.text(a.instruction_column), given]
         messages = [
+            *_history(row, a.history_column),
             {"role": "user", "content": "\n\n".join(part for part in parts if part)},
             {"role": "assistant", "content": row.text(a.output_column)},
         ]
@@ -89,6 +92,8 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
     if not isinstance(messages, list) or not messages:
         shown = shorten(repr(messages), 60)
         raise InputError(f"{row.place}: {a.messages_column} must be a list of turns, not {shown}")
+    if values.get(a.system_column) and a.messages_column not in values:
+        messages = [{"role": "system", "content": values[a.system_column]}, *messages]
     turns, before = [], None
     for number, message in enumerate(messages, 1):
         where = f"{row.place}: turn {number}"
@@ -108,6 +113,19 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
             f"{row.place}: the last turn is that of {before!r}: nothing to learn from it"
         )
     return turns
+
+
+def _history(row: TableRow, column: str) -> list[Message]:
+    pairs = row.values.get(column) or []
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+        shown = shorten(repr(pairs), 60)
+        raise InputError(f"{row.place}: {column} must be [[question, answer], …], not {shown}")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def _turn(message: Message, where: str) -> Message:
