@@ -19,7 +19,7 @@ from answers import best_answers, best_spans, collate_windows, make_windows
 from comparing import assert_same_losses, assert_same_run, copy_before_its_end, run_code_of_card
 from conftest import WORDS, write_jsonl
 from launching import TINY_BERT, checkpoints, command_line, metrics, predictions, run, tables
-from questions import QuestionColumns, read_questions
+from questions import Answer, Question, QuestionColumns, read_questions
 from recipes.question_answering import finetune as question_answering
 from recipes.question_answering.finetune import Arguments, SpanLoss
 from squad_metrics import squad_scores
@@ -390,3 +390,18 @@ def test_configs_are_complete_and_run_on_such_rows(file, call, wordpiece_folder,
     ended = call(question_answering.main, [str(file), *command_line(settings)], folder)
     assert ended.status == 0, ended.error
     assert len(predictions(folder)) == 8
+
+
+def test_a_client_reads_special_tokens_as_training_did(reference, wordpiece):
+    client = AutoTokenizer.from_pretrained(reference / "model")
+    question = "[SEP] ka [MASK] to [CLS]?"
+    context = "dra [SEP] vorel [CLS] [PAD] sulren [UNK] ka"
+    answers = [Answer("sulren", context.index("sulren"))]
+    asked = Question("1", question, context, answers, "row 1")
+    (window,) = make_windows([asked], wordpiece, 100, 12)
+    inputs = client(question, context, truncation="only_second", max_length=100)
+    assert inputs["input_ids"] == window["input_ids"].tolist()
+    assert inputs["token_type_ids"] == window["token_type_ids"].tolist()
+    assert inputs["input_ids"].count(client.sep_token_id) == 2
+    answer = inputs["input_ids"][window["start"] : window["end"] + 1]
+    assert client.decode(answer) == "sulren"
