@@ -158,21 +158,19 @@ def _label(question: Question, windows: list[Window]) -> None:
     end = answer.start + len(text.rstrip())
     parts = [_tokens_of(window["offsets"], start, end) for window in windows]
     edges = [
-        (window["offsets"][part[0], 0], window["offsets"][part[-1], 1], len(part))
+        (*window["offsets"][part[[0, -1]], [0, 1]].tolist(), len(part)) if len(part) else None
         for window, part in zip(windows, parts, strict=True)
-        if len(part)
     ]
-    if not edges:
+    if not any(edges):
         raise InputError(f"{question.place}: the tokenizer makes no token of {text!r}")
-    # all of its tokens: characters of it that have none (stripped accents) are in no window
-    firsts, lasts, lengths = zip(*edges, strict=True)
+    # all of its tokens; characters that have none (stripped accents) are in no window
+    firsts, lasts, lengths = zip(*filter(None, edges), strict=True)
     whole = (min(firsts), max(lasts), max(lengths))
-    is_held = whole in edges
-    for window, part in zip(windows, parts, strict=True):
-        window["start"] = window["end"] = window["cls"] if is_held else IGNORE_INDEX
-        if len(part) and (*window["offsets"][[part[0], part[-1]], [0, 1]], len(part)) == whole:
-            begin = window["context"][0]
-            window["start"], window["end"] = begin + int(part[0]), begin + int(part[-1])
+    for window, part, edge in zip(windows, parts, edges, strict=True):
+        window["start"] = window["end"] = window["cls"] if whole in edges else IGNORE_INDEX
+        if edge == whole:
+            first = window["context"][0]
+            window["start"], window["end"] = (first + part[[0, -1]]).tolist()
 
 
 def _tokens_of(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
