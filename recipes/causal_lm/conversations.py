@@ -52,7 +52,8 @@ class ConversationArguments:
     source_column: str | None = None  # by which the evaluation is broken down
     # with generation marks: a name in chat_templates, or a jinja file; null: the tokenizer's
     chat_template: str | None = None
-    eos_token: str | None = None  # what ends a turn in the template; null: the tokenizer's
+    # the tokenizer's end from now on; null: its own. Generation stops at what ends a turn, too
+    eos_token: str | None = None
     # of more tokens than sequence_length; truncate: their end is cut off
     on_long_example: Literal["fail", "skip", "truncate"] = "fail"
 
@@ -92,7 +93,7 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
     if not isinstance(messages, list) or not messages:
         shown = shorten(repr(messages), 60)
         raise InputError(f"{row.place}: {a.messages_column} must be a list of turns, not {shown}")
-    if values.get(a.system_column) and a.messages_column not in values:
+    if values.get(a.system_column) not in (None, "") and a.messages_column not in values:
         messages = [{"role": "system", "content": values[a.system_column]}, *messages]
     turns, before = [], None
     for number, message in enumerate(messages, 1):

@@ -191,7 +191,7 @@ def test_what_a_given_model_stops_at_is_kept(chat_tokenizer):
     assert (settings.eos_token_id, settings.pad_token_id) == (own, chat_tokenizer.pad_token_id)
 
 
-def test_the_export_stops_where_a_turn_ends(call, chat_folder, tmp_path):
+def test_it_learns_and_the_export_stops_where_a_turn_ends(call, chat_folder, tmp_path):
     words = ("ka", "to", "mi", "ren")
     rows = [{"prompt": f"{word}?", "completion": word.upper()} for word in words]
     table = [{"path": write_jsonl(tmp_path / "words.jsonl", rows)}]
@@ -214,7 +214,10 @@ def test_the_export_stops_where_a_turn_ends(call, chat_folder, tmp_path):
     )
     assert ended.status == 0, ended.error
     samples = next(r["samples"] for r in reversed(metrics(ended.folder)) if "samples" in r)
-    assert [sample["text"].strip() for sample in samples] == ["KA", "TO"]
+    assert samples == [
+        {"prompt": "ka?", "text": "\n\nKA"},
+        {"prompt": "to?", "text": "\n\nTO"},
+    ]
     exported = str(ended.folder / "model")
     tokenizer, given = (AutoTokenizer.from_pretrained(f) for f in (exported, chat_folder))
     assert tokenizer.eos_token == given.eos_token
@@ -252,6 +255,18 @@ def test_a_client_gives_the_tokens_that_were_trained_on(chat_tokenizer, tmp_path
             assert labels[begin - 1] == ids[begin]
             assert labels[begin - 2] == IGNORE_INDEX
     assert ids == client.apply_chat_template(turns)["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "plain"])
+def test_on_plain_text_it_is_the_mask_of_transformers(chat_tokenizer, template):
+    set_chat_template(chat_tokenizer, arguments(chat_template=template))
+    ((example,), _) = to_examples([row({"messages": TURNS})], chat_tokenizer, arguments())
+    expected = chat_tokenizer.apply_chat_template(
+        TURNS, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert example["input_ids"].tolist() == expected["input_ids"]
+    is_target = (example["shift_labels"] != IGNORE_INDEX).tolist()
+    assert [False, *is_target[:-1]] == [bool(value) for value in expected["assistant_masks"]]
 
 
 # keys that carry meaning

@@ -29,7 +29,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    pipeline,
 )
 
 from conftest import WORDS, Ended, write_jsonl
@@ -530,33 +529,6 @@ def evaluation_loss(model, tokenizer, ended: Ended) -> float:
         loss += cross_entropy(logits, labels, reduction="sum").item()
         count += int((labels != IGNORE_INDEX).sum())
     return loss / count
-
-
-def test_it_learns_and_the_export_answers(instruct, data, tmp_path):
-    rows = [
-        {"prompt": f"{word}?", "completion": word.upper()} for word in ("ka", "to", "mi", "ren")
-    ]
-    path = write_jsonl(tmp_path / "words.jsonl", rows)
-    tables = {"train_data": [{"path": path}], "validation_data": [{"path": path}]}
-    ended = instruct(
-        **tables,
-        source_column=None,
-        max_steps=150,
-        global_batch_size=4,
-        learning_rate=1e-2,
-        sample_answers=2,
-    )
-    assert ended.status == 0, ended.error
-    last = metrics(ended.folder)[-2:]
-    assert min(r.get("eval_loss", 9) for r in metrics(ended.folder)) < 0.05
-    samples = next(r["samples"] for r in reversed(metrics(ended.folder)) if "samples" in r)
-    assert samples == [
-        {"prompt": "ka?", "text": "\n\nKA"},
-        {"prompt": "to?", "text": "\n\nTO"},
-    ], last
-    chat = pipeline("text-generation", str(ended.folder / "model"))
-    answer = chat([{"role": "user", "content": "ren?"}], max_new_tokens=10, do_sample=False)
-    assert answer[0]["generated_text"][-1]["content"] == "REN"
 
 
 def test_a_signal_while_answers_are_written_is_heard_and_made_up_for(instruct, monkeypatch):
