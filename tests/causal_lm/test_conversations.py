@@ -4,9 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 from chat_rendering import set_ends, turn_ends
+from comparing import run_code_of_card
 from conftest import write_jsonl
 from conversations import ConversationArguments, read_messages, set_chat_template, to_examples
 from launching import TINY_RUN, command_line, metrics
@@ -191,34 +199,43 @@ def test_what_a_given_model_stops_at_is_kept(chat_tokenizer):
     assert (settings.eos_token_id, settings.pad_token_id) == (own, chat_tokenizer.pad_token_id)
 
 
-def test_it_learns_and_the_export_stops_where_a_turn_ends(call, chat_folder, tmp_path):
+MODEL = TINY_RUN["model"] | {"max_position_embeddings": 256}
+
+
+@pytest.fixture
+def instruct(call, chat_folder, tmp_path):
+    """instruct(**settings): the recipe, on four questions and with chatml."""
     words = ("ka", "to", "mi", "ren")
     rows = [{"prompt": f"{word}?", "completion": word.upper()} for word in words]
     table = [{"path": write_jsonl(tmp_path / "words.jsonl", rows)}]
-    settings = {
+    given = {
+        "output_dir": tmp_path / "run",
         "train_data": table,
         "validation_data": table,
-        "tokenizer": str(chat_folder),
         "chat_template": "chatml",
-        "model": TINY_RUN["model"] | {"max_position_embeddings": 256},
         "sequence_length": 256,
         "global_batch_size": 4,
         "learning_rate": 1e-2,
-        "max_steps": 60,
-        "save_steps": 60,
         "sample_answers": 2,
         "report_to": [],
     }
-    ended = call(
-        finetune.main, command_line({"output_dir": tmp_path / "run", **settings}), tmp_path / "run"
-    )
-    assert ended.status == 0, ended.error
-    samples = next(r["samples"] for r in reversed(metrics(ended.folder)) if "samples" in r)
+
+    def start(**settings) -> Path:
+        ended = call(finetune.main, command_line(given | settings), tmp_path / "run")
+        assert ended.status == 0, ended.error
+        return ended.folder
+
+    return start
+
+
+def test_it_learns_and_the_export_stops_where_a_turn_ends(instruct, chat_folder):
+    run = instruct(tokenizer=str(chat_folder), model=MODEL, max_steps=60, save_steps=60)
+    samples = next(r["samples"] for r in reversed(metrics(run)) if "samples" in r)
     assert samples == [
         {"prompt": "ka?", "text": "\n\nKA"},
         {"prompt": "to?", "text": "\n\nTO"},
     ]
-    exported = str(ended.folder / "model")
+    exported = str(run / "model")
     tokenizer, given = (AutoTokenizer.from_pretrained(f) for f in (exported, chat_folder))
     assert tokenizer.eos_token == given.eos_token
     assert tokenizer.pad_token == given.pad_token
@@ -229,6 +246,34 @@ def test_it_learns_and_the_export_stops_where_a_turn_ends(call, chat_folder, tmp
     chat = pipeline("text-generation", exported)
     answer = chat([{"role": "user", "content": "ren?"}], max_new_tokens=10, do_sample=False)
     assert answer[0]["generated_text"][-1]["content"] == "REN"
+
+
+def test_an_adapter_answers_by_its_card_with_its_own_template_and_ends(
+    instruct, chat_tokenizer, tmp_path, monkeypatch
+):
+    settings = {key: value for key, value in MODEL.items() if key != "model_type"}
+    ends = chat_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end_of_text|>"])
+    config = LlamaConfig(**settings, vocab_size=len(chat_tokenizer), eos_token_id=ends[1])
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    run = instruct(
+        model_name_or_path=str(tmp_path / "base"), lora={"r": 2}, max_steps=1, sample_answers=0
+    )
+    generate, given = LlamaForCausalLM.generate, {}
+
+    def noted(*args, **options):
+        given.update(options)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
+    run_code_of_card(run)
+    assert given["generation_config"].eos_token_id == ends
+    question = [{"role": "user", "content": "What is a list comprehension?"}]
+    set_chat_template(chat_tokenizer, arguments(chat_template="chatml"))
+    expected = chat_tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    assert given["input_ids"][0].tolist() == expected["input_ids"]
+    # what was given stays: the end of a document
+    assert AutoTokenizer.from_pretrained(run / "model").eos_token_id == ends[1]
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "plain"])
