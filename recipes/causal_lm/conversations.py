@@ -46,7 +46,7 @@ class ConversationArguments:
     instruction_column: str = "instruction"
     input_column: str = "input"
     output_column: str = "output"
-    system_column: str = "system"  # of prompts and instructions, where a row has it: the first turn
+    system_column: str = "system"  # the first turn, where a row has such a text
     history_column: str = "history"  # of instructions: [[question, answer], …], the turns before
     tools_column: str = "tools"  # JSON schemas of the tools, where a row has such a column
     source_column: str | None = None  # by which the evaluation is broken down
@@ -93,8 +93,10 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
     if not isinstance(messages, list) or not messages:
         shown = shorten(repr(messages), 60)
         raise InputError(f"{row.place}: {a.messages_column} must be a list of turns, not {shown}")
-    if values.get(a.system_column) not in (None, "") and a.messages_column not in values:
-        messages = [{"role": "system", "content": values[a.system_column]}, *messages]
+    system, first = values.get(a.system_column), messages[0]
+    has_system = isinstance(first, dict) and first.get("role") == "system"
+    if isinstance(system, str) and system.strip() and not has_system:
+        messages = [{"role": "system", "content": system}, *messages]
     turns, before = [], None
     for number, message in enumerate(messages, 1):
         where = f"{row.place}: turn {number}"
@@ -102,7 +104,7 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
             shown = shorten(repr(message), 60)
             raise InputError(f"{where} must have a role and a content, not {shown}")
         role = message["role"]
-        if role not in FOLLOWS:
+        if not isinstance(role, str) or role not in FOLLOWS:
             raise InputError(f"{where}: unknown role {role!r}: there are {', '.join(FOLLOWS)}")
         if before not in FOLLOWS[role]:
             after = "cannot come first" if before is None else f"cannot follow {before!r}"
@@ -117,7 +119,7 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
 
 
 def _history(row: TableRow, column: str) -> list[Message]:
-    pairs = row.values.get(column) or []
+    pairs = _parsed(row.values.get(column)) or []
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         shown = shorten(repr(pairs), 60)
         raise InputError(f"{row.place}: {column} must be [[question, answer], …], not {shown}")
@@ -160,16 +162,20 @@ def read_tools(row: TableRow, arguments: ConversationArguments) -> list[dict[str
         InputError: no list of JSON schemas.
     """
     column = arguments.tools_column
-    tools = given = row.values.get(column)
-    if isinstance(given, str) and given.strip():  # a cell of a csv file
-        with suppress(ValueError):
-            tools = json.loads(given)
-    if not tools or (isinstance(tools, str) and not tools.strip()):
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        shown = shorten(str(given), 60)
+    tools = _parsed(row.values.get(column)) or None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        shown = shorten(repr(tools), 60)
         raise InputError(f"{row.place}: {column} must be a list of JSON schemas, not {shown}")
     return tools
+
+
+def _parsed(value: Any) -> Any:
+    """A cell of a csv file is text, also where it holds JSON."""
+    if isinstance(value, str):
+        value = value.strip()
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: ConversationArguments) -> None:
@@ -179,7 +185,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
         InputError: no template, a broken one, one without generation marks, one that writes tokens
             that the tokenizer does not know, or none at which generation could stop.
     """
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"tokenizer: {type(tokenizer).__name__} does not tell which characters a token stands "
             "for: conversations need a fast tokenizer (tokenizer.json)"

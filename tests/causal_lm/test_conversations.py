@@ -444,22 +444,34 @@ def test_an_input_that_is_no_text_is_refused(value):
     assert str(error.value) == f"rows.jsonl, line 7: input must be text, not {value!r}"
 
 
+@pytest.mark.parametrize("role", [["user"], {"user": 1}, None, 3])
+def test_a_role_that_is_no_text_is_refused(role):
+    with pytest.raises(InputError, match="line 7: turn 1: unknown role"):
+        read_messages(row({"messages": [{"role": role, "content": "x"}]}), arguments())
+
+
 @pytest.mark.parametrize("value", ["", None])
 def test_an_input_may_be_missing(value):
     values = {"instruction": "Add.", "input": value, "output": "3"}
     assert [m["content"] for m in read_messages(row(values), arguments())] == ["Add.", "3"]
 
 
-def test_system_and_history_come_before_an_instruction():
+def test_system_and_history_come_before_what_is_asked():
     values = {"instruction": "When?", "output": "Now.", "system": "Be brief."}
-    values["history"] = [["Where?", "Here."]]
-    found = read_messages(row(values), arguments())
     expected = ["Be brief.", "Where?", "Here.", "When?", "Now."]
-    assert [m["content"] for m in found] == expected
-    assert [m["role"] for m in found] == ["system", *("user", "assistant") * 2]
-    values = {"prompt": "When?", "completion": "Now.", "system": "Be brief."}
-    found = read_messages(row(values), arguments())
-    assert [m["content"] for m in found] == ["Be brief.", "When?", "Now."]
+    for pairs in ([["Where?", "Here."]], '[["Where?", "Here."]]'):
+        found = read_messages(row(values | {"history": pairs}), arguments())
+        assert [m["content"] for m in found] == expected
+        assert [m["role"] for m in found] == ["system", *("user", "assistant") * 2]
+    for pairs in (None, [], "", "[]"):
+        found = read_messages(row(values | {"history": pairs}), arguments())
+        assert [m["content"] for m in found] == ["Be brief.", "When?", "Now."]
+    for values in ({"prompt": "Where?", "completion": "Here."}, {"messages": TURNS[:2]}):
+        for system in (None, " ", 3):
+            assert read_messages(row(values | {"system": system}), arguments()) == TURNS[:2]
+        found = read_messages(row(values | {"system": "Be brief."}), arguments())
+        assert found == [{"role": "system", "content": "Be brief."}, *TURNS[:2]]
+        assert read_messages(row({"messages": found, "system": "Be long."}), arguments()) == found
     values = {"instruction": "x", "output": "y", "history": "yes"}
     with pytest.raises(InputError, match=r"history must be \[\[question, answer\], …\], not 'yes'"):
         read_messages(row(values), arguments())
@@ -470,3 +482,11 @@ def test_half_of_a_character_is_refused(chat_tokenizer):
     turns = [TURNS[0], TURNS[1] | {"content": json.loads('"so \\ud83d"')}]
     message = "'\\ud83d' is half of a character (a lone surrogate), and no Unicode"
     assert refused(chat_tokenizer, turns) == f"rows.jsonl, line 7: {message}"
+
+
+def test_a_slow_tokenizer_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(InputError, match=r"^tokenizer: Slow does not tell which characters"):
+        set_chat_template(Slow(), arguments())
