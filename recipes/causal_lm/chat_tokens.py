@@ -81,53 +81,61 @@ def _as_generated(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> 
 
     added = {*tokenizer.added_tokens_decoder}
     wholes = encode([text for text, _ in texts])
-    # text is tokenized anew behind an added token: what stands before it changes nothing
-    heads: dict[str, list[int]] = {}
-    for (text, spans), (ids, offsets) in zip(texts, wholes, strict=True):
-        for start, _ in spans:
-            heads[text[_section(ids, offsets, start, added)[1] : start]] = []
-    for head, (ids, _) in zip(heads, encode([*heads]), strict=True):
-        heads[head] = ids
+    prompts: dict[str, list[int]] = {}
+    for (text, spans), whole in zip(texts, wholes, strict=True):
+        prompts |= {_section(text, *whole, start, added)[1]: [] for start, _ in spans}
+    for prompt, (ids, _) in zip(prompts, encode([*prompts]), strict=True):
+        prompts[prompt] = ids
     found = []
     for (text, spans), (ids, offsets) in zip(texts, wholes, strict=True):
-        begins = []
+        begins: list[int] = []
         for start, _ in spans:
-            index, from_ = _section(ids, offsets, start, added)
-            if begins and index < begins[-1]:  # a second mark in one turn: nobody asks there
+            part, prompt, answer = _section(text, ids, offsets, start, added)
+            if begins and part.start < begins[-1]:  # a second mark in one turn: nobody asks there
                 begins.append(sum(to <= start for _, to in offsets))
                 continue
-            head = heads[text[from_:start]]
-            begins.append(index + len(head))
-            if ids[index : begins[-1]] != head:
-                more, places = _continuation(text[start:], head, ids[index:], encode, tokenizer)
-                ids = ids[:index] + head + more
-                offsets = offsets[:index] + [(from_, start)] * len(head)
-                offsets += [(start + a, start + b) for a, b in places]
+            head = prompts[prompt]
+            begins.append(part.start + len(head))
+            if ids[part.start : begins[-1]] != head:
+                more, places = _continuation(answer, head, ids[part], encode, tokenizer)
+                ids = ids[: part.start] + head + more + ids[part.stop :]
+                places = [(start + from_, start + to) for from_, to in places]
+                places = [(start - len(prompt), start)] * len(head) + places
+                offsets = offsets[: part.start] + places + offsets[part.stop :]
         found.append(Tokens(ids, offsets, begins))
     return found
 
 
-def _section(ids: list[int], offsets: list[Span], start: int, added: set[int]) -> tuple[int, int]:
-    """The last added token that ends before a character: its index, and where it begins."""
-    for index in range(len(ids) - 1, -1, -1):
-        if ids[index] in added and offsets[index][1] <= start:
-            return index, offsets[index][0]
-    return 0, 0
+def _section(
+    text: str, ids: list[int], offsets: list[Span], start: int, added: set[int]
+) -> tuple[slice, str, str]:
+    """From the added token before a character to the one behind it: what is tokenized by itself.
+
+    Returns:
+        (its tokens without the last, the text before the character, the text from it on).
+    """
+    places = range(len(ids))
+    first = next((i for i in reversed(places) if ids[i] in added and offsets[i][1] <= start), 0)
+    last = (i for i in places[first:] if ids[i] in added and offsets[i][0] >= start)
+    last = next(last, len(ids))
+    from_ = offsets[first][0] if first else 0
+    to = offsets[last][0] if last < len(ids) else len(text)
+    return slice(first, last), text[from_:start], text[start:to]
 
 
 def _continuation(
     text: str,
     head: list[int],
-    whole: list[int],
+    joined: list[int],
     encode: Callable[[list[str]], list[tuple[list[int], list[Span]]]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[int], list[Span]]:
     """Tokens of a text that go on after those of `head`, and their offsets.
 
     Args:
-        whole: the tokens of both as one text.
+        joined: the tokens of both as one text.
     """
-    expected = tokenizer.decode(whole, clean_up_tokenization_spaces=False)
+    expected = tokenizer.decode(joined, clean_up_tokenization_spaces=False)
     # at the beginning of a text some tokenizers put a blank
     for before in ("", "\n", "a"):
         ((lead, _), (ids, offsets)) = encode([before, before + text])
