@@ -190,3 +190,10 @@ def test_questions_without_an_answer_have_to_be_learned(tmp_path):
     assert not check_unanswerable([answered], [answered])
     with pytest.raises(InputError, match=r"rows\.jsonl, line 2: the question has no answer, and"):
         check_unanswerable([answered], [answered, unanswerable])
+
+
+@pytest.mark.parametrize("column", ["id", "question", "context"])
+def test_half_of_a_character_is_refused(tmp_path, column):
+    row = row_with(**{column: ROWS[0][column] + "\ud83d"})
+    with pytest.raises(InputError, match=r"rows.jsonl, line 1: .*\\ud83d.*Unicode|is not Unicode"):
+        read(write(tmp_path / "rows.jsonl", [row]))
