@@ -1,7 +1,7 @@
 """Settings that training scripts share; named as in transformers.TrainingArguments."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
@@ -11,6 +11,7 @@ import transformers
 from utils.config import InputError, Settings
 from utils.ranks import launched_with_fsdp, launched_world_size, launched_zero_stage
 from utils.tables import Table
+from utils.trackers import trackers
 
 SchedulerType = Literal[
     "linear",
@@ -65,7 +66,8 @@ class TrainingArguments(Settings):
     save_steps: int = 1000
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # and those whose step this divides
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    # trackers; all: those that are installed, none
+    report_to: list[str] | str = field(default_factory=lambda: ["tensorboard"])
 
     def check(self) -> None:
         for name, hint in get_type_hints(TrainingArguments).items():
@@ -82,6 +84,7 @@ class TrainingArguments(Settings):
                 "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
                 "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
             )
+        trackers(self.report_to)
         self.check_batch(self.per_device_batch_size)
         if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
             raise InputError(
@@ -155,6 +158,14 @@ class TrainingArguments(Settings):
         except (TypeError, ValueError) as error:
             raise InputError(f"lr_scheduler_kwargs: {error}") from None
         return schedule.lr_lambdas[0]  # a function of the step: nothing to restore
+
+    def check_metric(self, measured: Iterable[str]) -> None:
+        """Raises InputError unless evaluations, which measure these, give metric_for_best_model."""
+        if self.eval_metric not in measured:
+            raise InputError(
+                f"metric_for_best_model: {self.eval_metric} is not measured; these are: "
+                + ", ".join(measured)
+            )
 
     @property
     def limits(self) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -15,6 +16,7 @@ from utils import checkpoint
 from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
 from utils.randomness import random_key
+from utils.trackers import trackers
 
 if TYPE_CHECKING:
     import accelerate
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerator":
     """Join the process group that the launcher prepared, on the CPU where there is nothing else."""
     import accelerate
-    from accelerate.tracking import filter_trackers
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch has renamed
@@ -46,17 +47,34 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
         )
     # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
     backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
-    try:
-        filter_trackers(arguments.report_to, project_dir)
-    except ValueError as error:
-        raise InputError(f"report_to: {error}") from None
     return accelerate.Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=arguments.mixed_precision,
-        log_with=arguments.report_to or None,
+        log_with=trackers(arguments.report_to) or None,
+        # settings of the recipe, whatever ACCELERATE_… variables are exported
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         project_dir=project_dir,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
     )
+
+
+class Step(NamedTuple):
+    """What one rank trains on in a step."""
+
+    batches: list[dict[str, torch.Tensor]]  # micro-batches: as many on every rank
+    tokens: int  # of text; the rest of the batches is padding
+    states: dict[int, dict]  # by lane: where the data go on once the step has been trained on
+
+
+class Data(Protocol):
+    """What is trained on: an order of steps that does not depend on the number of ranks."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """By name, what must not change over the life of a run."""
+
+    def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
+        """The rank's steps after `step` steps, which left the states of its lanes."""
 
 
 class Update(NamedTuple):

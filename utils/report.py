@@ -23,6 +23,8 @@ from utils.export import export
 from utils.files import written_aside
 from utils.run_folder import RunFolder
 from utils.sources import FORMATS
+from utils.trackers import end_trackers
+from utils.usage import spared
 
 if TYPE_CHECKING:
     from utils.training import Training
@@ -191,12 +193,15 @@ def conclude(
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         merge = getattr(a, "merge_adapter", False)
         export(training.best_checkpoint(), model, dtype[a.mixed_precision], merge)
-        plots = write_plots(folder)
+        plots: list[Path] = []
+        with spared("no plots"):
+            plots = write_plots(folder)
         card = write_card(folder, title, pipeline_tag, usage, facts)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
         lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]
         print("\n".join(lines), flush=True)
     training.accelerator.wait_for_everyone()
+    end_trackers(training.accelerator)
     training.accelerator.end_training()
     training.ranks.release()

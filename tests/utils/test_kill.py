@@ -34,7 +34,12 @@ return original(*arguments, **options)
 # what the first process comes to and does not leave, and the checkpoints, whole and partial, then
 HANGS = [
     ("utils.stream.collate", 5, [], []),  # a micro-batch of the second or third step
-    ("utils.checkpoint.save_file", 2, ["step-00000003"], [".step-00000006.partial"]),
+    (
+        "utils.checkpoint.save_file",
+        3,
+        ["step-00000003", "step-00000004"],
+        [".step-00000006.partial"],
+    ),
     ("utils.plots.write_plots", 1, ["step-00000009", "step-00000012"], []),
 ]
 
@@ -79,6 +84,23 @@ return original(*arguments, **options)
     assert result(output_dir) == result(runs.reference)
 
 
+@pytest.mark.parametrize("runs", ["ZeRO-3"], indirect=True)
+def test_what_one_process_meets_in_an_evaluation_loses_no_step(runs, tmp_path):
+    """The other one waits in a forward, which under ZeRO-3 all processes make together."""
+    code = """
+if rank == 1 and call == 2:
+    raise SystemExit(3)
+return original(*arguments, **options)
+"""
+    script = script_with(tmp_path / "raised.py", "bits_per_byte.evaluate_by_domain", code)
+    output_dir = tmp_path / "run"
+    with runs.start(output_dir, script) as launch:
+        assert launch.wait(60)[1] == 3, launch.output()
+    assert [path.name for path in checkpoints(output_dir)][-1] == "step-00000008"
+    runs.finish(output_dir)
+    assert result(output_dir) == result(runs.reference)
+
+
 TOLD = """
 if call == 1 and rank in RANKS:
     os.kill(os.getpid(), signal.SIGNAL)
@@ -90,7 +112,7 @@ SIGNALS = [
     ("bits_per_byte.evaluate_by_domain", "SIGTERM", "last", 4),
     ("utils.checkpoint.save_file", "SIGINT", "last", 6),
     ("chunked_loss.summed_cross_entropy", "SIGUSR1", "all", 7),
-    ("utils.checkpoint.save_file", "SIGTERM", "all", 9),
+    ("utils.checkpoint.save_file", "SIGTERM", "all", 8),
 ]
 
 
