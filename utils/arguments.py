@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from utils.config import InputError, Settings
-from utils.ranks import launched_with_fsdp, launched_world_size, launched_zero_stage
+from utils.ranks import check_launch, launched_with_fsdp, launched_world_size, launched_zero_stage
 from utils.tables import Table
 from utils.trackers import trackers
 
@@ -85,6 +85,7 @@ class TrainingArguments(Settings):
                 "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
             )
         trackers(self.report_to)
+        check_launch(self)
         self.check_batch(self.per_device_batch_size)
         if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
             raise InputError(

@@ -15,8 +15,17 @@ import torch
 from utils import checkpoint
 from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
+from utils.progress import say
 from utils.randomness import random_key
 from utils.trackers import trackers
+
+# variables of Accelerate in whose place the recipe has settings
+EXPORTED = {
+    "MIXED_PRECISION": "mixed_precision",
+    "GRADIENT_CLIPPING": "max_grad_norm",
+    "GRADIENT_ACCUMULATION_STEPS": "per_device_batch_size",
+    "DYNAMO_BACKEND": "torch_compile",
+}
 
 if TYPE_CHECKING:
     import accelerate
@@ -45,6 +54,10 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
         raise InputError(
             "mixed_precision: fp16 needs a GPU, or DeepSpeed and a CPU that knows fp16"
         )
+    for name, setting in EXPORTED.items():
+        value = os.environ.get(f"ACCELERATE_{name}", "").lower()
+        if value not in ("", "no", "auto", "1", str(getattr(arguments, setting)).lower()):
+            say(f"ACCELERATE_{name}={value} is left aside: {setting} decides")
     # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
     backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
     return accelerate.Accelerator(
@@ -115,7 +128,8 @@ class Engine:
         if arguments.torch_compile:
             # what objectives call; an adapter is inside of it
             getattr(model, "get_base_model", lambda: model)().base_model.compile()
-        # FSDP looks here for the blocks that it splits the model into
+        # FSDP looks here for the blocks that it splits the model into, and Accelerate for sizes
+        objective.config = model.config
         objective._no_split_modules = getattr(model, "_no_split_modules", None)
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
         if self.deepspeed and zero_optimizer(self.optimizer) is None:
@@ -240,12 +254,16 @@ class Engine:
         if config["zero_optimization"]["stage"] == 0:
             raise InputError("DeepSpeed without ZeRO: launch with multi_gpu.yaml or multi_cpu.yaml")
         processes = self.accelerator.num_processes
+        config["train_batch_size"] = "auto"
         config["train_micro_batch_size_per_gpu"] = a.per_device_batch_size
         # fine-tuning's micro-batches are not of one size: their number is set step by step
         micro_batches = max(1, a.global_batch_size // (processes * a.per_device_batch_size))
         config["gradient_accumulation_steps"] = micro_batches
         self.accelerator.gradient_accumulation_steps = micro_batches
         config["gradient_clipping"] = a.max_grad_norm
+        for section in ("optimizer", "scheduler"):
+            config.pop(section, None)  # they name what the recipe does itself
+        config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading takes its AdamW, too
         config["steps_per_print"] = 2**62
         if a.mixed_precision == "bf16":
             # without it ZeRO 1 and 2 put non-finite gradients into the weights
