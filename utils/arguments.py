@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from utils.config import InputError, Settings
-from utils.ranks import check_launch, launched_with_fsdp, launched_world_size, launched_zero_stage
+from utils.launch import check_launch, launched_with_fsdp, launched_zero_stage
+from utils.ranks import launched_world_size
 from utils.tables import Table
 from utils.trackers import trackers
 

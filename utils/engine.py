@@ -23,7 +23,7 @@ from utils.trackers import trackers
 EXPORTED = {
     "MIXED_PRECISION": "mixed_precision",
     "GRADIENT_CLIPPING": "max_grad_norm",
-    "GRADIENT_ACCUMULATION_STEPS": "per_device_batch_size",
+    "GRADIENT_ACCUMULATION_STEPS": "global_batch_size",
     "DYNAMO_BACKEND": "torch_compile",
 }
 

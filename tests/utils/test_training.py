@@ -545,6 +545,64 @@ def test_plots_and_trackers_that_fail_end_no_run(disturbed, undisturbed, monkeyp
     assert "is finished at step 12" in disturbed(report_to="none").output
 
 
+EXPORTED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "eager",
+}
+
+
+def test_exported_variables_of_accelerate_change_nothing_and_are_told(
+    disturbed, undisturbed, monkeypatch
+):
+    for name, value in EXPORTED.items():
+        monkeypatch.setenv(name, value)
+    ended = disturbed()
+    for name, value in EXPORTED.items():
+        assert f"\n{name}={value} is left aside: " in f"\n{ended.output}"
+    assert result(ended) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("report_to", "told"),
+    [
+        (["wandb"], "report_to: wandb is not installed: pip install wandb, or leave it out"),
+        ("mlflow", "report_to: mlflow is not installed: pip install mlflow, or leave it out"),
+        (
+            "paper",
+            "report_to: there is no tracker paper: give all, none, or of aim, clearml, comet_ml, "
+            "dvclive, mlflow, swanlab, tensorboard, trackio, wandb",
+        ),
+    ],
+)
+def test_a_tracker_that_is_not_there(report_to, told, pretrain, tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # as wandb leaves it, where it was once
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = pretrain(max_steps=1, report_to=report_to)
+    assert (ended.status, ended.output, ended.error) == (2, "", f"error: {told}\n")
+    assert not ended.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("report_to", "is_written"),
+    [("tensorboard", True), ("all", True), (["all"], True), ("none", False), (["none"], False)],
+)
+def test_trackers_by_their_name(report_to, is_written, pretrain):
+    ended = pretrain(max_steps=1, report_to=report_to)
+    assert (ended.status, ended.error) == (0, "")
+    assert any(ended.folder.glob("events.out.tfevents.*")) == is_written
+
+
+def test_a_tracker_that_does_not_start(pretrain, monkeypatch):
+    def fail(self):
+        raise ValueError("no key")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", fail)
+    ended = pretrain(max_steps=1, report_to="tensorboard")
+    assert (ended.status, ended.error) == (2, "error: report_to: ValueError: no key\n")
+
+
 def test_a_broken_record_in_the_midst_of_a_run(pretrain, tmp_path):
     """What was trained until then is saved, and the remedy that is told works."""
     data = tmp_path / "data.jsonl"
