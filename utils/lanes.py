@@ -109,7 +109,7 @@ class Corpus:
         return {
             **{name: getattr(a, name) for name in order},
             **{name: [getattr(source, name) for source in self.sources] for name in names},
-            "files": f"{len(files)}, names and sizes {_digest(files)}",
+            "files": f"{len(files)} ({_digest(files)})",  # names and sizes
             "sources and files": _digest([described, files]),  # for older checkpoints
         }
 

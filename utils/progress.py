@@ -34,8 +34,8 @@ def told(record: dict[str, Any], metric: str) -> str:
             part = f"  {name} {record[name]:.4f}" if isinstance(record.get(name), float) else ""
             line += part if len(line + part) <= LINE else ""
         return line
-    samples = (f"{sample['prompt']}{sample['text']}" for sample in record.get("samples", ()))
-    return "\n".join(f"sample: {sample}" for sample in samples)
+    samples = [(sample["prompt"], sample["text"]) for sample in record.get("samples", ())]
+    return "\n".join(f"sample: {prompt[-2 * LINE :]}{text}" for prompt, text in samples)
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:

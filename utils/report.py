@@ -155,7 +155,7 @@ def _environment() -> dict[str, str]:
 def escaped(text: Any) -> str:
     """Shown by Markdown as it stands: no markup, no HTML, no formula."""
     text = html.escape(printable(" ".join(str(text).split())), quote=False)
-    return re.sub(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return re.sub(r"[\\`*\[\]~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def _escaped(facts: dict[str, Any]) -> list[tuple[str, Any]]:
