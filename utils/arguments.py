@@ -64,7 +64,7 @@ class TrainingArguments(Settings):
     greater_is_better: bool | None = None  # null: yes, unless the metric's name ends with "loss"
     load_best_model_at_end: bool = False  # that checkpoint is kept, tested and exported
     early_stopping_patience: int | None = None  # evaluations without a better one
-    save_steps: int = 1000
+    save_steps: int = 1000  # and before each evaluation: what it may raise loses no step
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # and those whose step this divides
     # trackers; all: those that are installed, none

@@ -36,8 +36,9 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
     import accelerate
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch has renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # libraries call each other by names that have changed: DeepSpeed torch, peft transformers
+    renamed = r"torch\.distributed|transformers|peft"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=renamed)
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if on_cpu:

@@ -35,7 +35,8 @@ def told(record: dict[str, Any], metric: str) -> str:
             line += part if len(line + part) <= LINE else ""
         return line
     samples = [(sample["prompt"], sample["text"]) for sample in record.get("samples", ())]
-    return "\n".join(f"sample: {prompt[-2 * LINE :]}{text}" for prompt, text in samples)
+    ends = [p if len(p) <= 2 * LINE else f"…{p[-2 * LINE :]}" for p, _ in samples]
+    return "\n".join(f"sample: {end}{text}" for end, (_, text) in zip(ends, samples, strict=True))
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:

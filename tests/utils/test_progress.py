@@ -60,7 +60,7 @@ def test_samples_are_shown_with_the_end_of_their_prompt(capsys):
     samples = [{"prompt": "x" * 500 + "def ", "text": "f(\x1b[31m):\n\treturn"}]
     say(told({"step": 5, "samples": samples}, "eval_loss"))
     shown = "x" * 236 + "def f(\\x1b[31m):\n\treturn\n"
-    assert capsys.readouterr().out == f"sample: {shown}"
+    assert capsys.readouterr().out == f"sample: …{shown}"
 
 
 def test_only_the_first_rank_says_something(capsys, monkeypatch):
