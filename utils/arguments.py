@@ -12,7 +12,7 @@ from utils.config import InputError, Settings
 from utils.launch import check_launch, launched_with_fsdp, launched_zero_stage
 from utils.ranks import launched_world_size
 from utils.tables import Table
-from utils.trackers import trackers
+from utils.trackers import is_installed, trackers
 
 SchedulerType = Literal[
     "linear",
@@ -67,8 +67,10 @@ class TrainingArguments(Settings):
     save_steps: int = 1000  # and before each evaluation: what it may raise loses no step
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # and those whose step this divides
-    # trackers; all: those that are installed, none
-    report_to: list[str] | str = field(default_factory=lambda: ["tensorboard"])
+    # trackers by name, all that are installed, or none; TensorBoard where it is installed
+    report_to: list[str] | str = field(
+        default_factory=lambda: ["tensorboard"] if is_installed("tensorboard") else "none"
+    )
 
     def check(self) -> None:
         for name, hint in get_type_hints(TrainingArguments).items():

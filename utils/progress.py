@@ -34,9 +34,12 @@ def told(record: dict[str, Any], metric: str) -> str:
             part = f"  {name} {record[name]:.4f}" if isinstance(record.get(name), float) else ""
             line += part if len(line + part) <= LINE else ""
         return line
-    samples = [(sample["prompt"], sample["text"]) for sample in record.get("samples", ())]
-    ends = [p if len(p) <= 2 * LINE else f"…{p[-2 * LINE :]}" for p, _ in samples]
-    return "\n".join(f"sample: {end}{text}" for end, (_, text) in zip(ends, samples, strict=True))
+    lines = []
+    for sample in record.get("samples", ()):
+        prompt, text = sample["prompt"], sample["text"]
+        end = prompt if len(prompt) <= 2 * LINE else f"…{prompt[-2 * LINE :]}"
+        lines.append(f"sample: {end}{text}")
+    return "\n".join(lines)
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:

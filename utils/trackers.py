@@ -10,17 +10,7 @@ if TYPE_CHECKING:
     import accelerate
 
 # as Accelerate calls them, each like its package
-TRACKERS = (
-    "aim",
-    "clearml",
-    "comet_ml",
-    "dvclive",
-    "mlflow",
-    "swanlab",
-    "tensorboard",
-    "trackio",
-    "wandb",
-)
+TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
 
 
 def trackers(report_to: list[str] | str) -> list[str]:
@@ -29,17 +19,14 @@ def trackers(report_to: list[str] | str) -> list[str]:
     Raises:
         InputError: no tracker of this name, or not installed.
     """
-    names = [report_to] if isinstance(report_to, str) else report_to
+    known, names = TRACKERS.split(", "), [report_to] if isinstance(report_to, str) else report_to
     if "all" in names:
-        return [name for name in TRACKERS if _is_installed(name)]
+        return [name for name in known if is_installed(name)]
     names = [name for name in dict.fromkeys(names) if name != "none"]
     for name in names:
-        if name not in TRACKERS:
-            known = ", ".join(TRACKERS)
-            raise InputError(
-                f"report_to: there is no tracker {name}: give all, none, or of {known}"
-            )
-        if not _is_installed(name):
+        if name not in known:
+            raise InputError(f"report_to: no tracker {name!r}: give all, none, or of {TRACKERS}")
+        if not is_installed(name):
             raise InputError(
                 f"report_to: {name} is not installed: pip install {name.replace('_', '-')}, "
                 "or leave it out"
@@ -72,6 +59,6 @@ def end_trackers(accelerator: "accelerate.Accelerator") -> None:
             tracker.finish()
 
 
-def _is_installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     found = find_spec(name)
     return found is not None and found.origin is not None  # a mere folder wandb/ is no package

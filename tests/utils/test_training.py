@@ -207,6 +207,24 @@ def test_a_run_that_has_come_to_its_end_says_so(disturbed, undisturbed):
     assert again.status == 0
     assert again.output == f"{first.folder} is finished at step 12: all 12 steps are done\n"
     assert contents(first.folder) == before
+    other = disturbed(learning_rate=1e-4)
+    assert (other.status, other.output, other.error) == (
+        2,
+        "",
+        f"error: {first.folder} is finished with learning_rate 0.003, this is 0.0001: "
+        "choose another output_dir, or change it back\n",
+    )
+    assert contents(first.folder) == before
+
+
+def test_the_end_of_a_finished_run_is_done_again_for_other_test_data(
+    disturbed, undisturbed, corpus_folder
+):
+    disturbed(test_sources=[])
+    ended = disturbed()
+    assert (ended.status, ended.error) == (0, "")
+    assert "bits per byte of the test documents: " in ended.output
+    assert result(ended) == undisturbed
 
 
 def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_end(disturbed, undisturbed):
@@ -571,7 +589,7 @@ def test_exported_variables_of_accelerate_change_nothing_and_are_told(
         ("mlflow", "report_to: mlflow is not installed: pip install mlflow, or leave it out"),
         (
             "paper",
-            "report_to: there is no tracker paper: give all, none, or of aim, clearml, comet_ml, "
+            "report_to: no tracker 'paper': give all, none, or of aim, clearml, comet_ml, "
             "dvclive, mlflow, swanlab, tensorboard, trackio, wandb",
         ),
     ],
