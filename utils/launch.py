@@ -71,8 +71,8 @@ def check_launch(arguments: Any) -> None:
     for name in ("optimizer.type", "scheduler.type"):
         found |= {name: AS_HERE.get(found[name], found[name])} if name in found else {}
     parts = [found.get(name) for name in BATCH_PARTS]
-    if all(isinstance(part, int) for part in parts):
-        found.setdefault("train_batch_size", launched_world_size() * math.prod(parts))
+    if found.get("train_batch_size", "auto") == "auto" and {*map(type, parts)} == {int}:
+        found["train_batch_size"] = launched_world_size() * math.prod(parts)
     used = {name for name in OTHERS if found.get(f"{name}.enabled", True)}
     for name, value in found.items():
         is_named = name in same or name.partition(".")[0] in used

@@ -32,6 +32,9 @@ OTHERS = {
     },
     "train_batch_size is 32, and for the recipe 64": {"train_batch_size": 32},
     "train_batch_size is 24, and for the recipe 64": {"train_micro_batch_size_per_gpu": 6},
+    "train_batch_size is 12, and for the recipe 64": {
+        **{"train_micro_batch_size_per_gpu": 3, "train_batch_size": "auto"}
+    },
     "gradient_clipping is 0.5, and for the recipe 1.0": {"gradient_clipping": 0.5},
     "bf16.enabled is False, and for the recipe True": {"bf16": {"enabled": False}},
     "fp16.enabled is True, and for the recipe False": {"fp16": {"enabled": True}},
