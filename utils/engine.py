@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+import transformers
 
 from utils import checkpoint
 from utils.config import InputError
@@ -39,6 +40,7 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
     # libraries call each other by names that have changed: DeepSpeed torch, peft transformers
     renamed = r"torch\.distributed|transformers|peft"
     warnings.filterwarnings("ignore", category=FutureWarning, module=renamed)
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if on_cpu:
