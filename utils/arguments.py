@@ -1,7 +1,7 @@
 """Settings that training scripts share; named as in transformers.TrainingArguments."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
@@ -9,8 +9,10 @@ import torch
 import transformers
 
 from utils.config import InputError, Settings
-from utils.ranks import launched_with_fsdp, launched_world_size, launched_zero_stage
+from utils.launch import check_launch, launched_with_fsdp, launched_zero_stage
+from utils.ranks import launched_world_size
 from utils.tables import Table
+from utils.trackers import is_installed, trackers
 
 SchedulerType = Literal[
     "linear",
@@ -62,10 +64,13 @@ class TrainingArguments(Settings):
     greater_is_better: bool | None = None  # null: yes, unless the metric's name ends with "loss"
     load_best_model_at_end: bool = False  # that checkpoint is kept, tested and exported
     early_stopping_patience: int | None = None  # evaluations without a better one
-    save_steps: int = 1000
+    save_steps: int = 1000  # and before each evaluation: what it may raise loses no step
     keep_last: int = 2  # checkpoints
     keep_every: int | None = None  # and those whose step this divides
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    # trackers by name, all that are installed, or none; TensorBoard where it is installed
+    report_to: list[str] | str = field(
+        default_factory=lambda: ["tensorboard"] if is_installed("tensorboard") else "none"
+    )
 
     def check(self) -> None:
         for name, hint in get_type_hints(TrainingArguments).items():
@@ -82,6 +87,8 @@ class TrainingArguments(Settings):
                 "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
                 "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
             )
+        trackers(self.report_to)
+        check_launch(self)
         self.check_batch(self.per_device_batch_size)
         if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
             raise InputError(
@@ -155,6 +162,14 @@ class TrainingArguments(Settings):
         except (TypeError, ValueError) as error:
             raise InputError(f"lr_scheduler_kwargs: {error}") from None
         return schedule.lr_lambdas[0]  # a function of the step: nothing to restore
+
+    def check_metric(self, measured: Iterable[str]) -> None:
+        """Raises InputError unless evaluations, which measure these, give metric_for_best_model."""
+        if self.eval_metric not in measured:
+            raise InputError(
+                f"metric_for_best_model: {self.eval_metric} is not measured; these are: "
+                + ", ".join(measured)
+            )
 
     @property
     def limits(self) -> dict[str, Any]:

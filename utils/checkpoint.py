@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from utils.config import InputError
+from utils.files import written_aside
 from utils.fragments import (
     SCALES,
     fragments,
@@ -134,6 +135,13 @@ def save(
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def update(folder: Path, state: dict[str, Any]) -> None:
+    """Write what has become known of a step after its checkpoint; one process calls this."""
+    with suppress(OSError), written_aside(folder / STATE) as file:  # no space: it stays as it is
+        file.write_text(json.dumps(json.loads((folder / STATE).read_text()) | state))
+        _sync(file)
 
 
 def prune(

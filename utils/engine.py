@@ -4,17 +4,29 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+import transformers
 
 from utils import checkpoint
 from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
+from utils.progress import say
 from utils.randomness import random_key
+from utils.trackers import trackers
+
+# variables of Accelerate in whose place the recipe has settings
+EXPORTED = {
+    "MIXED_PRECISION": "mixed_precision",
+    "GRADIENT_CLIPPING": "max_grad_norm",
+    "GRADIENT_ACCUMULATION_STEPS": "global_batch_size",
+    "DYNAMO_BACKEND": "torch_compile",
+}
 
 if TYPE_CHECKING:
     import accelerate
@@ -23,11 +35,12 @@ if TYPE_CHECKING:
 def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerator":
     """Join the process group that the launcher prepared, on the CPU where there is nothing else."""
     import accelerate
-    from accelerate.tracking import filter_trackers
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch has renamed
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # libraries call each other by names that have changed: DeepSpeed torch, peft transformers
+    renamed = r"torch\.distributed|transformers|peft"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=renamed)
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     on_cpu = not torch.accelerator.is_available()
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if on_cpu:
@@ -44,19 +57,40 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
         raise InputError(
             "mixed_precision: fp16 needs a GPU, or DeepSpeed and a CPU that knows fp16"
         )
+    for name, setting in EXPORTED.items():
+        value = os.environ.get(f"ACCELERATE_{name}", "").lower()
+        if value not in ("", "no", "auto", "1", str(getattr(arguments, setting)).lower()):
+            say(f"ACCELERATE_{name}={value} is left aside: {setting} decides")
     # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
     backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
-    try:
-        filter_trackers(arguments.report_to, project_dir)
-    except ValueError as error:
-        raise InputError(f"report_to: {error}") from None
     return accelerate.Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=arguments.mixed_precision,
-        log_with=arguments.report_to or None,
+        log_with=trackers(arguments.report_to) or None,
+        # settings of the recipe, whatever ACCELERATE_… variables are exported
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         project_dir=project_dir,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
     )
+
+
+class Step(NamedTuple):
+    """What one rank trains on in a step."""
+
+    batches: list[dict[str, torch.Tensor]]  # micro-batches: as many on every rank
+    tokens: int  # of text; the rest of the batches is padding
+    states: dict[int, dict]  # by lane: where the data go on once the step has been trained on
+
+
+class Data(Protocol):
+    """What is trained on: an order of steps that does not depend on the number of ranks."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """By name, what must not change over the life of a run."""
+
+    def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
+        """The rank's steps after `step` steps, which left the states of its lanes."""
 
 
 class Update(NamedTuple):
@@ -97,7 +131,8 @@ class Engine:
         if arguments.torch_compile:
             # what objectives call; an adapter is inside of it
             getattr(model, "get_base_model", lambda: model)().base_model.compile()
-        # FSDP looks here for the blocks that it splits the model into
+        # FSDP looks here for the blocks that it splits the model into, and Accelerate for sizes
+        objective.config = model.config
         objective._no_split_modules = getattr(model, "_no_split_modules", None)
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
         if self.deepspeed and zero_optimizer(self.optimizer) is None:
@@ -222,12 +257,16 @@ class Engine:
         if config["zero_optimization"]["stage"] == 0:
             raise InputError("DeepSpeed without ZeRO: launch with multi_gpu.yaml or multi_cpu.yaml")
         processes = self.accelerator.num_processes
+        config["train_batch_size"] = "auto"
         config["train_micro_batch_size_per_gpu"] = a.per_device_batch_size
         # fine-tuning's micro-batches are not of one size: their number is set step by step
         micro_batches = max(1, a.global_batch_size // (processes * a.per_device_batch_size))
         config["gradient_accumulation_steps"] = micro_batches
         self.accelerator.gradient_accumulation_steps = micro_batches
         config["gradient_clipping"] = a.max_grad_norm
+        for section in ("optimizer", "scheduler"):
+            config.pop(section, None)  # they name what the recipe does itself
+        config.setdefault("zero_force_ds_cpu_optimizer", False)  # offloading takes its AdamW, too
         config["steps_per_print"] = 2**62
         if a.mixed_precision == "bf16":
             # without it ZeRO 1 and 2 put non-finite gradients into the weights

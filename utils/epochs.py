@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from utils.arguments import FinetuningArguments
+from utils.engine import Step
 from utils.randomness import Draws
-from utils.training import Step
 
 MICRO_BATCH_COST = 256  # tokens of padding that are cheaper than one more micro-batch
 

@@ -95,22 +95,32 @@ class Corpus:
         self.files = check_documents(self.sources, arguments.on_bad_record)
         self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
 
-    def fingerprint(self) -> list[Any]:
-        """What the order of the documents depends on, besides the seed: for comparing two runs."""
+    def fingerprint(self) -> dict[str, Any]:
+        """By name, what the order of the documents depends on, besides the seed."""
         a = self.arguments
         # a file on the Hub is named by its commit; a local one by its size
         files = [
             [os.path.basename(file), os.path.getsize(file)] if os.path.exists(file) else file
             for file in itertools.chain(*self.files)
         ]
-        described = [[s.weight, s.epochs, s.text_field, s.domain_field] for s in self.sources]
-        digest = hashlib.blake2b(json.dumps([described, files]).encode(), digest_size=8)
-        return [digest.hexdigest(), a.lanes, a.shuffle_documents, a.shuffle_bytes]
+        names = ("weight", "epochs", "text_field", "domain_field")
+        described = [[getattr(source, name) for name in names] for source in self.sources]
+        order = ("lanes", "shuffle_documents", "shuffle_bytes")
+        return {
+            **{name: getattr(a, name) for name in order},
+            **{name: [getattr(source, name) for source in self.sources] for name in names},
+            "files": f"{len(files)} ({_digest(files)})",  # names and sizes
+            "sources and files": _digest([described, files]),  # for older checkpoints
+        }
 
     def shards_of(self, source: int, epoch: int, lane: int) -> list[int]:
         """Indices of a lane's shards of one epoch, in the order in which it reads them."""
         order = keyed_permutation(len(self.shards[source]), self.seed, "shards", source, epoch)
         return order[lane :: self.arguments.lanes]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 class Lanes:

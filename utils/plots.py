@@ -1,10 +1,12 @@
 """The pictures of a run, made from its metrics: loss, learning rate, throughput, domains."""
 
 import math
+import warnings
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +14,10 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from utils.files import written_aside
 from utils.run_folder import RunFolder
+from utils.usage import printable
 
+matplotlib.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
+LABEL = 40  # characters of a name
 # plot → its panels: the number in the metrics, title, axis label
 PANELS = {
     "loss": [("loss", "Loss: {last:.3f} in training at the end", "loss (nats)")],
@@ -44,10 +49,17 @@ def save_figures(folder: Path, figures: dict[str, Figure]) -> list[Path]:
     paths = [folder / "plots" / f"{name}.png" for name in figures]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
-        with written_aside(path) as file:
+        with written_aside(path) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # boxes stand for them
             # 1800 pixels of width: sharp where a page shows them at 900
             figures[path.stem].savefig(file, format="png", dpi=200)
     return paths
+
+
+def short_name(name: str) -> str:
+    """A name from the data as a figure has room for it."""
+    name = printable(" ".join(name.split()))
+    return name if len(name) <= LABEL else f"{name[: LABEL - 1]}…"
 
 
 def _training_figure(training: pd.DataFrame, records: list, panels: list) -> Figure | None:
@@ -108,7 +120,7 @@ def _domain_figure(training: pd.DataFrame, records: list) -> Figure | None:
         axes.get_lines(), last, ends, places, strict=True
     ):
         style = {"color": line.get_color(), "transform": axes.transAxes, "clip_on": False}
-        axes.text(1.04, place, f"{domain}  {value:.3f}", va="center", **style)
+        axes.text(1.04, place, f"{short_name(domain)}  {value:.3f}", va="center", **style)
         axes.plot([x, 1.03], [y, place], linewidth=0.6, **style)
     return figure
 

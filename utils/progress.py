@@ -12,10 +12,34 @@ from tqdm import tqdm
 
 from utils.ranks import launched_rank
 from utils.run_state import RunState
+from utils.usage import printable
 
 # dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+LINE = 120  # characters of an evaluation
 TOKENIZER_BATCH = 256  # texts at a time: a bar moves, and what the tokenizer makes of them is large
+
+
+def say(text: str) -> None:
+    """Lines on the screen, of the first rank."""
+    if text and launched_rank() == 0:
+        print("\n".join(map(printable, text.split("\n"))), flush=True)
+
+
+def told(record: dict[str, Any], metric: str) -> str:
+    """An evaluation in a line: the loss, the metric, what else it has room for; or samples."""
+    if "eval_loss" in record:
+        line = f"step {record['step']}"
+        for name in dict.fromkeys(["eval_loss", metric, *record]):
+            part = f"  {name} {record[name]:.4f}" if isinstance(record.get(name), float) else ""
+            line += part if len(line + part) <= LINE else ""
+        return line
+    lines = []
+    for sample in record.get("samples", ()):
+        prompt, text = sample["prompt"], sample["text"]
+        end = prompt if len(prompt) <= 2 * LINE else f"…{prompt[-2 * LINE :]}"
+        lines.append(f"sample: {end}{text}")
+    return "\n".join(lines)
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:

@@ -1,10 +1,8 @@
 """What the launcher made of a process, and what the processes of a run agree on."""
 
-import json
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,20 +18,6 @@ def launched_rank() -> int:
 
 def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def launched_zero_stage() -> int:
-    """The ZeRO stage that the launch config asks for; 0: none."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return 0
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if file:
-        return json.loads(Path(file).read_text())["zero_optimization"]["stage"]
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
-
-
-def launched_with_fsdp() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 class Ranks:

@@ -21,8 +21,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from utils.config import read_yaml
 from utils.export import export
 from utils.files import written_aside
+from utils.progress import say
 from utils.run_folder import RunFolder
 from utils.sources import FORMATS
+from utils.trackers import end_trackers
+from utils.usage import printable, spared
 
 if TYPE_CHECKING:
     from utils.training import Training
@@ -45,16 +48,16 @@ def write_card(
     config, _ = read_yaml(str(settings))
     latest = {key: value for record in folder.records() for key, value in record.items()}
     results = {k.removeprefix("eval_"): v for k, v in latest.items() if k.startswith("eval_")}
-    held_out = ", ".join(_paths(config, "validation")) or "validation"
+    held_out = printable(", ".join(_paths(config, "validation"))) or "validation"
     counted = {"steps": latest.get("step", 0), "tokens seen": latest.get("tokens", 0)}
     header = _metadata(config, title, pipeline_tag, results, held_out, metadata)
-    intro = [header, f"# {title}", markdown_table(["", ""], {**counted, **facts}.items())]
+    intro = [header, f"# {title}", markdown_table(["", ""], _escaped(counted | facts))]
     sections = [
         *_results(results, held_out),
         *_data(latest.get("tokens_by_source")),
         *_samples(latest.get("samples")),
         "## Settings\n\n<details><summary>config.yaml</summary>",
-        f"````yaml\n{settings.read_text(encoding='utf-8')}````\n\n</details>",
+        f"{_fenced('yaml', settings.read_text(encoding='utf-8'), '````')}\n\n</details>",
         f"## Environment\n\n{markdown_table(['', ''], _environment().items())}\n",
     ]
     for path, model in ((folder.path, "model"), (folder.path / "model", ".")):
@@ -101,7 +104,7 @@ def _pictures(plots: Path) -> list[str]:
 
 def _how_to_use(usage: str, model: str) -> list[str]:
     code = usage.strip().replace("{model}", model)
-    return ["## How to use", "In this folder:", f"```python\n{code}\n```"]
+    return ["## How to use", "In this folder:", _fenced("python", code)]
 
 
 def _results(results: dict[str, Any], held_out: str) -> list[str]:
@@ -113,16 +116,18 @@ def _results(results: dict[str, Any], held_out: str) -> list[str]:
     columns = list({**overall, **by_domain})
     rows = [["**all**", *(overall.get(column) for column in columns)]]
     for domain in dict.fromkeys(name for values in by_domain.values() for name in values):
-        rows.append([domain, *(by_domain.get(column, {}).get(domain) for column in columns)])
+        rows.append(
+            [escaped(domain), *(by_domain.get(column, {}).get(domain) for column in columns)]
+        )
     header = ["domain", *(column.replace("_", " ") for column in columns)]
-    return ["## Results", f"On {held_out}:", markdown_table(header, rows)]
+    return ["## Results", f"On {escaped(held_out)}:", markdown_table(header, rows)]
 
 
 def _data(tokens_by_source: dict[str, int] | None) -> list[str]:
     if not tokens_by_source:
         return []
     total = sum(tokens_by_source.values())
-    rows = [[*row, f"{row[1] / total:.1%}"] for row in tokens_by_source.items()]
+    rows = [[*row, f"{row[1] / total:.1%}"] for row in _escaped(tokens_by_source)]
     rows.append(["**all**", total, "100.0%"])
     return ["## Data", markdown_table(["source", "tokens seen", "share"], rows)]
 
@@ -130,7 +135,8 @@ def _data(tokens_by_source: dict[str, int] | None) -> list[str]:
 def _samples(samples: list[dict[str, str]] | None) -> list[str]:
     texts = []
     for sample in samples or ():
-        prompt, text = (html.escape(sample[key], quote=False) for key in ("prompt", "text"))
+        shown = ("\n".join(map(printable, sample[key].split("\n"))) for key in ("prompt", "text"))
+        prompt, text = (html.escape(text, quote=False) for text in shown)
         texts.append(f"<pre><b>{prompt}</b>{text}</pre>")
     return texts and ["## Samples\n\nThe prompt in bold, then what the model wrote:", *texts]
 
@@ -144,6 +150,23 @@ def _environment() -> dict[str, str]:
         hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     date = str(datetime.date.today())
     return {"Python": platform.python_version(), **versions, "hardware": hardware, "date": date}
+
+
+def escaped(text: Any) -> str:
+    """Shown by Markdown as it stands: no markup, no HTML, no formula."""
+    text = html.escape(printable(" ".join(str(text).split())), quote=False)
+    return re.sub(r"[\\`*\[\]~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+def _escaped(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    is_number = {name: isinstance(fact, int | float) for name, fact in facts.items()}
+    return [(escaped(n), fact if is_number[n] else escaped(fact)) for n, fact in facts.items()]
+
+
+def _fenced(language: str, text: str, fence: str = "```") -> str:
+    """A block of code, whatever fences stand in it."""
+    fence = max([fence, *(found + "`" for found in re.findall("`{3,}", text))], key=len)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def markdown_table(
@@ -191,12 +214,15 @@ def conclude(
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         merge = getattr(a, "merge_adapter", False)
         export(training.best_checkpoint(), model, dtype[a.mixed_precision], merge)
-        plots = write_plots(folder)
+        plots: list[Path] = []
+        with spared("no plots"):
+            plots = write_plots(folder)
         card = write_card(folder, title, pipeline_tag, usage, facts)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
         lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]
-        print("\n".join(lines), flush=True)
+        say("\n".join(lines))
     training.accelerator.wait_for_everyone()
+    end_trackers(training.accelerator)
     training.accelerator.end_training()
     training.ranks.release()

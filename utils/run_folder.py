@@ -17,6 +17,20 @@ from utils.config import InputError, write_yaml
 from utils.files import written_aside
 from utils.ranks import launched_rank
 
+# settings that a finished run has no use for any more; what its data are, they say themselves
+FREE = {
+    *("output_dir", "resume", "report_to", "logging_steps", "save_steps", "keep_last"),
+    *("keep_every", "per_device_batch_size", "per_device_eval_batch_size", "torch_compile"),
+    *("gradient_checkpointing", "attn_implementation", "dataloader_num_workers"),
+    *("on_bad_record", "train_sources", "train_data"),
+}
+# the end of a run is done again for them
+MEASURED_AT_THE_END = {
+    *("test_sources", "test_data", "baselines", "pseudo_perplexity_documents", "lead_sentences"),
+    "merge_adapter",
+}
+DATA_ONCE = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
+
 
 class RunFolder:
     """`output_dir`, to begin a run in or to continue the one that is there; writes nothing yet.
@@ -48,13 +62,33 @@ class RunFolder:
     def is_finished(self, settings: Any, data: Any) -> bool:
         """Whether a run of these settings on these data has come to its end here.
 
-        Where anything differs it has not: what is continued then, or refused, is a checkpoint.
+        It has not where limits let it go on, or where more is to be measured of its end.
+
+        Args:
+            settings: a `TrainingArguments`.
+
+        Raises:
+            InputError: it was another run: this one would train nothing, and say it had.
         """
         try:
             end = json.loads((self.path / "finished.json").read_text())
-        except (OSError, ValueError):
+            (was, data_then), (now, data_now) = end["run"], _identity(settings, data)
+        except (OSError, ValueError, KeyError):
             return False
-        if end.get("run") != _identity(settings, data):
+        limits, last = {*settings.limits, "num_train_epochs"}, settings.total_steps
+        changed = {name for name in was.keys() & now.keys() if was[name] != now[name]} - FREE
+        if changed & limits and (last is None or last > end["step"]):
+            return False
+        changed -= limits if last == end["step"] else set()
+        compared = [name for name in now if name in changed - MEASURED_AT_THE_END]
+        then = {name: was[name] for name in compared} | {"the training data": data_then}
+        this = {name: now[name] for name in compared} | {"the training data": data_now}
+        for name, before, after in differences(then, this):
+            raise InputError(
+                f"{self.path} is finished with {name} {before}, this is {after}: "
+                "choose another output_dir, or change it back"
+            )
+        if changed:
             return False
         if launched_rank() == 0:
             print(f"{self.path} is finished at step {end['step']}: {end['reason']}")
@@ -104,6 +138,8 @@ def differences(was: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, A
     """(dotted name, value before, value now) of what differs in nested settings."""
     for key in {**was, **now}:
         before, after = was.get(key), now.get(key)
+        if isinstance(before, list) and isinstance(after, dict):  # as data were described once
+            before = after | dict(zip(DATA_ONCE, before, strict=False))
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{prefix}{key}.")
         elif before != after:
@@ -111,11 +147,8 @@ def differences(was: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _identity(settings: Any, data: Any) -> Any:
-    """Settings and data as JSON gives them back, but for what does not change a run."""
-    values = dataclasses.asdict(settings)
-    for name in ("output_dir", "resume"):
-        values.pop(name, None)
-    return json.loads(json.dumps([values, data]))
+    """Settings and data as JSON gives them back."""
+    return json.loads(json.dumps([dataclasses.asdict(settings), data]))
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,9 @@ A checkpoint keeps all of it.
 
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from utils.arguments import TrainingArguments
@@ -73,6 +75,15 @@ class RunState:
             messages.append(f"step {step}: skipped, loss {loss}, gradient norm {norm}")
         return "\n".join(messages)
 
+    def check_skips(self, arguments: TrainingArguments, last_good: Path | None) -> None:
+        """Raises InputError when too many steps in a row were skipped."""
+        if self.skipped_in_a_row >= arguments.max_skipped_steps:
+            raise InputError(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, were skipped: "
+                "loss or gradient not finite, or a spike. Look at the data or the learning_rate; "
+                f"the last good checkpoint: {last_good or 'none'}"
+            )
+
     def note_evaluation(self, results: dict[str, Any], arguments: TrainingArguments) -> None:
         """Compare an evaluation with the best one; the run ends when none was better for long.
 
@@ -80,9 +91,9 @@ class RunState:
             InputError: `metric_for_best_model` is not among the results.
         """
         name = arguments.eval_metric
-        if name not in results:
-            known = ", ".join(k for k, v in results.items() if isinstance(v, float))
-            raise InputError(f"metric_for_best_model: {name} is not measured; these are: {known}")
+        arguments.check_metric(
+            [key for key, value in results.items() if not isinstance(value, dict)]
+        )
         value, sign = results[name], 1 if arguments.is_greater_better else -1
         best = -math.inf if self.best_metric is None else sign * self.best_metric
         if sign * value > best:
@@ -93,3 +104,12 @@ class RunState:
         patience = arguments.early_stopping_patience
         if patience is not None and self.evaluations_since_best >= patience:
             self.ending = f"{name} has not improved {patience} times"
+
+
+def totals(states: list[dict]) -> dict[str, dict[str, int]]:
+    """Of all lanes' states: tokens by source, and what else a recipe has its lanes count."""
+    found: dict[str, Counter] = {"tokens_by_source": Counter(), "sequence_counts": Counter()}
+    for state in states:
+        found["tokens_by_source"].update(state.get("seen", {}))
+        found["sequence_counts"].update(state.get("counts", {}))
+    return {name: dict(sorted(total.items())) for name, total in found.items() if total}

@@ -18,8 +18,8 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError
+from utils.engine import Step
 from utils.lanes import Lanes
-from utils.training import Step
 
 
 class TextEncoder:

@@ -11,11 +11,10 @@ What an objective is, and the loss of a step: utils/engine.py.
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -23,31 +22,14 @@ import transformers
 from utils import checkpoint
 from utils.arguments import TrainingArguments
 from utils.config import InputError
-from utils.engine import Engine, start_processes
+from utils.engine import Data, Engine, Step, start_processes
 from utils.export import ModelFiles
 from utils.optimizer import adamw
-from utils.progress import Progress, command_line, seconds_since_command
+from utils.progress import Progress, command_line, say, seconds_since_command, told
 from utils.ranks import Ranks
 from utils.run_folder import RunFolder, differences
-from utils.run_state import RunState
-
-
-class Step(NamedTuple):
-    """What one rank trains on in a step."""
-
-    batches: list[dict[str, torch.Tensor]]  # micro-batches: as many on every rank
-    tokens: int  # of text; the rest of the batches is padding
-    states: dict[int, dict]  # by lane: where the data go on once the step has been trained on
-
-
-class Data(Protocol):
-    """What is trained on: an order of steps that does not depend on the number of ranks."""
-
-    def fingerprint(self) -> dict[str, Any]:
-        """By name, what must not change over the life of a run."""
-
-    def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
-        """The rank's steps after `step` steps, which left the states of its lanes."""
+from utils.run_state import RunState, totals
+from utils.trackers import start_trackers, track
 
 
 class Training:
@@ -66,7 +48,7 @@ class Training:
         self.state = RunState()
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
-        self.data_error: InputError | None = None  # met by this rank alone
+        self.failure: BaseException | None = None  # met by this rank alone
 
     @property
     def stopped(self) -> bool:
@@ -121,51 +103,29 @@ class Training:
     def steps(self) -> Iterator[int]:
         """Train; after a step, and at the end of the run, the caller may evaluate.
 
+        Before an evaluation the steps are saved: whatever it raises, on whatever rank, loses none.
         Ends with `stopped` set when a signal asked for it: saved, and not at its end.
         """
-        a, state = self.arguments, self.state
-        if self.is_main:
-            self.folder.begin(a, state.metrics_size)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": state.step}})
-        device, processes = self.accelerator.device, self.ranks.world_size
-        self.progress = Progress(a.total_steps, state, self.flops_per_token, device, processes)
-        while True:
-            if not state.pending_evaluation:
-                if a.total_steps is not None and state.step >= a.total_steps:
-                    state.ending = state.ending or f"all {a.total_steps} steps are done"
-                if state.ending:
-                    break
-                start = time.monotonic()
-                try:
-                    data = next(self.data)
-                except InputError as error:
-                    data, self.data_error = Step([], 0, {}), error
-                tokens, counts = self._agree(data)
-                if self.stopped:
-                    return self.stop()
-                if state.ending:
-                    break
-                if not any(counts.values()):
-                    continue  # single tokens at the very end of the data: nothing to predict
-                self._train_step(data, tokens, counts, start)
-                state.pending_evaluation = True
-                if state.step == self.progress.first_step + 1:
-                    seconds = seconds_since_command()
-                    self._say(f"{seconds:.1f} seconds from the command to the first step")
-            yield state.step
-            if self.stopped:
-                return self.stop()
-            state.pending_evaluation = False
-            if self.best_step == state.step or state.step % a.save_steps == 0:
+        state = self.state
+        self._begin()
+        while not self.stopped and (state.pending_evaluation or not state.ending):
+            if not state.pending_evaluation and not self._advance():
+                continue
+            if state.ending or state.step % self.arguments.save_steps == 0:
                 self._log_tokens_by_source()
                 self.save()
-        if state.evaluated_step != state.step:
+            elif self.evaluates():
+                self.save()
             yield state.step
-            if self.stopped:
-                return self.stop()
+            if not self.stopped:
+                state.pending_evaluation = False
+                self._update_checkpoint()
+        if self.stopped:
+            return self.stop()
         self._log_tokens_by_source()
         self.save()
+        self._update_checkpoint()
+        self._check_failure()
 
     def evaluates(self) -> bool:
         """Whether it is time to evaluate: every `eval_steps`, and at the end of the run."""
@@ -179,9 +139,6 @@ class Training:
 
         Args:
             results: None when a stop signal cut the evaluation short: a resume repeats it.
-
-        Raises:
-            InputError: `metric_for_best_model` is not among the results.
         """
         if results is None:
             return
@@ -210,22 +167,13 @@ class Training:
         """Log what was measured at the end of the run: eval_loss as test_loss, and so on."""
         named = {f"test_{name.removeprefix('eval_')}": value for name, value in results.items()}
         self.log({"step": self.state.step, **named})
+        self._check_failure()
 
     def save(self) -> None:
         """Write checkpoints/step-…: what was trained on so far, and nothing that was prefetched."""
         if self.saved_step == self.state.step:
             return
-        a, data_states = self.arguments, self.ranks.gather(list(self.data_states.items()))
-        folder = checkpoint.folder_of(self.folder.path, self.state.step)
-        self.state.metrics_size = self.folder.metrics_size()
-        state = {
-            "counters": asdict(self.state),
-            "fixed": self.fixed,
-            "base_model": self.model_files.base_model,
-            "limits": a.limits,
-            "world_size": self.ranks.world_size,
-            "stream": dict(data_states),
-        }
+        folder, state = self._checkpoint()
         try:
             self.engine.save(folder, state, self.model_files.write)
         except checkpoint.CheckpointError as error:
@@ -235,33 +183,66 @@ class Training:
                 f"The last good checkpoint is {last}: make room and start again"
             ) from None
         self.saved_step = self.state.step
-        if self.is_main:
-            checkpoint.prune(self.folder.path, a.keep_last, a.keep_every, self.best_step)
-        self._say(f"saved {folder}")
+        self._prune()
+        say(f"saved {folder}")
 
     def stop(self) -> None:
         """Save where a signal has stopped the run, and say how to continue it."""
         if self.state.step > 0:
             self.save()
-        self._say(f"stopped after step {self.state.step}; resume with: {command_line()}")
+        say(f"stopped after step {self.state.step}; resume with: {command_line()}")
         self.ranks.release()
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line in metrics.jsonl, numbers to the trackers, and a line on the screen."""
+        """A line in metrics.jsonl, numbers to the trackers, and lines on the screen."""
         if not self.is_main:
             return
-        if "loss" in record:
-            self._say(self.progress.line(record, self.state.seconds))
-        if "eval_loss" in record:
-            shown = [f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float)]
-            self._say(f"step {record['step']}  {'  '.join(shown)}")
-        self.folder.record(record)
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        self.accelerator.log(numbers, step=record["step"])
+        is_step, metric = "loss" in record, self.arguments.eval_metric
+        say(self.progress.line(record, self.state.seconds) if is_step else told(record, metric))
+        track(self.accelerator, record)
+        self._record(record)
 
-    def _say(self, text: str) -> None:
-        if self.is_main and text:
-            print(text, flush=True)
+    def _record(self, record: dict[str, Any]) -> None:
+        try:
+            self.folder.record(record)
+        except InputError as error:
+            self.failure = error
+
+    def _begin(self) -> None:
+        """Settings and metrics in their folder, and the trackers; on rank 0."""
+        a, state = self.arguments, self.state
+        if self.is_main:
+            self.folder.begin(a, state.metrics_size)
+        self.accelerator.wait_for_everyone()
+        start_trackers(self.accelerator, state.step)
+        device, processes = self.accelerator.device, self.ranks.world_size
+        self.progress = Progress(a.total_steps, state, self.flops_per_token, device, processes)
+
+    def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        """Where the checkpoint of this step stands, and what it says of the run."""
+        self.state.metrics_size = self.folder.metrics_size()
+        state = {
+            "counters": asdict(self.state),
+            "fixed": self.fixed,
+            "base_model": self.model_files.base_model,
+            "limits": self.arguments.limits,
+            "world_size": self.ranks.world_size,
+            "stream": dict(self.ranks.gather(list(self.data_states.items()))),
+        }
+        return checkpoint.folder_of(self.folder.path, self.state.step), state
+
+    def _update_checkpoint(self) -> None:
+        """Of this step, if there is one: a resume does not evaluate again."""
+        if self.saved_step == self.state.step:
+            folder, state = self._checkpoint()
+            if self.is_main:
+                checkpoint.update(folder, state)
+            self._prune()
+
+    def _prune(self) -> None:
+        a = self.arguments
+        if self.is_main:
+            checkpoint.prune(self.folder.path, a.keep_last, a.keep_every, self.best_step)
 
     def _log_tokens_by_source(self) -> None:
         """Once a step, though a stopped run may come here again."""
@@ -269,7 +250,29 @@ class Training:
             self.state.counted_step = self.state.step
             found = totals(self.ranks.gather(list(self.data_states.values())))
             if self.is_main and found:
-                self.folder.record({"step": self.state.step, **found})
+                self._record({"step": self.state.step, **found})
+
+    def _advance(self) -> bool:
+        """Train a step, or note the end of the run; whether the caller is to hear of it."""
+        a, state, start = self.arguments, self.state, time.monotonic()
+        if a.total_steps is not None and state.step >= a.total_steps:
+            state.ending = f"all {a.total_steps} steps are done"
+        else:
+            try:
+                data = next(self.data)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # what Rust raises is no Exception
+                data, self.failure = Step([], 0, {}), error
+            tokens, counts = self._agree(data)
+            if self.stopped:
+                return False
+        if state.ending:
+            state.pending_evaluation = state.evaluated_step != state.step
+        elif any(counts.values()):  # else single tokens at the very end: nothing to predict
+            self._train_step(data, tokens, counts, start)
+            state.pending_evaluation = True
+        return state.pending_evaluation
 
     def _train_step(self, data: Step, tokens: int, counts: dict[str, int], start: float) -> None:
         a, state = self.arguments, self.state
@@ -288,16 +291,13 @@ class Training:
             "grad_norm": update.gradient_norm,
             "tokens": state.tokens,
         }
-        self._say(state.note_step(record, limit, update.applied, a))
+        say(state.note_step(record, limit, update.applied, a))
         is_fault = "skipped" in record or "loss_spike" in record
         if is_fault or state.step % a.logging_steps == 0 or state.step == a.total_steps:
             self.log(record)
-        if state.skipped_in_a_row >= a.max_skipped_steps:
-            raise InputError(
-                f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, were skipped: "
-                "loss or gradient not finite, or a spike. Look at the data or the learning_rate; "
-                f"the last good checkpoint: {self.folder.newest_checkpoint() or 'none'}"
-            )
+        if state.step == self.progress.first_step + 1:
+            say(f"{seconds_since_command():.1f} seconds from the command to the first step")
+        state.check_skips(a, self.folder.newest_checkpoint())
 
     def _agree(self, data: Step) -> tuple[int, dict[str, int]]:
         """(tokens, counts by name) of the global batch; sets `stopped` or `ending` on all ranks."""
@@ -307,17 +307,27 @@ class Training:
         for batch in data.batches:
             for name, count in self.objective.counts(batch).items():
                 counts[name] += count
-        mine = [spent, self.data_error is not None, data.tokens, *counts.values()]
+        mine = [spent, self.failure is not None, data.tokens, *counts.values()]
         spent, failed, tokens, *sums = self.ranks.sum(mine)
         if failed and not self.stopped:  # what stops a run may have ended its data workers, too
-            if state.step > 0:
-                self.save()
-            raise self.data_error or SystemExit(2)  # the rank that met it says so
+            self._fail()
         if spent:
             state.ending = f"max_hours: {a.max_hours} have passed"
         elif tokens == 0:
             state.ending = "the data is spent"
         return int(tokens), {name: int(n) for name, n in zip(counts, sums, strict=True)}
+
+    def _check_failure(self) -> None:
+        if self.ranks.any_rank(self.failure is not None):
+            self._fail()
+
+    def _fail(self) -> None:
+        """Of all ranks, when one of them has met a failure: that one says so."""
+        if self.state.step > 0:
+            self.save()
+        if isinstance(self.failure, InputError):
+            self.failure.one_rank = True
+        raise self.failure or SystemExit(2)
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
@@ -336,13 +346,4 @@ class Training:
         # those of other ranks would be saved again as they are now
         rank, world_size = self.ranks.rank, self.ranks.world_size
         self.data_states = {k: s for k, s in lanes.items() if k % world_size == rank}
-        self._say(f"continuing {folder}")
-
-
-def totals(states: list[dict]) -> dict[str, dict[str, int]]:
-    """Of all lanes' states: tokens by source, and what else a recipe has its lanes count."""
-    found: dict[str, Counter] = {"tokens_by_source": Counter(), "sequence_counts": Counter()}
-    for state in states:
-        found["tokens_by_source"].update(state.get("seen", {}))
-        found["sequence_counts"].update(state.get("counts", {}))
-    return {name: dict(sorted(total.items())) for name, total in found.items() if total}
+        say(f"continuing {folder}")

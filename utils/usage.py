@@ -1,12 +1,36 @@
-"""Settings for people: the `--help` text of a dataclass, and its types in words."""
+"""Words for people: the `--help` text of a dataclass, its types, and what comes from elsewhere."""
 
 import dataclasses
 import inspect
 import json
+import re
+import sys
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import Any
+
+# what moves a terminal's cursor, turns the direction of writing, or is no character at all
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: Any) -> str:
+    """On one line, with escapes in the place of what a terminal, a file or a font cannot show."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """Around what is worth less than the run: if it fails, a line says so and the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what Rust raises is no Exception
+        reason = printable(f"{type(error).__name__}: {error}")
+        print(f"warning: {what}: {reason}", file=sys.stderr, flush=True)
 
 
 def usage(settings: type) -> str:

@@ -106,6 +106,10 @@ class Arguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArgum
         self.check_length(min([self.row_length, *lengths]))
         if self.eval_documents is not None and self.eval_documents < 1:
             raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
+        if self.validation_sources:
+            terms = self.objective.split("_")
+            parts = [f"eval_{term}_{what}" for term in terms for what in ("loss", "accuracy")]
+            self.check_metric(["eval_loss", *parts])
         if self.pseudo_perplexity_documents and not self.test_sources:
             raise InputError("pseudo_perplexity_documents: give test_sources, of which they are")
         if self.packing and (self.attn_implementation or "").startswith("flash"):

@@ -29,9 +29,9 @@ from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_s
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
+from utils.launch import launched_with_fsdp, launched_zero_stage
 from utils.loss import IGNORE_INDEX, check_head, check_packing
 from utils.model import load_tokenizer, model_config
-from utils.ranks import launched_with_fsdp, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.tables import read_table
@@ -70,11 +70,7 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
                 "load_in_4bit: ZeRO-3 and FSDP cannot split 4-bit weights over the processes: "
                 "launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
             )
-        if self.eval_metric not in METRICS:
-            raise InputError(
-                f"metric_for_best_model: {self.eval_metric} is not measured; these are: "
-                + ", ".join(METRICS)
-            )
+        self.check_metric(METRICS)
         if self.neftune_noise_alpha < 0:
             raise InputError(f"neftune_noise_alpha: {self.neftune_noise_alpha} is negative")
 

@@ -63,6 +63,8 @@ class Arguments(TrainingArguments, StreamArguments, ModelArguments):
         super().check()
         if self.eval_documents is not None and self.eval_documents < 1:
             raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
+        if self.validation_sources:
+            self.check_metric(["eval_loss", "eval_bits_per_byte"])
 
 
 class NextTokenLoss(torch.nn.Module):

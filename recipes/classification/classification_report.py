@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from classification_metrics import Reliability, reliability_of
-from utils.plots import COLORS, finish_axes, save_figures
+from utils.plots import COLORS, finish_axes, save_figures, short_name
 
 
 def prediction_records(
@@ -68,8 +68,8 @@ def _confusion(names: list[str], found: np.ndarray, labels: np.ndarray) -> Figur
         for (row, column), count in np.ndenumerate(counts):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, count or "", ha="center", va="center", color=color, size=9)
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), map(short_name, names), rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), map(short_name, names))
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     title = f"Confusion: {np.trace(counts) / counts.sum():.1%} of {counts.sum():,} are right"
@@ -96,7 +96,7 @@ def _scatter(name: str, found: np.ndarray, labels: np.ndarray) -> Figure:
     figure, axes = _square(6)
     axes.axline((labels[0], labels[0]), slope=1, color=COLORS[6], linewidth=0.8, label="equal")
     axes.scatter(labels, found, 8, color=COLORS[0], alpha=0.4, label="a row")
-    axes.set(xlabel=name, ylabel="prediction")
+    axes.set(xlabel=short_name(name), ylabel="prediction")
     finish_axes(axes, f"Mean absolute error: {np.abs(found - labels).mean():.3g}")
     axes.legend(loc="upper left", frameon=False)
     return figure

@@ -47,10 +47,12 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.model import check_encoder, load_tokenizer, model_config
+from utils.progress import say
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
 from utils.training import Training
+from utils.usage import spared
 
 USAGE = """
 from transformers import pipeline
@@ -94,13 +96,7 @@ class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
                 )
         if self.augmentation is not None:
             self.augmentation.check(self.problem_type, self.text_pair_column is not None)
-        name = self.eval_metric.removeprefix("eval_")
-        if name not in METRICS[self.problem_type]:
-            known = ", ".join(METRICS[self.problem_type])
-            raise InputError(
-                f"metric_for_best_model: {name} is not measured of a {self.problem_type}; "
-                f"these are: {known}"
-            )
+        self.check_metric([f"eval_{name}" for name in METRICS[self.problem_type]])
 
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | {name: asdict(self)[name] for name in LEARNED}
@@ -267,8 +263,7 @@ def main() -> None:
         tokenizer,
         Epochs(examples["train"], to_batch, fingerprint, args, vary=make),
     )
-    if training.is_main:
-        print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+    say("\n".join(f"{name}: {value}" for name, value in facts.items()))
     for _ in training.steps():
         if training.evaluates():
             results: dict[str, Any] | None = {}
@@ -299,8 +294,9 @@ def main() -> None:
             facts["predictions"] = folder.path / "predictions.jsonl"
             records = prediction_records(names, found, labels[split])
             write_predictions(facts["predictions"], records)
-            for path in write_figures(folder.path, names, found, labels[split]):
-                facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
+            with spared("no plots of the predictions"):
+                for path in write_figures(folder.path, names, found, labels[split]):
+                    facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
     text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
     conclude(

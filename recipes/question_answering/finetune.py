@@ -175,12 +175,7 @@ def check_metric(args: Arguments, validation: list[Question], threshold: float |
     """Raises InputError unless an evaluation will give metric_for_best_model."""
     if validation:
         nothing = [Prediction("", 0.0, [])] * len(validation)
-        known = results_of(validation, 0.0, nothing, threshold)
-        if args.eval_metric not in known:
-            raise InputError(
-                f"metric_for_best_model: {args.eval_metric} is not measured; these are: "
-                f"{', '.join(known)}"
-            )
+        args.check_metric(results_of(validation, 0.0, nothing, threshold))
 
 
 def threshold_of(training: Training) -> float:

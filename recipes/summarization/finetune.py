@@ -73,12 +73,8 @@ class Arguments(FinetuningArguments, PairArguments, GenerationArguments, Adapter
         for name in ("eval_generate_examples", "lead_sentences"):
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
-        known = self.measured()
-        if self.validation_data and self.eval_metric not in known:
-            raise InputError(
-                f"metric_for_best_model: {self.eval_metric} is not measured; these are: "
-                f"{', '.join(known)}"
-            )
+        if self.validation_data:
+            self.check_metric(self.measured())
 
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | {"label_smoothing_factor": self.label_smoothing_factor}

@@ -407,6 +407,14 @@ REFUSED = [
         "mlm_nsp needs documents of two sentences or more; the first 30 of .* have one at most",
     ),
     ({"train_sources": [{"path": "BLANK"}]}, "is empty: no document in"),
+    (
+        {
+            "objective": "mlm",
+            "validation_sources": [{"path": "ONE"}],
+            "metric_for_best_model": "nsp_accuracy",
+        },
+        "eval_nsp_accuracy is not measured; these are: eval_loss, eval_mlm_loss, eval_mlm_accuracy",
+    ),
 ]
 
 

@@ -591,6 +591,13 @@ def test_merged_is_the_base_with_the_adapter(instruct, lora):
     assert config["base_model_name_or_path"] == str(alone.folder / "base_model")
 
 
+def test_the_screen_shows_no_warnings_among_libraries(instruct, recwarn):
+    """peft calls transformers by a name that has changed."""
+    ended = instruct(lora=LORA, max_steps=1)
+    assert (ended.status, ended.error) == (0, "")
+    assert [str(warning.message) for warning in recwarn if warning.category is FutureWarning] == []
+
+
 def test_qlora_trains_and_is_merged_in_full_precision(instruct):
     model = TINY_RUN["model"] | {"max_position_embeddings": 256, "hidden_size": 64}
     settings = {"model": model, "lora": LORA, "load_in_4bit": True, "learning_rate": 1e-2}

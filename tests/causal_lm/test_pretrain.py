@@ -469,7 +469,12 @@ BAD_SETTINGS = [
         {"max_steps": 9, "lr_scheduler_type": "warmup_stable_decay"},
         "lr_scheduler_kwargs: .*num_decay_steps",
     ),
-    ({"report_to": ["paper"]}, "report_to: .*paper.* Choose between"),
+    (
+        {"metric_for_best_model": "bits_per_bite", "validation_sources": [{"path": "CORPUS"}]},
+        "metric_for_best_model: eval_bits_per_bite is not measured; these are: eval_loss, "
+        "eval_bits_per_byte$",
+    ),
+    ({"report_to": ["paper"]}, "report_to: no tracker 'paper': give all, none, or of"),
     ({"attn_implementation": "magic"}, 'model: .*attn_implementation="magic"` is not supported'),
     ({"dataloader_num_workers": 9}, "dataloader_num_workers: 9 is more than a rank's 8 lanes"),
     ({"warm_start": "/no/such/checkpoint"}, "no checkpoint /no/such/checkpoint"),

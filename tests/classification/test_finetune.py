@@ -672,8 +672,9 @@ def test_bad_data_are_named_and_nothing_is_written(name: str, fine_tune: Callabl
 
 
 BAD_SETTINGS = {
-    "metric_for_best_model: pearsonr is not measured of a single_label_classification; these are: "
-    "loss, accuracy, ": {"metric_for_best_model": "eval_pearsonr"},
+    "metric_for_best_model: eval_pearsonr is not measured; these are: eval_loss, eval_accuracy, ": {
+        "metric_for_best_model": "eval_pearsonr"
+    },
     "label_smoothing must be in [0, 1), not 1.0": {"label_smoothing": 1.0},
     "label_smoothing and class_weights: a regression has no labels": {
         "problem_type": "regression",

@@ -260,10 +260,19 @@ CHANGES = {
         {"model.model_type": "gpt_neox"},
         "model.architectures was .*Llama.* and is .*NeoX.*",
     ),
-    "lanes": ({"lanes": 16}, "the training data was .* and is .*"),
-    "shuffling": ({"shuffle_documents": 99}, "the training data was .* and is .*"),
-    "weight": ({"train_sources.0.weight": 2}, "the training data was .* and is .*"),
-    "file": ({"train_sources": [{"path": "OTHER"}]}, "the training data was .* and is .*"),
+    "lanes": ({"lanes": 16}, "the training data.lanes was 8 and is 16"),
+    "shuffling": (
+        {"shuffle_documents": 99},
+        "the training data.shuffle_documents was 512 and is 99",
+    ),
+    "weight": (
+        {"train_sources.0.weight": 2},
+        r"the training data.weight was \[1.0\] and is \[2.0\]",
+    ),
+    "file": (
+        {"train_sources": [{"path": "OTHER"}]},
+        r"the training data.files was 1 \([0-9a-f]{16}\) and is 1 \([0-9a-f]{16}\)",
+    ),
     "tokenizer": ({"tokenizer": "TOKENIZER"}, "the tokenizer was [0-9a-f]{16} and is [0-9a-f]{16}"),
 }
 
@@ -298,7 +307,24 @@ def test_a_file_that_has_grown_is_other_data(pretrain, tmp_path):
     write_jsonl(data, make_documents("first", 51))
     refused = pretrain(max_steps=4, train_sources=[{"path": str(data)}])
     assert refused.status == 2
-    assert "the training data was" in refused.error
+    assert "the training data.files was" in refused.error
+
+
+def test_a_checkpoint_whose_data_were_not_described_by_name(pretrain):
+    """As checkpoints once were: it is continued, and what differs is named all the same."""
+    whole = pretrain("whole", max_steps=4)
+    first = pretrain(max_steps=2)
+    (checkpoint,) = checkpoints(first.folder)
+    older = state(checkpoint)
+    data = older["fixed"]["the training data"]
+    names = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
+    older["fixed"]["the training data"] = [data[name] for name in names]
+    (checkpoint / "state.json").write_text(json.dumps(older))
+    refused = pretrain(max_steps=4, lanes=4)
+    assert "the training data.lanes was 8 and is 4. Change it back" in refused.error
+    ended = pretrain(max_steps=4)
+    assert ended.status == 0
+    assert steps(ended.folder) == steps(whole.folder)
 
 
 def test_what_may_change_does(pretrain):

@@ -448,7 +448,7 @@ def test_help_lists_each_field_with_its_comment(capsys, words):
 PROGRAM = """
 import sys
 from dataclasses import dataclass
-from utils.config import command, parse
+from utils.config import InputError, command, parse
 
 @dataclass
 class Arguments:
@@ -462,6 +462,9 @@ def main():
         raise KeyboardInterrupt
     if args.fault == "bug":
         raise ValueError("a bug")
+    if args.fault == "text":
+        print("half of a pair: \\ud83d")
+        raise InputError("a name: \\x1b[31mred\\n\\ud83d")
 
 command(main)
 """
@@ -488,6 +491,13 @@ command(main)
         ),
         (["--max_steps", "x"], "1", 2, "", ""),
         (["--fault", "interrupt"], None, 130, "read 20\n", ""),
+        (
+            ["--fault", "text"],
+            None,
+            2,
+            "read 20\nhalf of a pair: \\ud83d\n",
+            "error: a name: \\x1b[31mred\\n\\ud83d\n",
+        ),
     ],
 )
 def test_the_end_of_a_program(tmp_path, words, rank, status, output, error):

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import json
 import random
 import signal
 
@@ -9,7 +10,7 @@ import pytest
 
 from conftest import corpus_of
 from killing import STAGES, Runs, kill, partial_checkpoints, result, script_with
-from launching import Launch, checkpoints, run, state, steps, tiny_run
+from launching import CAUSAL_LM, Launch, checkpoints, run, state, steps, tiny_run
 from utils.sources import Source
 
 
@@ -34,7 +35,12 @@ return original(*arguments, **options)
 # what the first process comes to and does not leave, and the checkpoints, whole and partial, then
 HANGS = [
     ("utils.stream.collate", 5, [], []),  # a micro-batch of the second or third step
-    ("utils.checkpoint.save_file", 2, ["step-00000003"], [".step-00000006.partial"]),
+    (
+        "utils.checkpoint.save_file",
+        3,
+        ["step-00000003", "step-00000004"],
+        [".step-00000006.partial"],
+    ),
     ("utils.plots.write_plots", 1, ["step-00000009", "step-00000012"], []),
 ]
 
@@ -79,6 +85,67 @@ return original(*arguments, **options)
     assert result(output_dir) == result(runs.reference)
 
 
+@pytest.mark.parametrize("runs", ["ZeRO-3"], indirect=True)
+def test_what_one_process_meets_in_an_evaluation_loses_no_step(runs, tmp_path):
+    """The other one waits in a forward, which under ZeRO-3 all processes make together."""
+    code = """
+if rank == 1 and call == 2:
+    raise SystemExit(3)
+return original(*arguments, **options)
+"""
+    script = script_with(tmp_path / "raised.py", "bits_per_byte.evaluate_by_domain", code)
+    output_dir = tmp_path / "run"
+    with runs.start(output_dir, script) as launch:
+        assert launch.wait(60)[1] == 3, launch.output()
+    assert [path.name for path in checkpoints(output_dir)][-1] == "step-00000008"
+    runs.finish(output_dir)
+    assert result(output_dir) == result(runs.reference)
+
+
+# as the documentation of transformers shows them
+DEEPSPEED_OF_OTHERS = {
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+    },
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "allgather_partitions": True,
+        "allgather_bucket_size": 2e8,
+        "reduce_bucket_size": "auto",
+    },
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": "auto",
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": False,
+}
+
+
+@pytest.mark.parametrize("runs", ["ZeRO-2"], indirect=True)
+def test_a_deepspeed_config_that_was_written_for_another_trainer(runs, tmp_path):
+    config, script, output_dir = tmp_path / "ds.json", tmp_path / "script.py", tmp_path / "run"
+    config.write_text(json.dumps(DEEPSPEED_OF_OTHERS))
+    script.write_text(f"""
+import os, runpy
+os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = "{config}"
+os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"
+runpy.run_path("{CAUSAL_LM}", run_name="__main__")
+""")
+    with runs.start(output_dir, str(script)) as launch:
+        assert launch.wait() == [0, 0], launch.output()
+    found, expected = steps(output_dir), steps(runs.reference)
+    assert [r["learning_rate"] for r in found] == [r["learning_rate"] for r in expected]
+    losses = [record["loss"] for record in expected]
+    assert [record["loss"] for record in found] == pytest.approx(losses, rel=1e-6)
+
+
 TOLD = """
 if call == 1 and rank in RANKS:
     os.kill(os.getpid(), signal.SIGNAL)
@@ -90,7 +157,7 @@ SIGNALS = [
     ("bits_per_byte.evaluate_by_domain", "SIGTERM", "last", 4),
     ("utils.checkpoint.save_file", "SIGINT", "last", 6),
     ("chunked_loss.summed_cross_entropy", "SIGUSR1", "all", 7),
-    ("utils.checkpoint.save_file", "SIGTERM", "all", 9),
+    ("utils.checkpoint.save_file", "SIGTERM", "all", 8),
 ]
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from utils.progress import in_batches, progress_bar
+from utils.progress import in_batches, progress_bar, say, told
 
 
 class Terminal(io.StringIO):
@@ -44,3 +44,28 @@ def test_every_item_comes_once_with_its_index(count):
     ]
     assert [item for _, batch in batches for item in batch] == list(range(count))
     assert all(len(batch) == 256 for _, batch in batches[:-1])
+
+
+def test_an_evaluation_is_one_line_with_what_it_is_judged_by():
+    scores = {f"eval_score_{number}": number / 7 for number in range(20)}
+    record = {"step": 5, "eval_tokens": 9, "eval_loss_by_domain": {"a": 1.0}, **scores}
+    line = told({**record, "eval_loss": 2.5}, "eval_score_19")
+    assert line.startswith("step 5  eval_loss 2.5000  eval_score_19 2.7143  eval_score_0 0.0000")
+    assert "\n" not in line
+    assert len(line) <= 120
+    assert told(record, "eval_loss") == ""  # of a test: told at the end
+
+
+def test_samples_are_shown_with_the_end_of_their_prompt(capsys):
+    samples = [{"prompt": "x" * 500 + "def ", "text": "f(\x1b[31m):\n\treturn"}]
+    say(told({"step": 5, "samples": samples}, "eval_loss"))
+    shown = "x" * 236 + "def f(\\x1b[31m):\n\treturn\n"
+    assert capsys.readouterr().out == f"sample: …{shown}"
+
+
+def test_only_the_first_rank_says_something(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    say("something")
+    monkeypatch.setenv("RANK", "0")
+    say("")
+    assert capsys.readouterr().out == ""

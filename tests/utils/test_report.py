@@ -9,8 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from utils import plots, report
 from utils.plots import write_plots
-from utils.report import markdown_table, write_card
+from utils.report import escaped, markdown_table, write_card
 from utils.run_folder import RunFolder
 
 DOMAINS = {"code": 0.8, "prose | verse": 1.1, "tables": 1.4}
@@ -372,6 +374,84 @@ def test_metrics_of_other_recipes(folder):
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.7)
     assert result.dataset_name == "validation"
     assert ModelCard.load(path).data.datasets is None
+
+
+NAMES = [
+    "a$b_{$",
+    r"\$x$ %&#^{",
+    "$$",
+    "x" * 3000,
+    "東京 🙂",
+    "a\nb\x1b[31mred\x00\r",
+    "\ud83d",
+    "<script>alert(1)</script>|`*_y_*`[x](y)",
+    "---\nlicense: none\n---",
+    "```\n````\n`````",
+    "\u202eabc",
+    "",
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_can_be_drawn(folder):
+    from classification_report import write_figures
+
+    losses = {name: 1 + number / 7 for number, name in enumerate(NAMES)}
+    lines = [training_line(1), training_line(2), {"step": 2, "eval_loss_by_domain": losses}]
+    write_metrics(folder, lines)
+    assert [path.stem for path in write_plots(folder)][-1] == "domains"
+    paths = write_figures(folder.path, NAMES, np.eye(len(NAMES)), np.arange(len(NAMES)))
+    assert [path.stem for path in paths] == ["confusion_matrix", "reliability"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
+def test_any_name_in_a_card_is_nothing_but_text(name, folder):
+    """Of a domain, a label, a source, a path, in a sample."""
+    samples = [{"prompt": name, "text": name}]
+    evaluation = {"step": 2, "eval_loss": 1.0, "eval_loss_by_domain": {name: 2.0, "b": 3.0}}
+    lines = [training_line(1), training_line(2), evaluation, {"step": 2, "samples": samples}]
+    write_metrics(folder, [*lines, {"step": 2, "tokens_by_source": {name: 7}}])
+    settings = yaml.dump({"sample_prompts": [name], "validation_sources": [{"path": name}]})
+    (folder.path / "config.yaml").write_text(settings)
+    card = write_card(folder, "A", "text-generation", USAGE, {"labels": name, name: 1})
+    text = card.read_text(encoding="utf-8")
+    assert ModelCard.load(card).data.to_dict().keys() <= {
+        "library_name",
+        "pipeline_tag",
+        "model_name",
+        "model-index",
+    }
+    body = text.split("\n---\n", 1)[1]
+    assert "<script" not in body.replace(settings, "")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", text)
+    assert [line for line in body.splitlines() if line.startswith("## ")] == [
+        *("## How to use", "## Results", "## Data", "## Samples", "## Settings", "## Environment")
+    ]
+    fences = re.findall(r"^(`{3,})(?:yaml|python)\n.*?\n\1$", body, re.MULTILINE | re.DOTALL)
+    assert len(fences) == 2
+    shown = table(text, "## Data")
+    assert len(shown) == 4  # header, line, the name and all
+    assert table(text, "## Results").keys() == shown.keys() - {"source", "**all**"} | {
+        *("domain", "**all**", "b")
+    }
+
+
+def test_names_are_drawn_as_they_stand(draw):
+    losses = {"a$b_{$": 2.0, "tab\tand\x1b[0m": 3.0, "y" * 60: 4.0}
+    lines = [training_line(1), training_line(2), {"step": 2, "eval_loss_by_domain": losses}]
+    texts = draw(lines)["domains"].axes[0].texts
+    assert [text.get_text() for text in texts] == [
+        "a$b_{$  2.000",
+        r"tab and\x1b[0m  3.000",
+        f"{'y' * 39}…  4.000",
+    ]
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def test_markdown_shows_what_it_was_given():
+    assert escaped("__init__ of a_b <i> & 2 * 3 [x](y) `c` $d$ ~e~ \\") == (
+        r"\_\_init\_\_ of a_b &lt;i&gt; &amp; 2 \* 3 \[x\](y) \`c\` \$d\$ \~e\~ \\"
+    )
 
 
 def test_what_was_not_finite_is_left_out(folder, draw):

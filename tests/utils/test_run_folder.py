@@ -108,11 +108,6 @@ def test_a_finished_run_says_so(folder, capsys, monkeypatch):
     folder.finish(5, "all 5 steps are done", settings, ["data"])
     assert folder.is_finished(settings, ["data"])
     assert capsys.readouterr().out == f"{folder.path} is finished at step 5: all 5 steps are done\n"
-    # where it stands, and how it was asked to begin, do not matter
-    assert folder.is_finished(replace(settings, output_dir="b", resume="never"), ["data"])
-    assert not folder.is_finished(replace(settings, max_steps=9), ["data"])
-    assert not folder.is_finished(replace(settings, weight_decay=0.2), ["data"])
-    assert not folder.is_finished(settings, ["other data"])
     capsys.readouterr()
     monkeypatch.setenv("RANK", "1")
     assert folder.is_finished(settings, ["data"])
@@ -122,6 +117,84 @@ def test_a_finished_run_says_so(folder, capsys, monkeypatch):
     folder.finish(5, "all 5 steps are done", settings, ["data"])
     folder.begin(TrainingArguments(), 0)
     assert not folder.is_finished(TrainingArguments(max_steps=5), [])
+
+
+LIMITED = TrainingArguments(max_steps=9, early_stopping_patience=2, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (5, {"max_steps": 10}),
+        (5, {"early_stopping_patience": 3}),
+        (5, {"early_stopping_patience": None, "learning_rate": 1e-4}),  # for the steps to come
+        (5, {"max_steps": None, "max_hours": 1.0}),
+    ],
+    ids=str,
+)
+def test_a_finished_run_goes_on_within_other_limits(step, changes, folder):
+    folder.finish(step, "because", LIMITED, "data")
+    assert not folder.is_finished(replace(LIMITED, **changes), "data")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output_dir": "b", "resume": "never", "report_to": "all"},
+        {"logging_steps": 3, "save_steps": 2, "keep_last": 1, "keep_every": 4},
+        {"per_device_batch_size": 2, "gradient_checkpointing": True, "torch_compile": True},
+        {"early_stopping_patience": 3, "max_hours": 1.0, "max_tokens": 10**9},  # all are done
+    ],
+    ids=str,
+)
+def test_what_leaves_a_finished_run_as_it_is(changes, folder):
+    folder.finish(9, "all 9 steps are done", LIMITED, "data")
+    before = (folder.path / "config.yaml").read_bytes()
+    assert folder.is_finished(replace(LIMITED, **changes), "data")
+    assert (folder.path / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate 0.001, this is 0.002"),
+        ({"learning_rate": 2e-3, "save_steps": 1}, "learning_rate 0.001, this is 0.002"),
+        ({"optim": "adamw_bnb_8bit"}, "optim adamw_torch_fused, this is adamw_bnb_8bit"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs.a None, this is 1"),
+        ({"max_steps": 6}, "max_steps 9, this is 6"),
+        ({"eval_steps": 3}, "eval_steps None, this is 3"),
+    ],
+    ids=str,
+)
+def test_a_finished_run_with_other_settings_is_refused(changes, told, folder):
+    """It would train nothing and describe itself as if it had."""
+    folder.finish(9, "all 9 steps are done", LIMITED, "data")
+    with pytest.raises(InputError) as error:
+        folder.is_finished(replace(LIMITED, **changes), "data")
+    assert str(error.value) == (
+        f"{folder.path} is finished with {told}: choose another output_dir, or change it back"
+    )
+
+
+def test_a_finished_run_with_other_data_is_refused(folder):
+    data = {"lanes": 64, "shuffle_documents": 512, "shuffle_bytes": 9, "sources and files": "a"}
+    folder.finish(9, "all 9 steps are done", LIMITED, data)
+    with pytest.raises(InputError, match=r"with the training data\.lanes 64, this is 32: choose"):
+        folder.is_finished(LIMITED, data | {"lanes": 32})
+    # as it was once described
+    folder.finish(9, "all 9 steps are done", LIMITED, ["a", 64, 512, 9])
+    assert folder.is_finished(LIMITED, data)
+    with pytest.raises(InputError, match=r"with the training data\.sources and files a, this is b"):
+        folder.is_finished(LIMITED, data | {"sources and files": "b"})
+
+
+def test_settings_that_were_not_known_yet_do_not_matter(folder):
+    folder.finish(9, "all 9 steps are done", LIMITED, "data")
+    end = json.loads((folder.path / "finished.json").read_text())
+    del end["run"][0]["torch_compile"], end["run"][0]["l1_decay"]
+    end["run"][0]["of old"] = 1
+    (folder.path / "finished.json").write_text(json.dumps(end))
+    assert folder.is_finished(LIMITED, "data")
 
 
 def test_half_written_checkpoints_are_removed(folder):

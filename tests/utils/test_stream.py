@@ -23,6 +23,7 @@ from utils.config import InputError
 from utils.lanes import Corpus, Lane, Lanes, StreamArguments
 from utils.loss import IGNORE_INDEX
 from utils.randomness import keyed_permutation
+from utils.run_folder import DATA_ONCE, differences
 from utils.sources import Document, Source
 from utils.stream import Row, TrainingStream
 
@@ -560,7 +561,7 @@ def test_many_lanes_and_sources_do_not_mean_many_open_files(tmp_path):
 
 
 def test_the_fingerprint_tells_what_changes_the_order(tmp_path):
-    def fingerprint(source: dict | None = None, **settings) -> list:
+    def fingerprint(source: dict | None = None, **settings) -> dict:
         entry = Source(str(tmp_path / "data"), **(source or {}))
         return corpus_of([entry], **settings).fingerprint()
 
@@ -570,11 +571,16 @@ def test_the_fingerprint_tells_what_changes_the_order(tmp_path):
     assert fingerprint(dataloader_num_workers=2) == first
     assert fingerprint(on_bad_record="skip") == first  # a run that stopped at a record may go on
     for settings in ({"lanes": 8}, {"shuffle_documents": 9}, {"shuffle_bytes": 9}):
-        assert fingerprint(**settings) != first
+        assert [name for name, *_ in differences(first, fingerprint(**settings))] == [*settings]
     for source in ({"weight": 2}, {"epochs": 1}, {"domain_field": "meta"}):
-        assert fingerprint(source) != first
+        changed = [name for name, *_ in differences(first, fingerprint(source))]
+        assert changed == [*source, "sources and files"]
+    older = [first[name] for name in DATA_ONCE]
+    assert list(differences({"": older}, {"": first})) == []
+    assert list(differences({"": older}, {"": fingerprint(lanes=8)})) == [(".lanes", 64, 8)]
     write_jsonl(tmp_path / "data" / "data.jsonl", make_documents("a", 21))
-    assert fingerprint() != first
+    changed = [name for name, *_ in differences(first, fingerprint())]
+    assert changed == ["files", "sources and files"]
 
 
 def test_lanes_that_do_not_fit(monkeypatch):

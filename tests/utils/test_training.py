@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
@@ -18,11 +19,14 @@ from conftest import STOP_SIGNALS, make_documents, write_jsonl
 from launching import ROOT, TINY_RUN, checkpoints, metrics, state, steps
 from recipes.causal_lm import pretrain as causal_lm
 from recipes.causal_lm.pretrain import NextTokenLoss
-from utils import checkpoint, training
+from utils import checkpoint, plots, report, stream, training
 from utils.arguments import TrainingArguments
+from utils.config import InputError
 from utils.engine import Engine
 from utils.model import initialize_weights
 from utils.optimizer import adamw
+from utils.run_folder import RunFolder
+from utils.run_state import RunState
 from utils.training import Training
 
 DISTURBED = {
@@ -95,9 +99,10 @@ MOMENTS = {
     "in an evaluation": (Training, "forward", 2 + 2, 3),
     "in an evaluation at a checkpoint": (causal_lm, "evaluate_by_domain", 4, 12),
     "while samples are written": (causal_lm, "write_samples", 2, 6),
-    "in a save": (checkpoint, "save_file", 2, 8),
-    "before the rename of a save": (checkpoint, "_sync", 2, 4),
-    "while old checkpoints are pruned": (checkpoint, "prune", 3, 12),
+    "in a save": (checkpoint, "save_file", 4, 8),
+    "before the rename of a save": (checkpoint, "_sync", 6, 4),
+    "while a checkpoint is brought up to date": (checkpoint, "update", 3, 6),
+    "while old checkpoints are pruned": (checkpoint, "prune", 11, 12),
     "in the last evaluation of all": (causal_lm, "evaluate_by_domain", 5, 12),
 }
 
@@ -167,7 +172,7 @@ def test_a_later_second_ctrl_c_ends_at_once(disturbed, undisturbed, monkeypatch)
         stopped = disturbed()
     assert stopped.status == 130
     assert stopped.error == ""
-    assert [c.name for c in checkpoints(stopped.folder)] == ["step-00000004"]
+    assert [c.name for c in checkpoints(stopped.folder)] == ["step-00000003", "step-00000004"]
     assert result(disturbed()) == undisturbed
 
 
@@ -202,6 +207,24 @@ def test_a_run_that_has_come_to_its_end_says_so(disturbed, undisturbed):
     assert again.status == 0
     assert again.output == f"{first.folder} is finished at step 12: all 12 steps are done\n"
     assert contents(first.folder) == before
+    other = disturbed(learning_rate=1e-4)
+    assert (other.status, other.output, other.error) == (
+        2,
+        "",
+        f"error: {first.folder} is finished with learning_rate 0.003, this is 0.0001: "
+        "choose another output_dir, or change it back\n",
+    )
+    assert contents(first.folder) == before
+
+
+def test_the_end_of_a_finished_run_is_done_again_for_other_test_data(
+    disturbed, undisturbed, corpus_folder
+):
+    disturbed(test_sources=[])
+    ended = disturbed()
+    assert (ended.status, ended.error) == (0, "")
+    assert "bits per byte of the test documents: " in ended.output
+    assert result(ended) == undisturbed
 
 
 def test_a_run_that_was_killed_between_its_last_checkpoint_and_its_end(disturbed, undisturbed):
@@ -445,7 +468,7 @@ def test_no_space_left(disturbed, undisturbed, monkeypatch):
     def fail():
         raise full
 
-    for place, call in (("save_file", 2), ("_sync", 5)):
+    for place, call in (("save_file", 4), ("_sync", 14)):
         folder = f"full in {place}"
         with monkeypatch.context() as patch:
             at_call(patch, checkpoint, place, call, fail)
@@ -454,10 +477,148 @@ def test_no_space_left(disturbed, undisturbed, monkeypatch):
         assert ended.error == (
             f"error: could not write {ended.folder}/checkpoints/step-00000008: [Errno 28] No space "
             f"left on device. The last good checkpoint is {ended.folder}/checkpoints/"
-            "step-00000004: make room and start again\n"
+            "step-00000006: make room and start again\n"
         )
-        assert [p.name for p in (ended.folder / "checkpoints").iterdir()] == ["step-00000004"]
+        left = sorted(p.name for p in (ended.folder / "checkpoints").iterdir())
+        assert left == ["step-00000004", "step-00000006"]
         assert result(disturbed(folder)) == undisturbed
+
+
+RAISED = {
+    # (function, which of its calls, what it raises, the step that is saved by then)
+    "in an evaluation": (causal_lm, "evaluate_by_domain", 2, SystemExit, 6),
+    "in a forward of one": (Training, "forward", 2 + 2, SystemExit, 3),
+    "while samples are written": (causal_lm, "write_samples", 3, InputError, 9),
+    "by its results": (RunState, "note_evaluation", 1, InputError, 3),
+    "by the next document": (stream, "collate", 4 * 7 + 2, SystemExit, 7),
+    "in the last evaluation": (causal_lm, "evaluate_by_domain", 4, SystemExit, 12),
+    "in the test": (causal_lm, "evaluate_by_domain", 5, InputError, 12),
+    "by the card": (report, "write_card", 1, SystemExit, 12),
+}
+
+
+@pytest.mark.parametrize("place", RAISED)
+def test_what_is_raised_between_steps_loses_none(place, disturbed, undisturbed, monkeypatch):
+    """An error, or what is no Exception at all, as Rust's panics are not."""
+    owner, name, call, kind, step = RAISED[place]
+
+    def fail():
+        raise kind("broken")
+
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, call, fail)
+        failed = disturbed()
+    if kind is InputError:
+        assert (failed.status, failed.error) == (2, "error: broken\n")
+    else:
+        assert failed.status == "broken"
+    assert checkpoints(failed.folder)[-1].name == f"step-{step:08d}"
+    assert not (failed.folder / "finished.json").exists()
+    assert result(disturbed()) == undisturbed
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_with_a_checkpoint(
+    disturbed, undisturbed, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        record, calls = RunFolder.record, []
+
+        def refuse(folder, values):
+            calls.append(values)
+            if len(calls) == 2:
+                raise InputError(f"cannot write {folder.metrics}: Input/output error")
+            record(folder, values)
+
+        patch.setattr(RunFolder, "record", refuse)
+        failed = disturbed()
+    assert (failed.status, failed.error) == (
+        2,
+        f"error: cannot write {failed.folder}/metrics.jsonl: Input/output error\n",
+    )
+    assert [c.name for c in checkpoints(failed.folder)] == ["step-00000002"]
+
+
+def test_plots_and_trackers_that_fail_end_no_run(disturbed, undisturbed, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SystemExit("broken")
+
+    calls = []
+
+    def fail_later(*args, **kwargs):
+        calls.append(kwargs["step"])
+        if len(calls) == 3:
+            raise SystemExit("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "write_plots", fail)
+        patch.setattr(TensorBoardTracker, "log", fail_later)
+        ended = disturbed(report_to=["tensorboard"])
+    assert ended.status == 0
+    assert ended.error == (
+        "warning: report_to: tensorboard is left out from here on: SystemExit: broken\n"
+        "warning: no plots: SystemExit: broken\n"
+    )
+    assert calls == [1, 2, 3]
+    assert result(ended) == undisturbed
+    assert "is finished at step 12" in disturbed(report_to="none").output
+
+
+EXPORTED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "eager",
+}
+
+
+def test_exported_variables_of_accelerate_change_nothing_and_are_told(
+    disturbed, undisturbed, monkeypatch
+):
+    for name, value in EXPORTED.items():
+        monkeypatch.setenv(name, value)
+    ended = disturbed()
+    for name, value in EXPORTED.items():
+        assert f"\n{name}={value} is left aside: " in f"\n{ended.output}"
+    assert result(ended) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("report_to", "told"),
+    [
+        (["wandb"], "report_to: wandb is not installed: pip install wandb, or leave it out"),
+        ("mlflow", "report_to: mlflow is not installed: pip install mlflow, or leave it out"),
+        (
+            "paper",
+            "report_to: no tracker 'paper': give all, none, or of aim, clearml, comet_ml, "
+            "dvclive, mlflow, swanlab, tensorboard, trackio, wandb",
+        ),
+    ],
+)
+def test_a_tracker_that_is_not_there(report_to, told, pretrain, tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # as wandb leaves it, where it was once
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = pretrain(max_steps=1, report_to=report_to)
+    assert (ended.status, ended.output, ended.error) == (2, "", f"error: {told}\n")
+    assert not ended.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("report_to", "is_written"),
+    [("tensorboard", True), ("all", True), (["all"], True), ("none", False), (["none"], False)],
+)
+def test_trackers_by_their_name(report_to, is_written, pretrain):
+    ended = pretrain(max_steps=1, report_to=report_to)
+    assert (ended.status, ended.error) == (0, "")
+    assert any(ended.folder.glob("events.out.tfevents.*")) == is_written
+
+
+def test_a_tracker_that_does_not_start(pretrain, monkeypatch):
+    def fail(self):
+        raise ValueError("no key")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", fail)
+    ended = pretrain(max_steps=1, report_to="tensorboard")
+    assert (ended.status, ended.error) == (2, "error: report_to: ValueError: no key\n")
 
 
 def test_a_broken_record_in_the_midst_of_a_run(pretrain, tmp_path):
