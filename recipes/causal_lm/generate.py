@@ -155,7 +155,8 @@ def read_prompts(args: Arguments) -> list[tuple[str, str]]:
         prompts = [(f"prompt {number}", text) for number, text in enumerate(texts, start=1)]
     else:
         try:
-            with open(args.prompt_file, encoding="utf-8") as file:
+            # of Windows: a byte order mark is no part of the first prompt
+            with open(args.prompt_file, encoding="utf-8-sig") as file:
                 lines = [line.removesuffix("\n") for line in file]
         except OSError as error:
             raise InputError(f"cannot read {args.prompt_file}: {error.strerror}") from None
