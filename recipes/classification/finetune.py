@@ -17,6 +17,7 @@ predictions.jsonl, of the test data in their order, and plots of the errors and 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +47,7 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
+from utils.held_out import hold_out
 from utils.model import check_encoder, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -221,7 +223,9 @@ def evaluate(training: Training, logits: np.ndarray | None, labels: np.ndarray) 
 def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    rows = {split: read_labelled_texts(table, args) for split, table in tables.items()}
+    parts = [*read_labelled_texts(tables, args).values()]
+    parts, leaks = hold_out(parts, attrgetter("texts"), args)
+    rows = dict(zip(tables, parts, strict=True))
     names = label_names(rows["train"], args)
     labels = {split: label_ids(found, names, args) for split, found in rows.items()}
     weights = class_weights(names, labels["train"], args)
@@ -259,6 +263,7 @@ def main() -> None:
         "labels": ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else ""),
         "examples": ", ".join(f"{len(found):,} {split}" for split, found in rows.items()),
         "cut to sequence_length": ", ".join(f"{n:,} {split}" for split, n in cut.items()),
+        **leaks,
         "trained": trainable_share(trained),
     }
     training.prepare(
