@@ -35,7 +35,7 @@ from classification_examples import (
     configure,
     labelled_examples,
 )
-from classification_metrics import ERRORS, METRICS, measure, probabilities
+from classification_metrics import ERRORS, METRICS, measure, probabilities, undefined_metrics
 from labelled_texts import (
     LabelledTextArguments,
     class_weights,
@@ -47,6 +47,7 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
+from utils.files import warn
 from utils.held_out import hold_out
 from utils.model import check_encoder, load_tokenizer, model_config
 from utils.report import conclude
@@ -220,6 +221,18 @@ def evaluate(training: Training, logits: np.ndarray | None, labels: np.ndarray) 
     return training.ranks.gather([measure(problem, logits, labels)] if training.is_main else [])[0]
 
 
+def check_labels(labels: dict[str, np.ndarray], args: Arguments) -> None:
+    """Raises InputError where metric_for_best_model is not defined on the validation data."""
+    for split in ("validation", "test"):
+        found = undefined_metrics(args.problem_type, labels[split]) if len(labels[split]) else []
+        if not found:
+            continue
+        problem = f"all rows of the {split} data have the same {args.label_column}"
+        if split == "validation" and args.eval_metric.removeprefix("eval_") in found:
+            raise InputError(f"metric_for_best_model: {args.eval_metric} is not defined: {problem}")
+        warn(f"{problem}: {', '.join(found)} is not defined there, null in the results")
+
+
 def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
@@ -228,6 +241,7 @@ def main() -> None:
     rows = dict(zip(tables, parts, strict=True))
     names = label_names(rows["train"], args)
     labels = {split: label_ids(found, names, args) for split, found in rows.items()}
+    check_labels(labels, args)
     weights = class_weights(names, labels["train"], args)
     tokenizer = load_tokenizer(args)
     config = model_config(args, tokenizer)
@@ -294,7 +308,9 @@ def main() -> None:
         if split == "test":
             training.record_test(results)
         facts |= {
-            f"{name.removeprefix('eval_').replace('_', ' ')} of the {split} data": f"{value:.4f}"
+            f"{name.removeprefix('eval_').replace('_', ' ')} of the {split} data": (
+                "not defined: all are the same" if value is None else f"{value:.4f}"
+            )
             for name, value in results.items()
         }
         if training.is_main:
