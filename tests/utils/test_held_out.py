@@ -54,7 +54,9 @@ def test_rows_on_both_sides_are_counted_or_refused(capsys):
 
 @pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
 def test_a_share_that_leaves_nothing(share):
-    with pytest.raises(InputError, match=r"of 3 rows, by their hashes, leaves [03] to train on and"):
+    with pytest.raises(
+        InputError, match=r"of 3 rows, by their hashes, leaves [03] to train on and"
+    ):
         split(ROWS[:3], validation_split=share)
 
 
