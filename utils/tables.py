@@ -34,7 +34,7 @@ class Table:
 
     @property
     def is_of_the_hub(self) -> bool:
-        return not self.path.endswith(FORMATS)
+        return not self.path.endswith(FORMATS) and not os.path.exists(self.path)
 
 
 class TableRow(NamedTuple):

@@ -64,13 +64,15 @@ class Rank:
         return self.gathered
 
 
-def score(model, documents, encode, training=None, batch_size=4):
+def score(model, documents, encode, training=None, batch_size=4, **options):
     def token_losses(batch):
         with torch.no_grad():
             return NextTokenLoss(model)(**batch, per_token=True)
 
     training = training or Rank()
-    return evaluate_by_domain(training, iter(documents), encode, token_losses, LENGTH, batch_size)
+    return evaluate_by_domain(
+        training, iter(documents), encode, token_losses, LENGTH, batch_size, **options
+    )
 
 
 def by_hand(model, encode, records):
@@ -296,3 +298,24 @@ def test_samples_end_at_the_last_position_of_the_model(pretrain):
     assert ended.status == 0, ended.error
     (record,) = (record for record in metrics(ended.folder) if "samples" in record)
     assert len(record["samples"]) == 3
+
+
+def test_a_document_on_which_the_tokenizer_fails_is_named_or_left_out(
+    model, sources, encode, capsys
+):
+    first = next(held_out_documents(sources, None))
+
+    def fail(texts: list[str]) -> list[np.ndarray]:
+        if first.text in texts:
+            raise ValueError("no")
+        return encode(texts)
+
+    with pytest.raises(InputError, match=r"line 1: the tokenizer fails on its .* characters: no;"):
+        score(model, held_out_documents(sources, None), fail)
+    rest = [document for document in held_out_documents(sources, None) if document != first]
+    expected = score(model, rest, encode)
+    found = score(model, held_out_documents(sources, None), fail, on_bad_record="skip")
+    assert found == expected
+    assert capsys.readouterr().err.count("warning: skipped ") == 1
+    counted = baselines(iter([first, *rest]), iter(rest), fail, 512, "skip")
+    assert counted == baselines(iter(rest), iter(rest), encode, 512)

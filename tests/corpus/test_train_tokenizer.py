@@ -564,16 +564,16 @@ def test_commands_and_configs_parse(monkeypatch):
         ]
 
 
-def test_blanks_on_which_regular_expressions_give_up(bpe, corpus, tmp_path):
-    blanks = write_jsonl(tmp_path / "blanks.jsonl", ["a" + " " * 10_000_000 + "b", *HELP_TEXTS])
-    tokenizer = AutoTokenizer.from_pretrained(bpe)
-    with pytest.raises(BaseException, match="retry-limit"):
-        tokenizer(json.loads(blanks.read_text().splitlines()[0])["text"])
-    sources = [{"path": str(blanks)}]
-    folder = run(
-        tmp_path / "out", sources, algorithm="bpe", vocab_size=512, validation_sources=sources
-    )
-    assert len(AutoTokenizer.from_pretrained(folder)) == 512
+def test_regular_expressions_are_given_parts_of_a_text(tmp_path, monkeypatch, capsys):
+    """They give up on ten million blanks."""
+    monkeypatch.setattr(train_tokenizer, "PART", 1000)
+    text = "a" + " " * 2500 + "b"
+    assert [len(part) for part in train_tokenizer.in_parts(text)] == [1000, 1000, 502]
+    assert "".join(train_tokenizer.in_parts(text)) == text
+    source = [{"path": str(write_jsonl(tmp_path / "blanks.jsonl", [text, *HELP_TEXTS]))}]
+    run(tmp_path / "out", source, algorithm="bpe", vocab_size=512, validation_sources=source)
+    size = len(text) + sum(len(text.encode()) for text in HELP_TEXTS)
+    assert f"{size:,}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "wordpiece"])
