@@ -75,10 +75,23 @@ def encode(
 def labelled_examples(
     tokenizer: PreTrainedTokenizerBase, rows: list[LabelledText], labels: np.ndarray
 ) -> tuple[list[Example], int]:
-    """(examples, how many were cut); raises InputError for a text that has no tokens at all."""
+    """(examples, how many were cut).
+
+    Raises:
+        InputError: a text that has no tokens at all, or on which the tokenizer fails.
+    """
     if not rows:
         return [], 0
-    examples, cut = encode(tokenizer, [row.texts for row in rows])
+    try:
+        examples, cut = encode(tokenizer, [row.texts for row in rows])
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if len(rows) == 1:
+            raise InputError(f"{rows[0].place}: the tokenizer fails on it: {error}") from None
+        for row in rows:
+            labelled_examples(tokenizer, [row], labels[:1])
+        raise
     for row, example, label in zip(rows, examples, labels, strict=True):
         if len(example["input_ids"]) == 0:
             raise InputError(f"{row.place}: the tokenizer leaves nothing of the text")
