@@ -69,7 +69,13 @@ def find_local_files(path: str, formats: tuple[str, ...]) -> list[str]:
 def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """The files in it and below, without hidden ones and links to a folder that they stand in."""
     above = (*above, os.path.realpath(folder))
-    for name in os.listdir(folder or ".") if os.path.isdir(folder or ".") else ():
+    try:
+        names = os.listdir(folder or ".")
+    except OSError as error:
+        if os.path.isdir(folder):  # a disk's lost+found, say
+            _warn_once(f"left out {folder}: {error.strerror}")
+        names = []
+    for name in names:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             is_new = not name.startswith(".") and os.path.realpath(path) not in above

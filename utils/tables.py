@@ -180,7 +180,7 @@ def _json(file: str) -> Iterator[tuple[int, Any]]:
 
 def _check_header(file: str, names: Sequence[str]) -> None:
     for name in names:
-        if names.count(name) > 1:
+        if name and names.count(name) > 1:  # a spreadsheet leaves columns without a name
             raise InputError(f"{file}: two columns are called {name!r}: name each of them once")
 
 

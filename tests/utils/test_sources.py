@@ -443,6 +443,23 @@ def test_a_file_comes_once_however_many_links_lead_to_it(tmp_path, capsys):
     ]
 
 
+def test_a_folder_that_may_not_be_read_is_left_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lost+found").mkdir()
+    path = write(tmp_path / "a.jsonl", RECORDS)
+    listdir = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert find_files(Source(str(tmp_path))) == [path]
+    assert capsys.readouterr().err == (
+        f"warning: left out {tmp_path / 'lost+found'}: Permission denied\n"
+    )
+
+
 def test_local_names_that_look_like_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a::b.jsonl", "zip::c.jsonl.gz", "d[1].jsonl", "e*.parquet"):

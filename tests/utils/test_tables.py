@@ -112,6 +112,12 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
     assert str(error.value).startswith(message.format(path=path))
 
 
+def test_columns_without_a_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,,\na,b,,\n")
+    assert read_table(Table(str(path)))[0].values == {"text": "a", "label": "b", "": ""}
+
+
 def test_a_column_twice_in_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["a", "a"])
