@@ -312,10 +312,10 @@ def test_bad_records_and_files_are_left_out(recipe, call, tmp_path, tokenizers):
         folders[part] = tmp_path / part
         folders[part].mkdir()
         make = make_documents if recipe == "causal_lm" else make_prose
-        (folders[part] / "good.jsonl").write_bytes(lines(make(part, 60, number)))
+        (folders[part] / "good.jsonl").write_bytes(lines(make(part, 24, number)))
         names = [name for name in SOURCES if name not in QUIET]
-        bad[part] = [write(folders[part], name, SOURCES, PROSE, "text")[0] for name in names]
-    steps = {} if recipe == "train_tokenizer" else {"max_steps": 16, "report_to": []}
+        bad[part] = [write(folders[part], name, SOURCES, PROSE[:3], "text")[0] for name in names]
+    steps = {} if recipe == "train_tokenizer" else {"max_steps": 20, "report_to": []}
     main, words = pretraining_words(
         recipe, tmp_path / "run", folders, tokenizers, on_bad_record="skip", **steps
     )
