@@ -115,7 +115,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
                 f"chat_template: there is no {given}; there are {known}, or give a jinja file"
             )
         try:
-            tokenizer.chat_template = Path(shipped.get(given, given)).read_text(encoding="utf-8")
+            path = Path(shipped.get(given, given))
+            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise InputError(f"chat_template: cannot read {given}: {error.strerror}") from None
     template = tokenizer.chat_template

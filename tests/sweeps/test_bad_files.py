@@ -18,11 +18,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from transformers import AutoTokenizer
 
 from conftest import make_documents, make_prose
+from conversations import CHAT_TEMPLATES, ConversationArguments, set_chat_template
 from launching import TINY_BERT, TINY_RUN, command_line, metrics
 from recipes.bert import pretrain as bert
-from recipes.causal_lm import finetune as conversations
+from recipes.causal_lm import finetune as instructions
 from recipes.causal_lm import pretrain as causal_lm
 from recipes.classification import finetune as classification
 from recipes.corpus import train_tokenizer
@@ -175,7 +177,7 @@ FINETUNING = {
         },
     ),
     "conversations": (
-        conversations.main,
+        instructions.main,
         "prompt",
         [{"prompt": row["text"][:12], "completion": row["text"][:8]} for row in PROSE],
         {"model": TINY_RUN["model"], "chat_template": "plain"},
@@ -206,6 +208,16 @@ def assert_refused(ended: Any, path: Path, message: str) -> None:
     assert not ended.folder.exists()
 
 
+def finetuning_words(
+    recipe: str, folder: Path, data: dict[str, Any], wordpiece: Path, bpe: Path, **more: Any
+) -> list[str]:
+    _, _, _, settings = FINETUNING[recipe]
+    is_bert = settings["model"] == TINY_BERT["model"]
+    given = {"output_dir": folder, "tokenizer": wordpiece if is_bert else bpe}
+    lengths = {} if recipe == "summarization" else {"sequence_length": 64}
+    return command_line({**given, **lengths, **data, **settings, **more})
+
+
 CASES = [(recipe, name, part) for recipe in FINETUNING for name in TABLES for part in PARTS]
 
 
@@ -218,22 +230,15 @@ CASES = [(recipe, name, part) for recipe in FINETUNING for name in TABLES for pa
     ],
 )
 def test_tables(recipe, name, part, call, tmp_path, wordpiece_folder, tokenizer_folder):
-    main, text, rows, settings = FINETUNING[recipe]
+    main, text, rows, _ = FINETUNING[recipe]
     if recipe == "question_answering" and name in ("header twice", "jsonl as csv"):
         text = "context"
     good = tmp_path / "good.jsonl"
     good.write_bytes(lines(rows))
     path, message = write(tmp_path, name, TABLES, rows, text)
     data = {f"{p}_data": [{"path": str(path if p == part else good)}] for p in PARTS}
-    is_bert = settings["model"] == TINY_BERT["model"]
-    given = {
-        "output_dir": tmp_path / "run",
-        "tokenizer": wordpiece_folder if is_bert else tokenizer_folder,
-        **({} if recipe == "summarization" else {"sequence_length": 64}),
-        **data,
-        **settings,
-    }
-    ended = call(main, command_line(given), tmp_path / "run")
+    words = finetuning_words(recipe, tmp_path / "run", data, wordpiece_folder, tokenizer_folder)
+    ended = call(main, words, tmp_path / "run")
     if recipe == "question_answering" and name == "missing":
         message = "line 2: no column"
     assert_refused(ended, path, message)
@@ -326,3 +331,36 @@ def test_bad_records_and_files_are_left_out(recipe, call, tmp_path, tokenizers):
         assert named == [path.name for path in bad[part]], part
     if recipe != "train_tokenizer":
         assert any("eval_loss" in record for record in metrics(tmp_path / "run"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    template = (CHAT_TEMPLATES / "plain.jinja").read_text()
+    path = tmp_path / "own.jinja"
+    path.write_text(template, encoding="utf-8-sig")
+    set_chat_template(tokenizer, ConversationArguments(chat_template=str(path)))
+    assert tokenizer.chat_template == template
+
+
+@pytest.mark.parametrize("recipe", FINETUNING)
+def test_rows_that_are_held_out_and_trained_on(
+    recipe, call, tmp_path, wordpiece_folder, tokenizer_folder
+):
+    main, text, rows, _ = FINETUNING[recipe]
+    parts = {"train": rows[:20], "validation": rows[20:], "test": [rows[21], rows[3]]}
+    data = {}
+    for part, of_part in parts.items():
+        (tmp_path / f"{part}.jsonl").write_bytes(lines(of_part))
+        data[f"{part}_data"] = [{"path": str(tmp_path / f"{part}.jsonl")}]
+    folder, tokenizers = tmp_path / "run", (wordpiece_folder, tokenizer_folder)
+    words = finetuning_words(recipe, folder, data, *tokenizers, on_leaked_rows="fail")
+    ended = call(main, words, folder)
+    assert (ended.status, folder.exists()) == (2, False)
+    assert ended.error.startswith(
+        "error: on_leaked_rows: 1 of 2 test rows stand in train_data too, the first: "
+    )
+    assert rows[3][text].split()[0] in ended.error
+    del data["validation_data"]
+    words = finetuning_words(recipe, folder, data, *tokenizers, validation_split=1e-9)
+    ended = call(main, words, folder)
+    assert ended.error.startswith("error: validation_split: 1e-09 of 20 rows, by their hashes, ")
