@@ -236,10 +236,10 @@ def check_labels(labels: dict[str, np.ndarray], args: Arguments) -> None:
 def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    parts = [*read_labelled_texts(tables, args).values()]
-    parts, leaks = hold_out(parts, attrgetter("texts"), args)
+    rows = read_labelled_texts(tables, args)
+    names = label_names(rows["train"], args)  # also those of rows that are held out of them
+    parts, leaks = hold_out([*rows.values()], attrgetter("texts"), args)
     rows = dict(zip(tables, parts, strict=True))
-    names = label_names(rows["train"], args)
     labels = {split: label_ids(found, names, args) for split, found in rows.items()}
     check_labels(labels, args)
     weights = class_weights(names, labels["train"], args)

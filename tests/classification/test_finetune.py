@@ -48,6 +48,7 @@ from launching import (
 from recipes.classification import finetune as classification
 from recipes.classification.finetune import ClassificationLoss
 from utils.config import parse, read_yaml
+from utils.epochs import digest
 from utils.export import export
 
 SCRIPT = "recipes/classification/finetune.py"
@@ -624,6 +625,19 @@ def test_held_out_data_of_one_class(fine_tune: Callable, texts: Path, tmp_path: 
         "error: metric_for_best_model: eval_roc_auc is not defined: all rows of the validation "
         "data have the same label\n"
     )
+
+
+def test_a_label_whose_rows_are_all_held_out(fine_tune: Callable, tmp_path: Path):
+    rows = make_rows(90, 0)
+    shares = {row["text"]: int(digest([(row["text"],)]), 16) / 2**64 for row in rows}
+    (held_out := min(rows, key=lambda row: shares[row["text"]]))["label"] = "rare"
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    data = {"train_data": [{"path": str(tmp_path / "train.jsonl")}], "validation_data": []}
+    share = shares[held_out["text"]] + 1e-9
+    ended = fine_tune(**data, test_data=[], validation_split=share)
+    assert ended.status == 0, ended.error
+    assert "labels: code, prose, rare, web\n" in ended.output
+    assert "examples: 89 train, 1 validation, 0 test\n" in ended.output
 
 
 def test_a_part_of_the_training_data_is_held_out(fine_tune: Callable, texts: Path):
