@@ -167,6 +167,11 @@ def read_prompts(args: Arguments) -> list[tuple[str, str]]:
             prompts = [(place, prompt_of_json(place, line)) for place, line in prompts]
     if not prompts:
         raise InputError(f"{args.prompt_file or 'prompt'} is empty: there is nothing to continue")
+    for place, text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, or bytes that the terminal gave
+            raise InputError(f"{place} is not Unicode: {text!a:.60}") from None
     return prompts
 
 

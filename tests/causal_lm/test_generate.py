@@ -355,6 +355,12 @@ def test_prompts_from_a_text_file_and_from_yaml(run, tmp_path, monkeypatch, fold
     assert parse(generate.Arguments, [str(config)]).prompt == prompts
 
 
+def test_prompts_that_are_no_unicode():
+    arguments = generate.Arguments("model", prompt=["a", "b \udcff", "\ud83d"])
+    with pytest.raises(InputError, match=r"^prompt 2 is not Unicode: 'b \\udcff'$"):
+        generate.read_prompts(arguments)
+
+
 @pytest.mark.parametrize("prompt", ["def ", "", "class A:", "- 1", "yes", "12", "# a", "[x]", "{"])
 def test_a_prompt_on_the_command_line_is_taken_as_it_stands(prompt):
     argv = ["--model_name_or_path", "m", "--prompt", prompt]
