@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 UTILS_FILES = 29
-UTILS_LINES = 5_140
+UTILS_LINES = 5_180
 FILE_LINES = 350
 
 UTILS = [path for path in sorted(ROOT.glob("utils/**/*.py")) if path.name != "__init__.py"]

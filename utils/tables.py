@@ -1,10 +1,11 @@
 """Rows of labelled data: local csv, jsonl, json and parquet files, or a dataset of the Hub."""
 
 import csv
+import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -112,6 +113,38 @@ def read_table(table: Table) -> list[TableRow]:
     if not rows:
         raise InputError(f"{table.path} holds no rows")
     return rows
+
+
+def naming_failures(encode: Callable) -> Callable:
+    """`encode(rows, …)`, which tokenizes rows, so that one on which the tokenizer fails is named.
+
+    Its failures are bare exceptions or, where its Rust panics, no Exceptions at all.
+    """
+
+    def is_failure(error: BaseException) -> bool:
+        return type(error) is Exception or type(error).__name__ == "PanicException"
+
+    @functools.wraps(encode)
+    def encode_or_name(rows: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return encode(rows, *arguments, **options)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            for row in rows:
+                try:
+                    encode([row], *arguments, **options)
+                except InputError:
+                    continue
+                except BaseException as of_row:
+                    if not is_failure(of_row):
+                        raise
+                    place = getattr(row, "place", None) or shorten(str(row), 60)
+                    problem = f"{place}: the tokenizer fails on it: {of_row}"
+                    raise InputError(problem) from None
+            raise
+
+    return encode_or_name
 
 
 def _slice(rows: list[TableRow], table: Table) -> list[TableRow]:

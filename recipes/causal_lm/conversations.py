@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.progress import in_batches
-from utils.tables import TableRow
+from utils.tables import TableRow, naming_failures
 
 # whom each role may follow; None: the beginning
 FOLLOWS = {
@@ -194,6 +194,7 @@ def _name_unwritable(
             ) from None
 
 
+@naming_failures
 def to_examples(
     rows: Sequence[TableRow],
     tokenizer: PreTrainedTokenizerBase,

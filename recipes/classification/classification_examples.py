@@ -11,6 +11,7 @@ from labelled_texts import LabelledText
 from utils.config import InputError
 from utils.progress import in_batches
 from utils.randomness import random_key
+from utils.tables import naming_failures
 
 Example = dict[str, Any]  # input_ids, of some models token_type_ids, and the label
 
@@ -82,16 +83,8 @@ def labelled_examples(
     """
     if not rows:
         return [], 0
-    try:
-        examples, cut = encode(tokenizer, [row.texts for row in rows])
-    except BaseException as error:  # a panic in Rust is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if len(rows) == 1:
-            raise InputError(f"{rows[0].place}: the tokenizer fails on it: {error}") from None
-        for row in rows:
-            labelled_examples(tokenizer, [row], labels[:1])
-        raise
+    encode_rows = naming_failures(lambda part: encode(tokenizer, [row.texts for row in part]))
+    examples, cut = encode_rows(rows)
     for row, example, label in zip(rows, examples, labels, strict=True):
         if len(example["input_ids"]) == 0:
             raise InputError(f"{row.place}: the tokenizer leaves nothing of the text")

@@ -35,6 +35,7 @@ from utils.model import empty_model, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
+from utils.tables import naming_failures
 from utils.training import Training
 
 USAGE = """
@@ -187,13 +188,14 @@ def main() -> None:
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     fingerprint = {"the training data": digest(train_pairs), "the tokenizer": digest([backend])}
     encode = PairEncoder(tokenizer, args, config)
-    train = encode(train_pairs)
+    encode_pairs = naming_failures(encode)
+    train = encode_pairs(train_pairs)
     facts: dict[str, Any] = {
         "pairs": f"{len(train):,}; cut are {encode.cut_sources:,} sources and "
         f"{encode.cut_targets:,} targets",
         **leaks,
     }
-    validation, test = encode(validation_pairs), encode(test_pairs)
+    validation, test = encode_pairs(validation_pairs), encode_pairs(test_pairs)
     args = args.for_examples(len(train))
     if not is_encoder_decoder:
         check_head(empty_model(config))

@@ -24,7 +24,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     pipeline,
     set_seed,
 )
@@ -660,29 +659,6 @@ def test_rows_that_are_trained_on_and_tested_on(fine_tune: Callable, texts: Path
     ended = fine_tune("other", test_data=[{"path": path}], on_leaked_rows="fail")
     assert (ended.status, ended.folder.exists()) == (2, False)
     assert ended.error.startswith("error: on_leaked_rows: 1 of 30 test rows stand in train_data")
-
-
-def test_a_text_on_which_the_tokenizer_fails(
-    fine_tune: Callable, texts: Path, monkeypatch: pytest.MonkeyPatch
-):
-    class PanicException(BaseException):
-        """As pyo3 has it."""
-
-    text = make_rows(30, 1)[7]["text"]
-    encode = PreTrainedTokenizerFast._encode_plus
-
-    def fail(self, *args, **kwargs):
-        if text in str((args, kwargs)):
-            raise PanicException("retry-limit-in-match over")
-        return encode(self, *args, **kwargs)
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", fail)
-    ended = fine_tune()
-    assert (ended.status, ended.folder.exists()) == (2, False)
-    assert ended.error == (
-        f"error: {texts / 'validation.jsonl'}, line 8: the tokenizer fails on it: "
-        "retry-limit-in-match over\n"
-    )
 
 
 def set_labels(label: Any) -> Callable[[list[dict]], None]:

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import make_documents, make_prose
 from conversations import CHAT_TEMPLATES, ConversationArguments, set_chat_template
@@ -331,6 +331,37 @@ def test_bad_records_and_files_are_left_out(recipe, call, tmp_path, tokenizers):
         assert named == [path.name for path in bad[part]], part
     if recipe != "train_tokenizer":
         assert any("eval_loss" in record for record in metrics(tmp_path / "run"))
+
+
+class PanicException(BaseException):
+    """What a panic in Rust is here: pyo3_runtime gives out its own only when there is one."""
+
+
+@pytest.mark.parametrize("recipe", FINETUNING)
+@pytest.mark.parametrize("error", [PanicException, Exception])
+def test_rows_on_which_the_tokenizer_fails(
+    recipe, error, call, tmp_path, wordpiece_folder, tokenizer_folder, monkeypatch
+):
+    main, text, rows, _ = FINETUNING[recipe]
+    (tmp_path / "good.jsonl").write_bytes(lines(rows[:20]))
+    (tmp_path / "bad.jsonl").write_bytes(lines(rows[20:]))
+    encode, mark = PreTrainedTokenizerFast._encode_plus, rows[22][text]
+
+    def fail(self, *arguments, **options):
+        if mark in str((arguments, options)):
+            raise error("retry-limit-in-match over")
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", fail)
+    names = {"train_data": "good", "validation_data": "bad"}
+    data = {key: [{"path": str(tmp_path / f"{name}.jsonl")}] for key, name in names.items()}
+    folder = tmp_path / "run"
+    words = finetuning_words(recipe, folder, data, wordpiece_folder, tokenizer_folder)
+    ended = call(main, words, folder)
+    assert (ended.status, folder.exists()) == (2, False)
+    place = f"{tmp_path / 'bad.jsonl'}, line 3" if recipe != "summarization" else "Pair(source="
+    assert ended.error.startswith(f"error: {place}")
+    assert ended.error.endswith(": the tokenizer fails on it: retry-limit-in-match over\n")
 
 
 def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path, tokenizer_folder):
