@@ -105,7 +105,7 @@ class Arguments:
 
 def prepare(args: classification.Arguments) -> tuple[Any, Any, list[dict[str, Any]]]:
     """(tokenizer, configuration, examples of the training data), the same for both."""
-    rows = read_labelled_texts(args.train_data, args)
+    rows = read_labelled_texts({"train": args.train_data}, args)["train"]
     names = label_names(rows, args)
     tokenizer = load_tokenizer(args)
     config = model_config(args, tokenizer)

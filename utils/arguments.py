@@ -185,6 +185,10 @@ class FinetuningArguments(TrainingArguments):
     train_data: list[Table] = field(default_factory=list)
     validation_data: list[Table] = field(default_factory=list)
     test_data: list[Table] = field(default_factory=list)  # read once, at the end of the run
+    # share of train_data, by the hash of each row, that is validation data where there are none
+    validation_split: float | None = None
+    # when the texts of held-out rows stand in train_data too: they are counted, or stop the run
+    on_leaked_rows: Literal["report", "fail"] = "report"
     num_train_epochs: float = 3.0  # unless max_steps says how long the run is
     global_batch_size: int = 32  # examples a step, over all processes
     # A micro-batch holds at most this many examples of sequence_length, or more that are shorter:
@@ -217,9 +221,18 @@ class FinetuningArguments(TrainingArguments):
                         f"{name}: say which split of {table.path} it is, for example "
                         f"{{path: {table.path}, split: {name.removesuffix('_data')}}}"
                     )
-        if not self.validation_data and self.early_stopping_patience is not None:
+        if self.validation_split is not None:
+            if self.validation_data:
+                raise InputError("validation_split: there is validation_data too: keep one of them")
+            if not 0 < self.validation_split < 1:
+                raise InputError(f"validation_split must be in (0, 1), not {self.validation_split}")
+        if not self.has_validation and self.early_stopping_patience is not None:
             raise InputError("early_stopping_patience: give validation_data to stop by")
         super().check()
+
+    @property
+    def has_validation(self) -> bool:
+        return bool(self.validation_data) or self.validation_split is not None
 
     def check_batch(self, per_device_batch_size: int) -> None:
         """Any micro-batches make up a step: there is nothing that would not divide."""

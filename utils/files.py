@@ -1,8 +1,11 @@
 """Files anywhere (local, or at a URL that fsspec opens), read in ranges and with patience."""
 
+import functools
+import glob
 import gzip
 import io
 import os
+import re
 import shutil
 import sys
 import time
@@ -14,12 +17,95 @@ from typing import Any
 
 import fsspec
 import zstandard
+from fsspec.utils import glob_translate
+
+from utils.config import InputError
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a read that failed is tried again
 REMOTE_BLOCK = 2**21  # bytes of a range that is fetched
 BUFFER = 2**18
 # of a file that cannot be read, or whose compression is damaged
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+
+
+def warn(message: str, each_rank: bool = False) -> None:
+    """A line on the screen, of the first rank alone unless each has to say it."""
+    from utils.ranks import launched_rank  # with torch, which files alone do not need
+
+    if each_rank or launched_rank() == 0:
+        start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
+        print(f"{start}warning: {message}", file=sys.stderr, flush=True)
+
+
+_warn_once = functools.cache(warn)
+
+
+def find_local_files(path: str, formats: tuple[str, ...]) -> list[str]:
+    """The files of a name, of a folder and all below it, or of a pattern; sorted.
+
+    A file that has several names, by links to it or to its folder, comes once: by its own name.
+
+    Args:
+        formats: how the names of a folder's files end; those of a pattern end in any way.
+    """
+    if os.path.isdir(path):
+        found = [file for file in _walk(path) if file.endswith(formats)]
+    elif os.path.exists(path):
+        found = [path]
+    elif "**" in (parts := path.split("/")):  # glob would follow links that lead back, for ever
+        pattern = "/".join(part if part == "**" else part.replace("**", "*") for part in parts)
+        folder = re.match("([^*?[]*/)?", path)[0]
+        found = [*filter(re.compile(glob_translate(pattern)).match, _walk(folder))]
+    else:
+        found = glob.glob(path)
+    found.sort(key=lambda file: (os.path.realpath(file) != os.path.abspath(file), file))
+    files = {_identity(file): file for file in reversed(found)}
+    if len(files) < len(found):
+        again = len(found) - len(files)
+        _warn_once(f"{path}: {again} more names (links) of the same files are left out")
+    return sorted(files.values())
+
+
+def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files in it and below, without hidden ones and links to a folder that they stand in."""
+    above = (*above, os.path.realpath(folder))
+    try:
+        names = os.listdir(folder or ".")
+    except OSError as error:
+        if os.path.isdir(folder):  # a disk's lost+found, say
+            _warn_once(f"left out {folder}: {error.strerror}")
+        names = []
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            is_new = not name.startswith(".") and os.path.realpath(path) not in above
+            yield from _walk(path, above) if is_new else ()
+        elif not name.startswith("."):
+            yield path
+
+
+def _identity(file: str) -> Any:
+    """The same for all names of a file."""
+    status = os.stat(file) if os.path.exists(file) else None
+    # without hard links the numbers of files mean nothing on some file systems
+    is_linked = status is not None and status.st_nlink > 1
+    return (status.st_dev, status.st_ino) if is_linked else os.path.realpath(file)
+
+
+def find_remote_files(url: str, formats: tuple[str, ...]) -> list[str]:
+    """As `find_local_files`, by whatever file system fsspec has for the URL."""
+    first, _, archive = url.partition("::")
+    if archive and "://" in first:
+        raise InputError(f"{url!r}: files inside of another are not read: unpack {archive}")
+    try:
+        filesystem, pattern = fsspec.url_to_fs(url)
+        if not url.endswith(formats) and filesystem.isdir(pattern):
+            found = [file for file in filesystem.find(pattern) if file.endswith(formats)]
+        else:
+            found = filesystem.glob(pattern)
+    except Exception as error:  # every file system has kinds of its own
+        raise InputError(f"source {url!r}: {type(error).__name__}: {error}") from None
+    return [filesystem.unstrip_protocol(file) for file in found]
 
 
 @contextmanager
@@ -39,7 +125,10 @@ def open_file(address: str) -> Iterator[io.BufferedIOBase]:
 
 class _File(io.RawIOBase):
     def __init__(self, address: str):
-        self.filesystem, self.path = fsspec.url_to_fs(address)
+        # a local name may hold what fsspec takes for a chain of file systems: a::b.jsonl
+        is_local = os.path.exists(address) or "://" not in address
+        local = (fsspec.filesystem("file"), address)
+        self.filesystem, self.path = local if is_local else fsspec.url_to_fs(address)
         self.address, self.stream, self.place = address, None, 0
         self.size = self._try(lambda stream: stream.seek(0, io.SEEK_END))
 

@@ -121,6 +121,23 @@ class Corpus:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+def encode_documents(
+    encode: Callable[[list[str]], Sequence],
+    documents: Sequence[Document],
+    report: Callable[[BadRecord], None],
+) -> list:
+    """As `encode` has their texts; None for one on which the tokenizer fails, which is reported."""
+    try:
+        return list(encode([document.text for document in documents]))
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if len(documents) > 1:
+            return [e for one in documents for e in encode_documents(encode, [one], report)]
+        text, _, position, end, file, _ = documents[0]
+        problem = f"the tokenizer fails on its {len(text):,} characters: {error}"
+        report(BadRecord(problem, position, end, file))
+        return [None]
 
 
 class Lanes:
@@ -173,20 +190,24 @@ class Cursor:
 
     def next(self, counts: dict[str, int]) -> tuple[Any, Document] | None:
         """The next encoded document, or None when the epochs of the source are spent."""
-        while self.chunk is None or self.taken >= len(self.chunk):
-            if self.chunk is not None:
-                counts["bad_records"] += self.bad_records
-                self._leave_chunk()
-            if self.spent:
-                return None
-            self._read_chunk()
-        if not self.encoded:
-            ahead = self.chunk[self.taken : self.taken + self.encode_batch]
-            self.encoded = list(self.lanes.encode([document.text for document in ahead]))[::-1]
-            self.encode_batch = min(2 * self.encode_batch, ENCODE_BATCH)
-        document = self.chunk[self.taken]
-        self.taken += 1
-        return self.encoded.pop(), document
+        while True:
+            while self.chunk is None or self.taken >= len(self.chunk):
+                if self.chunk is not None:
+                    counts["bad_records"] += self.bad_records
+                    self._leave_chunk()
+                if self.spent:
+                    return None
+                self._read_chunk()
+            if not self.encoded:
+                ahead = self.chunk[self.taken : self.taken + self.encode_batch]
+                report = self.lanes.bad_records.report
+                self.encoded = encode_documents(self.lanes.encode, ahead, report)[::-1]
+                self.encode_batch = min(2 * self.encode_batch, ENCODE_BATCH)
+            document, encoded = self.chunk[self.taken], self.encoded.pop()
+            self.taken += 1
+            if encoded is not None:
+                return encoded, document
+            counts["bad_records"] += 1
 
     def close(self) -> None:
         if self.reader is not None:

@@ -96,7 +96,7 @@ class RunState:
         )
         value, sign = results[name], 1 if arguments.is_greater_better else -1
         best = -math.inf if self.best_metric is None else sign * self.best_metric
-        if sign * value > best:
+        if value is not None and sign * value > best:  # null: not defined, of this evaluation
             self.best_metric, self.best_step = value, self.step
             self.evaluations_since_best = 0
         else:

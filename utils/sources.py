@@ -5,26 +5,26 @@ Formats: `.jsonl`, `.jsonl.gz`, `.jsonl.zst` and `.parquet`, on a local disk, on
 ranges, never downloaded whole first.
 """
 
-import glob
+import functools
 import io
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow.parquet
 
 from utils.config import InputError
-from utils.files import READ_ERRORS, open_file
+from utils.files import READ_ERRORS, find_local_files, find_remote_files, open_file, warn
+from utils.tables import ABSENT, value_at
 
 # .json.gz: JSON lines too, as C4 and Dolma name theirs
 FORMATS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")
 BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
+HELD_OUT_CHECKED = 1000  # documents of a source that are read before the first step
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Source:
     name: str | None = None  # in the logs; default: the path
     weight: float = 1.0  # share of the tokens, relative to the other sources
     epochs: int | None = None  # times each document is seen; null: as often as the run needs
-    text_field: str = "text"  # dots reach inside: content.text
+    text_field: str = "text"  # content.text: a field of that name, or else text inside of content
     domain_field: str | None = None  # for example meta.redpajama_set_name or meta.pile_set_name
     split: str = "train"  # of a dataset on the Hub
     config_name: str | None = None  # of a dataset on the Hub
@@ -93,8 +93,7 @@ class BadRecords:
             return
         self.messages.add(message)
         last = "; more are only counted" if len(self.messages) == self.shown else ""
-        start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
-        print(f"{start}warning: skipped {message}{last}", file=sys.stderr, flush=True)
+        warn(f"skipped {message}{last}", self.one_rank)
 
 
 def find_files(source: Source) -> list[str]:
@@ -103,39 +102,26 @@ def find_files(source: Source) -> list[str]:
     Raises:
         InputError: nothing matches, or a format that cannot be read.
     """
-    path = source.path
-    if os.path.isdir(path):
-        files = _readable(glob.glob(f"{glob.escape(path)}/**", recursive=True))
-    elif os.path.exists(path):
-        files = [path]
-    elif "://" in path:
-        files = _remote_files(path)
-    elif any(mark in path for mark in "*?[") or path.endswith(FORMATS) or path.count("/") != 1:
-        files = glob.glob(path, recursive=True)
+    path, exists, is_of_the_hub = source.path, os.path.exists(source.path), False
+    is_pattern = not exists and (path.endswith(FORMATS) or any(mark in path for mark in "*?["))
+    if not exists and "://" in path:
+        files = find_remote_files(path, FORMATS)
+    elif exists or is_pattern or path.count("/") != 1:
+        files = find_local_files(path, FORMATS)
     else:
-        files = _hub_files(source)
+        files, is_of_the_hub = _hub_files(source), True
+    for name, nothing in {"split": "train", "config_name": None, "revision": None}.items():
+        if not is_of_the_hub and getattr(source, name) != nothing:
+            raise InputError(
+                f"source {path!r}: {name} {getattr(source, name)!r} is for datasets of the Hub, "
+                "and these are files: leave it out"
+            )
     if not files:
         raise InputError(f"source {path!r}: no file matches (of {', '.join(FORMATS)})")
     for file in files:
         if not file.endswith(FORMATS) or os.path.isdir(file):
             raise InputError(f"source {path!r}: cannot read {file}: not {', '.join(FORMATS)}")
     return sorted(files)
-
-
-def _readable(files: list[str]) -> list[str]:
-    return [file for file in files if file.endswith(FORMATS) and not os.path.isdir(file)]
-
-
-def _remote_files(url: str) -> list[str]:
-    try:
-        filesystem, pattern = fsspec.url_to_fs(url)
-        if not url.endswith(FORMATS) and filesystem.isdir(pattern):
-            found = _readable(filesystem.find(pattern))
-        else:
-            found = filesystem.glob(pattern)
-    except Exception as error:  # every file system has kinds of its own
-        raise InputError(f"source {url!r}: {type(error).__name__}: {error}") from None
-    return [filesystem.unstrip_protocol(file) for file in found]
 
 
 def _hub_files(source: Source) -> list[str]:
@@ -153,34 +139,46 @@ def _hub_files(source: Source) -> list[str]:
         ) from None
     if source.split not in splits:
         has = ", ".join(map(str, splits)) or "no files"
-        raise InputError(f"source {source.path!r} has no split {source.split!r} (it has: {has})")
+        hint = "; a stream cannot be cut into slices" if "[" in source.split else ""
+        raise InputError(
+            f"source {source.path!r} has no split {source.split!r} (it has: {has}){hint}"
+        )
     return [str(file) for file in splits[source.split]]
 
 
-def check_documents(sources: list[Source], on_bad_record: str = "fail") -> list[list[str]]:
-    """The files of each source, after a look for its first document.
+def check_documents(
+    sources: list[Source], on_bad_record: str = "fail", count: int = 1
+) -> list[list[str]]:
+    """The files of each source, after a look at its first `count` documents.
 
     Raises:
-        InputError: as `find_files`; a source without a document.
+        InputError: as `find_files`; a source without a document; a broken record that stops.
     """
     found = [find_files(source) for source in sources]
     for source, files in zip(sources, found, strict=True):
-        if _first_document(source, files, on_bad_record) is None:
+        if not _has_documents(source, files, on_bad_record, count):
             shown = ", ".join(files[:3])
             raise InputError(f"source {source.path!r} is empty: no document in {shown}")
     return found
 
 
-def _first_document(source: Source, files: list[str], on_bad_record: str) -> Document | None:
-    broken_records = itertools.count(1)
+def check_held_out(sources: list[Source], limit: int | None, on_bad_record: str) -> None:
+    """`check_documents`, of the first documents that `held_out_documents` will give."""
+    check_documents(sources, on_bad_record, min(limit or HELD_OUT_CHECKED, HELD_OUT_CHECKED))
+
+
+def _has_documents(source: Source, files: list[str], on_bad_record: str, count: int) -> bool:
+    broken_records, found = itertools.count(1), False
 
     def report(problem: BadRecord | OSError) -> None:
         # so many are not a broken record here and there: the settings are wrong
-        is_too_many = isinstance(problem, BadRecord) and next(broken_records) == 1000
+        is_too_many = not found and isinstance(problem, BadRecord) and next(broken_records) == 1000
         if on_bad_record == "fail" or is_too_many:
             raise InputError(f"source {source.path!r}: {problem}")
 
-    return next(documents(source, files, report), None)
+    for _ in itertools.islice(documents(source, files, report), count):
+        found = True
+    return found
 
 
 def read(
@@ -225,14 +223,15 @@ def held_out_documents(
     sources: list[Source], limit: int | None, on_bad_record: str = "fail"
 ) -> Iterator[Document]:
     """The documents of the sources in the order of their files: of each source at most `limit`."""
-
-    def report(problem: BadRecord | OSError) -> None:
-        if isinstance(problem, OSError):
-            raise InputError(str(problem))  # else ranks may go on with different documents
-        BadRecords(on_bad_record, shown=0).report(problem)
-
     for source in sources:
+        report = _held_out_records(source.path, on_bad_record).report
         yield from itertools.islice(documents(source, find_files(source), report), limit)
+
+
+@functools.cache
+def _held_out_records(path: str, on_bad_record: str) -> BadRecords:
+    """Every evaluation meets them; they are named once."""
+    return BadRecords(on_bad_record)
 
 
 def describe_position(file: str, position: int) -> str:
@@ -291,11 +290,13 @@ def _parquet_rows(
     stream: io.BufferedIOBase, shard: Shard, source: Source, position: int | None
 ) -> Iterator[tuple[pyarrow.StructScalar, int, int]]:
     with pyarrow.parquet.ParquetFile(stream) as table:
-        text, _, _ = source.text_field.partition(".")
-        domain, _, _ = (source.domain_field or "").partition(".")
         names = table.schema_arrow.names
+        text, domain = (
+            {name for name in names if f"{field}.".startswith(f"{name}.")}
+            for field in (source.text_field, source.domain_field or "")
+        )
         # without its text field a row is reported with the names of the fields that it has
-        columns = [name for name in names if name in (text, domain)] if text in names else names
+        columns = [name for name in names if name in text | domain] if text else names
         rows = table.metadata.num_rows
         start, stop = (rows * part // shard.parts for part in (shard.part, shard.part + 1))
         start = start if position is None else position
@@ -326,23 +327,21 @@ def _document(
             record = json.loads(record.decode().lstrip("\ufeff"))  # a byte order mark
         else:
             record = record.as_py()
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         return bad(f"not JSON: {error}" if isinstance(record, bytes) else f"{error}")
-    text = _field(record, source.text_field)
+    text = value_at(record, source.text_field)
     if not isinstance(text, str):
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        wrong = "no field" if text is None else f"{type(text).__name__}, not text, in the field"
+        wrong = "no field" if text is ABSENT else f"{type(text).__name__}, not text, in the field"
+        wrong = "null in the field" if text is None else wrong
         return bad(f"{wrong} {source.text_field!r} (it has: {has})")
+    domain = value_at(record, source.domain_field) if source.domain_field else None
+    domain = source.name or source.path if domain in (None, ABSENT) else str(domain)
+    field = source.text_field
     try:
         size = len(text.encode())
+        field = source.domain_field
+        domain.encode()
     except UnicodeEncodeError as error:  # half a surrogate pair: JSON can spell it
-        return bad(f"not Unicode in the field {source.text_field!r}: {error}")
-    domain = _field(record, source.domain_field) if source.domain_field else None
-    name = source.name or source.path
-    return Document(text, name if domain is None else str(domain), position, end, shard.file, size)
-
-
-def _field(record: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
+        return bad(f"not Unicode in the field {field!r}: {error}")
+    return Document(text, domain, position, end, shard.file, size)

@@ -1,10 +1,11 @@
 """Rows of labelled data: local csv, jsonl, json and parquet files, or a dataset of the Hub."""
 
 import csv
-import glob
+import functools
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 
 from utils.config import InputError
+from utils.files import find_local_files
 
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+ABSENT = object()  # where null may stand, too
 
 
 @dataclass
@@ -25,12 +28,14 @@ class Table:
         str  # a file or glob (.csv, .tsv, .jsonl, .json, .parquet), or a dataset's name on the Hub
     )
     name: str | None = None  # of the Hub dataset's configuration
-    split: str | None = None  # of the Hub dataset; null: train, and of train_data alone
+    # as datasets has it: "train[:90%]", "train[100:200]+train[-10%:]"; files are all "train". Null:
+    # train; of a Hub dataset in train_data alone
+    split: str | None = None
     revision: str | None = None  # of the Hub dataset: a commit or a branch
 
     @property
     def is_of_the_hub(self) -> bool:
-        return not self.path.endswith(FORMATS)
+        return not self.path.endswith(FORMATS) and not os.path.exists(self.path)
 
 
 class TableRow(NamedTuple):
@@ -46,20 +51,44 @@ class TableRow(NamedTuple):
         return f"{self.file}, {self.unit} {self.number}"
 
     def get(self, column: str) -> Any:
-        """Raises InputError where the row has no such column."""
-        if column not in self.values:
+        """Of the column or, with dots, what is inside of one: translation.en.
+
+        Raises:
+            InputError: the row has no such column, or there is half a character in it.
+        """
+        value = value_at(self.values, column)
+        if value is ABSENT:
             known = ", ".join(map(str, self.values))
             raise InputError(f"{self.place}: no column {column!r}; there are: {known}")
-        return self.values[column]
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it
+            raise InputError(f"{self.place}: {column} is not Unicode: {value!a:.60}") from None
+        return value
 
     def text(self, column: str) -> str:
         """Raises InputError where the column is not text, or empty."""
         value = self.get(column)
         if not isinstance(value, str):
-            raise InputError(f"{self.place}: {column} must be text, not {value!r}")
+            shown = "null" if value is None else repr(value)
+            raise InputError(f"{self.place}: {column} must be text, not {shown}")
         if not value.strip():
             raise InputError(f"{self.place}: {column} is empty")
         return value
+
+
+def value_at(values: Any, name: str) -> Any:
+    """What stands under a name or, where it has dots, along it: ABSENT, or null, or a value.
+
+    A key that has the dots itself comes first: {"doc.text": …} before {"doc": {"text": …}}.
+    """
+    if not isinstance(values, dict) or name in values:
+        return values[name] if isinstance(values, dict) else ABSENT
+    for dot in reversed([match.start() for match in re.finditer(r"\.", name)]):
+        found = value_at(values.get(name[:dot]), name[dot + 1 :])
+        if found is not ABSENT:
+            return found
+    return ABSENT
 
 
 def read_table(table: Table) -> list[TableRow]:
@@ -69,10 +98,13 @@ def read_table(table: Table) -> list[TableRow]:
         InputError: no such file or dataset, a broken line, or no rows at all.
     """
     if table.path.endswith(FORMATS):
-        files = sorted(glob.glob(table.path))
+        for name in ("name", "revision"):
+            if getattr(table, name) is not None:
+                raise InputError(f"{table.path}: {name} is for datasets of the Hub: leave it out")
+        files = find_local_files(table.path, FORMATS)
         if not files:
             raise InputError(f"no file {table.path}")
-        rows = [row for file in files for row in _read_file(file)]
+        rows = _slice([row for file in files for row in _read_file(file)], table)
     elif os.path.exists(table.path):
         kinds = ", ".join(FORMATS)
         raise InputError(f"{table.path}: give files of one of these kinds: {kinds}")
@@ -81,6 +113,54 @@ def read_table(table: Table) -> list[TableRow]:
     if not rows:
         raise InputError(f"{table.path} holds no rows")
     return rows
+
+
+def naming_failures(encode: Callable) -> Callable:
+    """`encode(rows, …)`, which tokenizes rows, so that one on which the tokenizer fails is named.
+
+    Its failures are bare exceptions or, where its Rust panics, no Exceptions at all.
+    """
+
+    def is_failure(error: BaseException) -> bool:
+        return type(error) is Exception or type(error).__name__ == "PanicException"
+
+    @functools.wraps(encode)
+    def encode_or_name(rows: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return encode(rows, *arguments, **options)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            for row in rows:
+                try:
+                    encode([row], *arguments, **options)
+                except InputError:
+                    continue
+                except BaseException as of_row:
+                    if not is_failure(of_row):
+                        raise
+                    place = getattr(row, "place", None) or shorten(str(row), 60)
+                    problem = f"{place}: the tokenizer fails on it: {of_row}"
+                    raise InputError(problem) from None
+            raise
+
+    return encode_or_name
+
+
+def _slice(rows: list[TableRow], table: Table) -> list[TableRow]:
+    """The rows that `datasets.load_dataset(…, split=table.split)` gives of the files."""
+    if table.split in (None, "train"):
+        return rows
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(table.split).to_absolute({"train": len(rows)})
+    except (ValueError, AssertionError):
+        raise InputError(
+            f"{table.path}: split {table.split!r}: files have the split train alone, or a slice: "
+            "train[:90%], train[90%:], train[100:200]"
+        ) from None
+    return [row for part in parts for row in rows[part.from_ : part.to]]
 
 
 def _read_file(file: str) -> Iterator[TableRow]:
@@ -94,26 +174,35 @@ def _read_file(file: str) -> Iterator[TableRow]:
                 raise InputError(f"{file}, {unit} {number}: not a mapping of columns: {shown}")
             yield TableRow(values, file, unit, number)
     except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, pyarrow.ArrowException, csv.Error) as error:
-        raise InputError(f"cannot read {file}: {error}") from None
+        reason = error.strerror or shorten(str(error), 200)
+        raise InputError(f"cannot read {file}: {reason}") from None
+    except UnicodeDecodeError as error:
+        with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+            broken = (n for n, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
+            where = "" if reader is _parquet else f", line {next(broken)}"
+        raise InputError(f"{file}{where}: not UTF-8: {error.reason}") from None
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise InputError(f"cannot read {file}: {shorten(str(error), 200)}") from None
 
 
 def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.isspace():
+            line = line.lstrip("\ufeff")  # a byte order mark, also where files were joined
+            if line.strip():
                 try:
                     yield number, json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{file}, line {number}: not JSON: {error}") from None
 
 
 def _json(file: str) -> Iterator[tuple[int, Any]]:
-    with open(file, encoding="utf-8") as text:
+    with open(file, encoding="utf-8-sig") as text:
         try:
             values = json.load(text)
-        except ValueError as error:
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file}: not JSON: {error}") from None
     if isinstance(values, dict):
         values = values.get("data")
@@ -122,8 +211,15 @@ def _json(file: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(values, 1)
 
 
+def _check_header(file: str, names: Sequence[str]) -> None:
+    for name in names:
+        if name and names.count(name) > 1:  # a spreadsheet leaves columns without a name
+            raise InputError(f"{file}: two columns are called {name!r}: name each of them once")
+
+
 def _parquet(file: str) -> Iterator[tuple[int, Any]]:
     with pyarrow.parquet.ParquetFile(file) as parquet:
+        _check_header(file, parquet.schema_arrow.names)
         number = 0
         for batch in parquet.iter_batches():
             for values in batch.to_pylist():
@@ -137,13 +233,20 @@ def _csv(file: str) -> Iterator[tuple[int, Any]]:
         # tab-separated values know no quotes: a cell that begins with one is text
         format_ = TSV if file.endswith(".tsv") else {"strict": True}
         reader = csv.DictReader(lines, **format_)
-        for values in reader:
-            where = f"{file}, line {reader.line_num}"
-            if None in values:
-                raise InputError(f"{where}: more values than the header has columns")
-            if None in values.values():
-                raise InputError(f"{where}: fewer values than the header has columns")
-            yield reader.line_num, values
+        line = 1
+        try:
+            _check_header(file, reader.fieldnames or ())
+            line = reader.line_num + 1
+            for values in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in values:
+                    raise InputError(f"{where}: more values than the header has columns")
+                if None in values.values():
+                    raise InputError(f"{where}: fewer values than the header has columns")
+                line = reader.line_num + 1
+                yield reader.line_num, values
+        except csv.Error as error:
+            raise InputError(f"{file}, line {line}: here begins no record: {error}") from None
 
 
 def _read_hub(table: Table) -> Iterator[TableRow]:

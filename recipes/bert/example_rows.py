@@ -16,10 +16,10 @@ from masking import Example, ExampleMaker
 from sentence_encoder import SentenceEncoder
 from utils import epochs
 from utils.config import InputError
-from utils.lanes import Lane, Lanes, count_tokens
+from utils.lanes import Lane, Lanes, count_tokens, encode_documents
 from utils.loss import IGNORE_INDEX
 from utils.randomness import keyed_permutation
-from utils.sources import Source, held_out_documents
+from utils.sources import BadRecords, Source, held_out_documents
 from utils.stream import Row
 
 WINDOW_TOKENS = 2**14
@@ -91,14 +91,19 @@ def example_rows(
         example += len(examples)
 
 
-def check_examples(sources: list[Source], encode: SentenceEncoder, objective: str) -> None:
+def check_examples(
+    sources: list[Source], encode: SentenceEncoder, objective: str, on_bad_record: str = "fail"
+) -> None:
     """Raises InputError when the corpus has nothing that the objective could learn from.
 
     Looks at the first documents of each source, until there are two, and one makes a pair.
     """
     found, has_text, has_pair = 0, False, False
-    for document in held_out_documents(sources, CHECKED_DOCUMENTS, "skip"):
-        (sentences,) = encode([document.text])
+    report = BadRecords(on_bad_record).report
+    for document in held_out_documents(sources, CHECKED_DOCUMENTS, on_bad_record):
+        (sentences,) = encode_documents(encode, [document], report)
+        if sentences is None:
+            continue
         found += 1
         has_text, has_pair = has_text or len(sentences) > 0, has_pair or len(sentences.ends) >= 2
         is_enough = {"mlm": has_text, "mlm_sop": has_pair, "mlm_nsp": has_pair and found >= 2}

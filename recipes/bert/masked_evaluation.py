@@ -11,11 +11,12 @@ import torch
 
 from example_rows import features, fit
 from masking import Example, ExampleMaker
-from sentence_encoder import SentenceEncoder
+from sentence_encoder import SentenceEncoder, Sentences
 from utils.config import InputError
+from utils.lanes import encode_documents
 from utils.loss import IGNORE_INDEX
 from utils.scoring import batches
-from utils.sources import Document
+from utils.sources import BadRecords, Document
 from utils.training import Training
 
 WINDOW_DOCUMENTS = 64
@@ -47,8 +48,8 @@ class MaskedEvaluation:
         """
 
         def examples(window: list[Document], index: int) -> Iterator[tuple[Example, str]]:
+            window, sentences = self._encoded(window)
             names = [(document.file, document.position) for document in window]
-            sentences = self.encode([document.text for document in window])
             seed = self.training.arguments.seed
             for example in self.make_examples(
                 sentences, names, sequence_length, 0, seed, "evaluation", index
@@ -94,11 +95,10 @@ class MaskedEvaluation:
                     yield document
 
         def examples(window: list[Document], index: int) -> Iterator[tuple[Example, str]]:
-            (document,) = window
-            (sentences,) = self.encode([document.text])
-            tokens = sentences.tokens[: sequence_length - 2]
-            for place in range(1, len(tokens) + 1):
-                yield self.make_examples.with_one_masked(tokens, place), document.domain
+            for document, sentences in zip(*self._encoded(window), strict=True):
+                tokens = sentences.tokens[: sequence_length - 2]
+                for place in range(1, len(tokens) + 1):
+                    yield self.make_examples.with_one_masked(tokens, place), document.domain
 
         windows = ([document] for document in chosen())
         sums = self._score(windows, examples, sequence_length)
@@ -114,6 +114,13 @@ class MaskedEvaluation:
                 d: math.exp(v[0] / v[2]) for d, v in by_domain.items()
             },
         }
+
+    def _encoded(self, window: list[Document]) -> tuple[list[Document], list[Sentences]]:
+        """The documents of a window and their sentences, without what the tokenizer fails on."""
+        report = BadRecords(self.training.arguments.on_bad_record, one_rank=True).report
+        pairs = zip(window, encode_documents(self.encode, window, report), strict=True)
+        kept = [pair for pair in pairs if pair[1] is not None]
+        return [document for document, _ in kept], [sentences for _, sentences in kept]
 
     def _score(
         self,

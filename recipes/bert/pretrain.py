@@ -45,7 +45,7 @@ from utils.model import (
 )
 from utils.report import conclude
 from utils.run_folder import RunFolder
-from utils.sources import Source, check_documents, held_out_documents
+from utils.sources import Source, check_held_out, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
 
@@ -241,8 +241,9 @@ def main() -> None:
     config = model_config(args, tokenizer)
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
     corpus = Corpus(args)
-    check_examples(args.train_sources, encode, args.objective)
-    check_documents(args.validation_sources + args.test_sources)
+    check_examples(args.train_sources, encode, args.objective, args.on_bad_record)
+    check_held_out(args.validation_sources, args.eval_documents, args.on_bad_record)
+    check_held_out(args.test_sources, None, args.on_bad_record)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return

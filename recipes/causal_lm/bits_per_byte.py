@@ -11,10 +11,11 @@ import torch
 
 from packing import Piece, pack
 from utils.config import InputError
+from utils.lanes import encode_documents
 from utils.loss import IGNORE_INDEX
 from utils.ranks import Ranks
 from utils.scoring import batches
-from utils.sources import Document
+from utils.sources import BadRecords, Document
 
 
 def evaluate_by_domain(
@@ -24,6 +25,7 @@ def evaluate_by_domain(
     token_losses: Callable[..., torch.Tensor],
     sequence_length: int,
     batch_size: int,
+    on_bad_record: str = "fail",
 ) -> dict[str, Any] | None:
     """Mean loss over the target tokens, and bits per byte of the text, in all and by domain.
 
@@ -34,6 +36,7 @@ def evaluate_by_domain(
 
     Args:
         token_losses: batch → losses of shape (rows, sequence_length); every rank calls it as often.
+        on_bad_record: what a document does on which the tokenizer fails: "fail" or "skip".
 
     Returns:
         None when a stop signal came in between.
@@ -42,8 +45,7 @@ def evaluate_by_domain(
     mine = itertools.islice(documents, ranks.rank, None, ranks.world_size)
 
     def encoded() -> Iterator[tuple[np.ndarray, str]]:
-        for document in mine:
-            (tokens,) = encode([document.text])
+        for document, tokens in _encoded(mine, encode, on_bad_record):
             domain = sums.setdefault(document.domain, [0.0, 0, 0])
             domain[2] += len(document.text.encode())
             yield tokens, document.domain
@@ -61,6 +63,16 @@ def evaluate_by_domain(
     if ranks.stopped:
         return None
     return _summary(ranks.gather(list(sums.items())))
+
+
+def _encoded(
+    documents: Iterator[Document], encode: Callable[[list[str]], list[np.ndarray]], policy: str
+) -> Iterator[tuple[Document, np.ndarray]]:
+    report = BadRecords(policy, one_rank=True).report
+    for document in documents:
+        (tokens,) = encode_documents(encode, [document], report)
+        if tokens is not None:
+            yield document, tokens
 
 
 def _rows(
@@ -105,6 +117,7 @@ def baselines(
     train_documents: Iterator[Document],
     encode: Callable[[list[str]], list[np.ndarray]],
     vocabulary: int,
+    on_bad_record: str = "fail",
 ) -> dict[str, str]:
     """Bits per byte of `documents`, one by one, under gzip -9 and under a unigram model.
 
@@ -112,15 +125,15 @@ def baselines(
     language model pays for the end token of a document and not for the begin token.
     """
     counts = np.ones(vocabulary)
-    for document in train_documents:
-        counts += np.bincount(encode([document.text])[0][1:], minlength=vocabulary)
+    for _, tokens in _encoded(train_documents, encode, on_bad_record):
+        counts += np.bincount(tokens[1:], minlength=vocabulary)
     bits_of_token = -np.log2(counts / counts.sum())
     size, gzip_bits, unigram_bits = 0, 0, 0.0
-    for document in documents:
+    for document, tokens in _encoded(documents, encode, on_bad_record):
         text = document.text.encode()
         size += len(text)
         gzip_bits += 8 * len(gzip.compress(text, 9))
-        unigram_bits += float(bits_of_token[encode([document.text])[0][1:]].sum())
+        unigram_bits += float(bits_of_token[tokens[1:]].sum())
     return {
         "bits per byte under a unigram model of the same tokenizer": f"{unigram_bits / size:.4f}",
         "bits per byte under gzip -9, document by document": f"{gzip_bits / size:.4f}",

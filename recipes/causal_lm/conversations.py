@@ -19,7 +19,7 @@ from chat_tokens import encode_conversations
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.ranks import launched_rank
-from utils.tables import TableRow
+from utils.tables import TableRow, naming_failures
 
 # whom each role may follow; None: the beginning
 FOLLOWS = {
@@ -199,7 +199,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
                 f"chat_template: there is no {given}; there are {known}, or give a jinja file"
             )
         try:
-            tokenizer.chat_template = Path(shipped.get(given, given)).read_text(encoding="utf-8")
+            path = Path(shipped.get(given, given))
+            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise InputError(f"chat_template: cannot read {given}: {error.strerror}") from None
     template = tokenizer.chat_template
@@ -239,6 +240,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
         )
 
 
+@naming_failures
 def to_examples(
     rows: Sequence[TableRow],
     tokenizer: PreTrainedTokenizerBase,

@@ -15,6 +15,7 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_s
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
+from utils.held_out import hold_out
 from utils.launch import launched_with_fsdp, launched_zero_stage
 from utils.loss import IGNORE_INDEX, check_head, check_packing
 from utils.model import load_tokenizer, model_config
@@ -138,7 +140,8 @@ def main() -> None:
     tables = (args.train_data, args.validation_data, args.test_data)
     rows = [[row for table in part for row in read_table(table)] for part in tables]
     examples = [to_examples(part, tokenizer, args) if part else ([], {}) for part in rows]
-    (train, validation, test), left_out = zip(*examples, strict=True)
+    parts, left_out = zip(*examples, strict=True)
+    (train, validation, test), leaks = hold_out(parts, itemgetter("messages"), args)
     args = args.for_examples(len(train))
     fingerprint = {
         "the training data": digest(e["messages"] + (e["tools"] or []) for e in train),
@@ -192,7 +195,7 @@ def main() -> None:
     if training.stopped:
         return
 
-    facts = {"trained": trainable_share(trained), "conversations": f"{len(train):,}"}
+    facts = {"trained": trainable_share(trained), "conversations": f"{len(train):,}", **leaks}
     for part, counts in zip(("train", "validation", "test"), left_out, strict=True):
         facts |= {f"{part} conversations {name}": n for name, n in counts.items() if n}
     if test:

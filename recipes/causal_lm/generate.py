@@ -155,7 +155,8 @@ def read_prompts(args: Arguments) -> list[tuple[str, str]]:
         prompts = [(f"prompt {number}", text) for number, text in enumerate(texts, start=1)]
     else:
         try:
-            with open(args.prompt_file, encoding="utf-8") as file:
+            # of Windows: a byte order mark is no part of the first prompt
+            with open(args.prompt_file, encoding="utf-8-sig") as file:
                 lines = [line.removesuffix("\n") for line in file]
         except OSError as error:
             raise InputError(f"cannot read {args.prompt_file}: {error.strerror}") from None
@@ -166,6 +167,11 @@ def read_prompts(args: Arguments) -> list[tuple[str, str]]:
             prompts = [(place, prompt_of_json(place, line)) for place, line in prompts]
     if not prompts:
         raise InputError(f"{args.prompt_file or 'prompt'} is empty: there is nothing to continue")
+    for place, text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, or bytes that the terminal gave
+            raise InputError(f"{place} is not Unicode: {text!a:.60}") from None
     return prompts
 
 

@@ -36,7 +36,7 @@ from utils.model import ModelArguments, build_model, load_tokenizer, model_confi
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import generate_texts
-from utils.sources import Source, check_documents, held_out_documents
+from utils.sources import Source, check_held_out, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
 
@@ -114,7 +114,9 @@ def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, 
     """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
     documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
     losses, size = partial(training.forward, per_token=True), args.per_device_batch_size
-    return evaluate_by_domain(training.ranks, documents, encode, losses, args.sequence_length, size)
+    return evaluate_by_domain(
+        training.ranks, documents, encode, losses, args.sequence_length, size, args.on_bad_record
+    )
 
 
 def write_samples(
@@ -145,7 +147,8 @@ def main() -> None:
     config = model_config(args, tokenizer)
     encode = DocumentEncoder(tokenizer)
     corpus = Corpus(args)
-    check_documents(args.validation_sources + args.test_sources)
+    sources = args.validation_sources + args.test_sources
+    check_held_out(sources, args.eval_documents, args.on_bad_record)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return
@@ -186,7 +189,7 @@ def main() -> None:
         if args.baselines and training.is_main:
             test = held_out_documents(args.test_sources, args.eval_documents, args.on_bad_record)
             train = held_out_documents(args.train_sources, 20_000, args.on_bad_record)
-            facts |= baselines(test, train, encode, len(tokenizer))
+            facts |= baselines(test, train, encode, len(tokenizer), args.on_bad_record)
     conclude(training, "Causal language model", "text-generation", USAGE, facts)
 
 

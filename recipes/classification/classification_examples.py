@@ -11,6 +11,7 @@ from labelled_texts import LabelledText
 from utils.config import InputError
 from utils.progress import in_batches
 from utils.randomness import random_key
+from utils.tables import naming_failures
 
 Example = dict[str, Any]  # input_ids, of some models token_type_ids, and the label
 
@@ -75,10 +76,15 @@ def encode(
 def labelled_examples(
     tokenizer: PreTrainedTokenizerBase, rows: list[LabelledText], labels: np.ndarray
 ) -> tuple[list[Example], int]:
-    """(examples, how many were cut); raises InputError for a text that has no tokens at all."""
+    """(examples, how many were cut).
+
+    Raises:
+        InputError: a text that has no tokens at all, or on which the tokenizer fails.
+    """
     if not rows:
         return [], 0
-    examples, cut = encode(tokenizer, [row.texts for row in rows])
+    encode_rows = naming_failures(lambda part: encode(tokenizer, [row.texts for row in part]))
+    examples, cut = encode_rows(rows)
     for row, example, label in zip(rows, examples, labels, strict=True):
         if len(example["input_ids"]) == 0:
             raise InputError(f"{row.place}: the tokenizer leaves nothing of the text")

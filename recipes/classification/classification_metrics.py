@@ -3,6 +3,8 @@
 scikit-learn and SciPy are imported when something is measured.
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,12 +97,12 @@ def matthews_correlation(outputs: Outputs) -> float:
 
 
 def roc_auc(outputs: Outputs) -> float:
-    """The mean over the labels that are told apart, each against the rest."""
+    """The mean over the labels that are told apart, each against the rest; NaN of none."""
     from sklearn.metrics import roc_auc_score
 
     is_label, shares = outputs.is_label, outputs.probabilities
     values = [roc_auc_score(is_label[:, x], shares[:, x]) for x in outputs.told_apart]
-    return np.mean(values) if values else 0.5
+    return np.mean(values) if values else math.nan
 
 
 class Reliability(NamedTuple):
@@ -146,14 +148,14 @@ def expected_calibration_error(outputs: Outputs) -> float:
 
 
 def correlation(name: str) -> Callable[[Outputs], float]:
-    """SciPy's; numbers that are all the same correlate with nothing: 0, where it has NaN."""
+    """SciPy's; NaN where the predictions or the labels are all the same."""
 
     def score(outputs: Outputs) -> float:
         from scipy import stats
 
         found, labels = outputs.probabilities, outputs.labels
         if np.ptp(found) == 0 or np.ptp(labels) == 0:
-            return 0.0
+            return math.nan
         return getattr(stats, name)(found, labels).statistic
 
     return score
@@ -189,9 +191,20 @@ METRICS: dict[str, dict[str, Callable[[Outputs], float]]] = {
 ERRORS = ("expected_calibration_error", "mean_absolute_error")  # the less the better
 
 
-def scores(problem_type: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def undefined_metrics(problem_type: str, labels: np.ndarray) -> list[str]:
+    """What cannot be measured on these labels: where all rows have the same."""
+    if problem_type == "regression":
+        return ["pearsonr", "spearmanr"] if np.ptp(labels) == 0 else []
+    return ["roc_auc"] if len(np.unique(labels, axis=0)) == 1 else []
+
+
+def scores(problem_type: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """None: not defined, of labels or predictions that are all the same."""
     outputs = Outputs(logits, probabilities(problem_type, logits), labels)
-    return {name: float(score(outputs)) for name, score in METRICS[problem_type].items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the same: it is said before the training
+        found = {name: float(score(outputs)) for name, score in METRICS[problem_type].items()}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 
 def measure(problem_type: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

@@ -28,5 +28,5 @@ class EvaluateMetric(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: list[list[float]], references: list) -> dict[str, float]:
+    def _compute(self, predictions: list[list[float]], references: list) -> dict[str, float | None]:
         return scores(self.config_name, np.array(predictions), np.array(references))

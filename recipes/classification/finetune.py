@@ -17,6 +17,7 @@ predictions.jsonl, of the test data in their order, and plots of the errors and 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ from classification_examples import (
     configure,
     labelled_examples,
 )
-from classification_metrics import ERRORS, METRICS, measure, probabilities
+from classification_metrics import ERRORS, METRICS, measure, probabilities, undefined_metrics
 from labelled_texts import (
     LabelledTextArguments,
     class_weights,
@@ -46,6 +47,8 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
+from utils.files import warn
+from utils.held_out import hold_out
 from utils.model import check_encoder, load_tokenizer, model_config
 from utils.progress import say
 from utils.report import conclude
@@ -214,12 +217,27 @@ def evaluate(training: Training, logits: np.ndarray | None, labels: np.ndarray) 
     return training.ranks.gather([measure(problem, logits, labels)] if training.is_main else [])[0]
 
 
+def check_labels(labels: dict[str, np.ndarray], args: Arguments) -> None:
+    """Raises InputError where metric_for_best_model is not defined on the validation data."""
+    for split in ("validation", "test"):
+        found = undefined_metrics(args.problem_type, labels[split]) if len(labels[split]) else []
+        if not found:
+            continue
+        problem = f"all rows of the {split} data have the same {args.label_column}"
+        if split == "validation" and args.eval_metric.removeprefix("eval_") in found:
+            raise InputError(f"metric_for_best_model: {args.eval_metric} is not defined: {problem}")
+        warn(f"{problem}: {', '.join(found)} is not defined there, null in the results")
+
+
 def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
-    rows = {split: read_labelled_texts(table, args) for split, table in tables.items()}
-    names = label_names(rows["train"], args)
+    rows = read_labelled_texts(tables, args)
+    names = label_names(rows["train"], args)  # also those of rows that are held out of them
+    parts, leaks = hold_out([*rows.values()], attrgetter("texts"), args)
+    rows = dict(zip(tables, parts, strict=True))
     labels = {split: label_ids(found, names, args) for split, found in rows.items()}
+    check_labels(labels, args)
     weights = class_weights(names, labels["train"], args)
     tokenizer = load_tokenizer(args)
     config = model_config(args, tokenizer)
@@ -255,6 +273,7 @@ def main() -> None:
         "labels": ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else ""),
         "examples": ", ".join(f"{len(found):,} {split}" for split, found in rows.items()),
         "cut to sequence_length": ", ".join(f"{n:,} {split}" for split, n in cut.items()),
+        **leaks,
         "trained": trainable_share(trained),
     }
     training.prepare(
@@ -284,7 +303,9 @@ def main() -> None:
         if split == "test":
             training.record_test(results)
         facts |= {
-            f"{name.removeprefix('eval_').replace('_', ' ')} of the {split} data": f"{value:.4f}"
+            f"{name.removeprefix('eval_').replace('_', ' ')} of the {split} data": (
+                "not defined: all are the same" if value is None else f"{value:.4f}"
+            )
             for name, value in results.items()
         }
         if training.is_main:

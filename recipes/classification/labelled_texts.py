@@ -1,6 +1,9 @@
 """Texts with labels: what stands in the rows of tables, checked, and the labels as numbers."""
 
+import ast
+import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +22,8 @@ class LabelledTextArguments(Settings):
     ] = "single_label_classification"
     text_column: str = "text"
     text_pair_column: str | None = None  # of the second text where rows are pairs of texts
-    label_column: str = "label"  # text or numbers; of several labels a list …
+    # text or numbers; of several labels a list of them, a list of 0 and 1 for each, a text of such
+    label_column: str = "label"
     label_separator: str | None = None  # … or text in which this stands between two labels
     label_names: list[str] | None = None  # of the labels 0, 1, … where the table has numbers
 
@@ -49,26 +53,37 @@ class LabelledText(NamedTuple):
 
 
 def read_labelled_texts(
-    tables: list[Table], arguments: LabelledTextArguments
-) -> list[LabelledText]:
-    """All rows of the tables.
+    tables: dict[str, list[Table]], arguments: LabelledTextArguments
+) -> dict[str, list[LabelledText]]:
+    """All rows of the tables, by split; those of "train" decide what a list of 0 and 1 means.
 
     Raises:
         InputError: a missing column, an empty text, a label that is none; says where.
     """
     columns = [arguments.text_column, arguments.text_pair_column]
-    return [
-        LabelledText(
-            tuple(row.text(column) for column in columns if column is not None),
-            _label(row, arguments),
-            row.place,
-        )
-        for table in tables
-        for row in read_table(table)
-    ]
+    found: dict[str, list[LabelledText]] = {}
+    size = None
+    for split, of_split in tables.items():
+        rows = [row for table in of_split for row in read_table(table)]
+        labels = [_label(row, arguments) for row in rows]
+        if arguments.is_multi_label:
+            if split == "train":
+                size = _vector_size(labels, arguments)
+            pairs = zip(rows, labels, strict=True)
+            labels = [_names_of(parts, row.place, size, arguments) for row, parts in pairs]
+        found[split] = [
+            LabelledText(
+                tuple(row.text(column) for column in columns if column is not None),
+                label,
+                row.place,
+            )
+            for row, label in zip(rows, labels, strict=True)
+        ]
+    return found
 
 
-def _label(row: TableRow, arguments: LabelledTextArguments) -> str | tuple[str, ...] | float:
+def _label(row: TableRow, arguments: LabelledTextArguments) -> Any:
+    """A number, a name or, of several labels, the list that stands there."""
     column = arguments.label_column
     value = row.get(column)
     where = f"{row.place}: {column}"
@@ -80,17 +95,97 @@ def _label(row: TableRow, arguments: LabelledTextArguments) -> str | tuple[str, 
         if not math.isfinite(number):
             raise InputError(f"{where} must be a number, not {value!r}")
         return number
+    values = list_in_cell(value, where) if isinstance(value, str) else value
     if not arguments.is_multi_label:
+        if isinstance(value, str) and values and len(values) > 1:
+            raise InputError(
+                f"{where} {value!r} is a list of labels: set problem_type: "
+                "multi_label_classification"
+            )
         return _name(value, where, arguments)
-    if isinstance(value, str) and arguments.label_separator is not None:
+    if values is None and isinstance(value, str) and arguments.label_separator is not None:
         parts = [part.strip() for part in value.split(arguments.label_separator)]
-        value = [part for part in parts if part]
-    if not isinstance(value, list):
+        values = [part for part in parts if part]
+    if not isinstance(values, list):
         raise InputError(
             f"{where} must be a list of labels, not {value!r}: where the labels stand in a text, "
             "set label_separator"
         )
-    return tuple(dict.fromkeys(_name(part, where, arguments) for part in value))
+    return values
+
+
+def list_in_cell(text: str, where: str) -> list | None:
+    """The list that a cell of a csv file holds, as Python, JSON, numpy or people write one.
+
+    Raises:
+        InputError: it begins as a list of texts and is none.
+    """
+    text = text.strip()
+    if text[:1] + text[-1:] not in ("[]", "()", "{}"):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            values = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        # Python takes ['a' 'b'], which numpy writes, for one text
+        if isinstance(values, list | tuple | set) and not re.search(r"""['"]\s+['"]""", text):
+            return list(values)
+    inside = text[1:-1].strip()
+    if re.fullmatch(r"\d+\.?(\s+\d+\.?)*", inside) and text.startswith("["):
+        return [float(number) for number in inside.split()]  # as numpy prints them
+    is_bare = text.startswith("[") and not re.search(r"""[][(){}'"]""", inside)
+    if inside.startswith(("'", '"')) or (is_bare and "," not in inside and " " in inside):
+        raise InputError(f"{where}: {text!r} is no list of labels: write commas between them")
+    return [part.strip() for part in inside.split(",")] if is_bare else None
+
+
+def _vector_size(labels: list[list], arguments: LabelledTextArguments) -> int | None:
+    """How long the vectors are, if all lists are vectors of 0 and 1: a place for each label.
+
+    Lists of the labels' numbers are not: they hold no number twice and, where all have the same
+    two, teach nothing.
+
+    Raises:
+        InputError: not one for each of label_names.
+    """
+    sizes = {len(label) for label in labels}
+    is_vector = len(sizes) == 1 and min(sizes) > 1 and all(map(_is_vector, labels))
+    names = arguments.label_names
+    if is_vector and names is not None and len(names) not in sizes:
+        raise InputError(
+            f"train_data: {arguments.label_column} holds lists of {min(sizes)} zeros and ones, and "
+            f"label_names has {len(names)} names: give a 0 or 1 for each, or lists of numbers"
+        )
+    return min(sizes) if is_vector else None
+
+
+def _is_vector(values: list) -> bool:
+    return all(value in (0, 1, "0", "1") for value in values)
+
+
+def _names_of(
+    values: list, place: str, size: int | None, arguments: LabelledTextArguments
+) -> tuple[str, ...]:
+    where = f"{place}: {arguments.label_column}"
+    if size is not None:
+        if len(values) != size or not _is_vector(values):
+            raise InputError(
+                f"{where} must be a list of {size} zeros and ones, as in train_data, not {values!r}"
+            )
+        return tuple(
+            _name(index, where, arguments) for index, value in enumerate(values) if int(value)
+        )
+    names = tuple(_name(value, where, arguments) for value in values)
+    are_numbers = all(str(value).isdecimal() for value in values)
+    if any(isinstance(value, bool) for value in values) or (
+        are_numbers and len(set(names)) < len(names)
+    ):
+        raise InputError(
+            f"{where} is neither a list of labels nor, in all rows of train_data, one of a 0 or 1 "
+            f"for each: {values!r}"
+        )
+    return tuple(dict.fromkeys(names))
 
 
 def _name(value: Any, where: str, arguments: LabelledTextArguments) -> str:

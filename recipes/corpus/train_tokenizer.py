@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ BPE_SPECIAL_TOKENS = [PAD, BOS, EOS]
 WORDPIECE_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 ENCODE_BATCH = 256  # documents
+LONGEST_WORD = 1024  # bytes, or characters of a WordPiece; DNA and base64 are words of any length
+PART = 2**22  # characters; regular expressions give up on ten million blanks
 PROGRESS_SECONDS = 5
 
 
@@ -185,14 +188,34 @@ def train_wordpiece(text: "Text", args: Arguments) -> PreTrainedTokenizerBase:
 
 
 def learn(backend: Tokenizer, trainer: trainers.Trainer, text: "Text", args: Arguments) -> None:
-    """Count the words of the text, then merge pairs of tokens until the vocabulary is full."""
+    """Count the words of the text, then merge pairs of tokens until the vocabulary is full.
+
+    Long words are learned from in pieces: the time is quadratic in their length.
+    """
+    merging = threading.Event()
 
     def texts() -> Iterator[str]:
         for document in text.read("counting words", args.max_train_bytes):
-            yield document.text
+            yield from in_parts(document.text)
         say(f"merging pairs into {args.vocab_size} tokens")
+        if not sys.stderr.isatty():  # where the trainer draws a bar
+            threading.Thread(target=say_that_it_goes_on, args=(merging,), daemon=True).start()
 
+    whole = backend.pre_tokenizer
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{{LONGEST_WORD}}}"), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([whole, pieces])
     backend.train_from_iterator(texts(), trainer)
+    merging.set()
+    backend.pre_tokenizer = whole
+
+
+def in_parts(text: str) -> Iterator[str]:
+    return (text[start : start + PART] for start in range(0, len(text), PART))
+
+
+def say_that_it_goes_on(end: threading.Event) -> None:
+    while not end.wait(6 * PROGRESS_SECONDS):
+        say("merging pairs: still at it")
 
 
 def count_alphabet(text: "Text", backend: Tokenizer, args: Arguments) -> list[str]:
@@ -304,10 +327,11 @@ def report(tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
     counts: dict[str, Counter[str]] = {}
     documents = text.read("held-out text")
     while batch := list(islice(documents, ENCODE_BATCH)):
-        encodings = backend.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encodings, strict=True):
-            count = counts.setdefault(document.domain, Counter())
-            count["bytes"] += document.size
+        parts = [(d.domain, part) for d in batch for part in in_parts(d.text)]
+        encodings = backend.encode_batch_fast([t for _, t in parts], add_special_tokens=False)
+        for (domain, text), encoding in zip(parts, encodings, strict=True):
+            count = counts.setdefault(domain, Counter())
+            count["bytes"] += len(text.encode())
             count["tokens"] += len(encoding.ids)
             count["unknown"] += encoding.ids.count(tokenizer.unk_token_id)
     rows = [*sorted(counts.items()), ("total", sum(counts.values(), Counter()))]

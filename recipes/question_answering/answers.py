@@ -19,6 +19,7 @@ from questions import Question
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.progress import in_batches
+from utils.tables import naming_failures
 
 Window = dict[str, Any]
 MARKS = {"Mn", "Mc", "Me", "Cf"}  # Unicode's categories of accents and invisible characters
@@ -64,6 +65,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+@naming_failures
 def make_windows(
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
+from utils.held_out import hold_out
 from utils.loss import IGNORE_INDEX
 from utils.model import check_encoder, load_tokenizer, model_config, optional_inputs
 from utils.report import conclude
@@ -194,7 +196,8 @@ def main() -> None:
     check_tokenizer(tokenizer)
     config = model_config(args, tokenizer)
     tables = (args.train_data, args.validation_data, args.test_data)
-    train, validation, test = (read_questions(part, args) for part in tables)
+    parts = [read_questions(part, args) for part in tables]
+    (train, validation, test), leaks = hold_out(parts, attrgetter("text", "context"), args)
     has_unanswerable = check_unanswerable(train, validation + test)
     threshold = (args.null_score_diff_threshold or 0.0) if has_unanswerable else None
     check_metric(args, validation, threshold)
@@ -246,6 +249,7 @@ def main() -> None:
     facts = {
         "trained": trainable_share(trained),
         "questions": f"{len(train):,} in {len(windows):,} windows",
+        **leaks,
     }
     if cut:
         facts["questions left out: no window holds the whole answer"] = f"{len(cut):,}"

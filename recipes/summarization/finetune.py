@@ -15,6 +15,7 @@ The same command continues a run that was stopped.
 import math
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -28,11 +29,13 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
+from utils.held_out import hold_out
 from utils.loss import IGNORE_INDEX, check_head
 from utils.model import empty_model, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
+from utils.tables import naming_failures
 from utils.training import Training
 
 USAGE = """
@@ -73,7 +76,7 @@ class Arguments(FinetuningArguments, PairArguments, GenerationArguments, Adapter
         for name in ("eval_generate_examples", "lead_sentences"):
             if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.validation_data:
+        if self.has_validation:
             self.check_metric(self.measured())
 
     def fixed(self) -> dict[str, Any]:
@@ -176,16 +179,19 @@ def main() -> None:
     if is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = tokenizer.pad_token_id  # as T5 has it
     tables = (args.train_data, args.validation_data, args.test_data)
-    train_pairs, validation_pairs, test_pairs = (read_pairs(part, args) for part in tables)
+    pairs, leaks = hold_out([read_pairs(part, args) for part in tables], attrgetter("source"), args)
+    train_pairs, validation_pairs, test_pairs = pairs
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     fingerprint = {"the training data": digest(train_pairs), "the tokenizer": digest([backend])}
     encode = PairEncoder(tokenizer, args, config)
-    train = encode(train_pairs)
+    encode_pairs = naming_failures(encode)
+    train = encode_pairs(train_pairs)
     facts: dict[str, Any] = {
         "pairs": f"{len(train):,}; cut are {encode.cut_sources:,} sources and "
-        f"{encode.cut_targets:,} targets"
+        f"{encode.cut_targets:,} targets",
+        **leaks,
     }
-    validation, test = encode(validation_pairs), encode(test_pairs)
+    validation, test = encode_pairs(validation_pairs), encode_pairs(test_pairs)
     args = args.for_examples(len(train))
     if not is_encoder_decoder:
         check_head(empty_model(config))

@@ -5,6 +5,7 @@ from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from transformers import BertTokenizer
 import example_rows as module
 from conftest import DOMAINS, SYLLABLES, write_jsonl
 from example_rows import check_examples, example_rows, features, fit
+from masked_evaluation import MaskedEvaluation
 from masking import Example, ExampleMaker, MaskingArguments
 from recipes.bert.pretrain import Arguments
 from sentence_encoder import SentenceEncoder
 from utils.config import InputError
 from utils.lanes import Corpus, Lane, Lanes
 from utils.loss import IGNORE_INDEX
-from utils.sources import Source
+from utils.sources import Source, held_out_documents
 from utils.stream import Row, TrainingStream
 
 OBJECTIVES = ["mlm_nsp", "mlm_sop", "mlm"]
@@ -564,3 +566,32 @@ def test_a_corpus_of_single_sentences_has_no_pairs(wordpiece, tmp_path, objectiv
         f"objective: {objective} needs documents of two sentences or more; the first {found} of "
         f"{tmp_path}/0, {tmp_path}/1 have one at most: set objective: mlm, or give other documents"
     )
+
+
+def test_documents_on_which_the_tokenizer_fails(wordpiece, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"Ka{n}. Ka mi."} for n in (1, 2, 3)])
+    encode = SentenceEncoder(wordpiece)
+
+    def fail(texts: list[str]) -> list:
+        if any("Ka2" in text for text in texts):
+            raise ValueError("no")
+        return encode(texts)
+
+    window = list(held_out_documents([Source(path)], None))
+    for policy in ("skip", "fail"):
+        training = SimpleNamespace(arguments=SimpleNamespace(on_bad_record=policy))
+        evaluation = MaskedEvaluation(training, fail, None, None, packing=True)
+        if policy == "fail":
+            with pytest.raises(
+                InputError, match="line 2: the tokenizer fails on its 11 characters"
+            ):
+                evaluation._encoded(window)
+        else:
+            documents, sentences = evaluation._encoded(window)
+            assert documents == [window[0], window[2]]
+            assert [len(s) for s in sentences] == [
+                len(s) for s in encode([d.text for d in documents])
+            ]
+    check_examples([Source(path)], fail, "mlm_nsp", "skip")
+    with pytest.raises(InputError, match="line 2: the tokenizer fails"):
+        check_examples([Source(path)], fail, "mlm_nsp", "fail")

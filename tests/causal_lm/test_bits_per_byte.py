@@ -64,13 +64,15 @@ class Rank:
         return self.gathered
 
 
-def score(model, documents, encode, training=None, batch_size=4):
+def score(model, documents, encode, training=None, batch_size=4, **options):
     def token_losses(batch):
         with torch.no_grad():
             return NextTokenLoss(model)(**batch, per_token=True)
 
     training = training or Rank()
-    return evaluate_by_domain(training, iter(documents), encode, token_losses, LENGTH, batch_size)
+    return evaluate_by_domain(
+        training, iter(documents), encode, token_losses, LENGTH, batch_size, **options
+    )
 
 
 def by_hand(model, encode, records):
@@ -194,14 +196,17 @@ def test_broken_records_are_fatal_or_left_out(tmp_path):
     assert texts == ["a", "b"]
 
 
-@pytest.mark.parametrize("on_bad_record", ["fail", "skip"])
-def test_a_damaged_file_is_fatal(on_bad_record, tmp_path):
-    """Else the ranks could go on with different documents."""
+def test_a_damaged_file_is_fatal_or_left_out_where_it_is_damaged(tmp_path, capsys):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9)[:-4])
     (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
     source = Source(str(tmp_path))
     with pytest.raises(InputError, match=r"a\.jsonl\.gz, after line 9: Compressed file ended"):
-        list(held_out_documents([source], None, on_bad_record))
+        list(held_out_documents([source], None))
+    for _ in range(2):
+        texts = [document.text for document in held_out_documents([source], None, "skip")]
+        assert texts == ["a"] * 9 + ["b"]
+    # every evaluation meets it; it is named once
+    assert capsys.readouterr().err.count("warning: skipped ") == 1
 
 
 def test_a_source_without_documents_is_refused_before_anything_runs(tmp_path, sources):
@@ -293,3 +298,24 @@ def test_samples_end_at_the_last_position_of_the_model(pretrain):
     assert ended.status == 0, ended.error
     (record,) = (record for record in metrics(ended.folder) if "samples" in record)
     assert len(record["samples"]) == 3
+
+
+def test_a_document_on_which_the_tokenizer_fails_is_named_or_left_out(
+    model, sources, encode, capsys
+):
+    first = next(held_out_documents(sources, None))
+
+    def fail(texts: list[str]) -> list[np.ndarray]:
+        if first.text in texts:
+            raise ValueError("no")
+        return encode(texts)
+
+    with pytest.raises(InputError, match=r"line 1: the tokenizer fails on its .* characters: no;"):
+        score(model, held_out_documents(sources, None), fail)
+    rest = [document for document in held_out_documents(sources, None) if document != first]
+    expected = score(model, rest, encode)
+    found = score(model, held_out_documents(sources, None), fail, on_bad_record="skip")
+    assert found == expected
+    assert capsys.readouterr().err.count("warning: skipped ") == 1
+    counted = baselines(iter([first, *rest]), iter(rest), fail, 512, "skip")
+    assert counted == baselines(iter(rest), iter(rest), encode, 512)

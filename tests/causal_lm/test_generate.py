@@ -347,9 +347,18 @@ def test_prompts_from_a_text_file_and_from_yaml(run, tmp_path, monkeypatch, fold
     (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     rows = run(prompt_file=tmp_path / "prompts.txt", max_new_tokens=4)
     assert [row["prompt"] for row in rows] == prompts
+    for name, line in {"marked.txt": "def ", "marked.jsonl": '{"prompt": "def "}'}.items():
+        (tmp_path / name).write_text(line + "\n", encoding="utf-8-sig")  # as on Windows
+        assert run(prompt_file=tmp_path / name, max_new_tokens=4) == rows[:1]
     config = tmp_path / "generate.yaml"
     config.write_text(f"model_name_or_path: {folder}\nprompt: {json.dumps(prompts)}\n")
     assert parse(generate.Arguments, [str(config)]).prompt == prompts
+
+
+def test_prompts_that_are_no_unicode():
+    arguments = generate.Arguments("model", prompt=["a", "b \udcff", "\ud83d"])
+    with pytest.raises(InputError, match=r"^prompt 2 is not Unicode: 'b \\udcff'$"):
+        generate.read_prompts(arguments)
 
 
 @pytest.mark.parametrize("prompt", ["def ", "", "class A:", "- 1", "yes", "12", "# a", "[x]", "{"])

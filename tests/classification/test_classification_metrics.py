@@ -10,7 +10,14 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from classification_metrics import METRICS, measure, probabilities, reliability, scores
+from classification_metrics import (
+    METRICS,
+    measure,
+    probabilities,
+    reliability,
+    scores,
+    undefined_metrics,
+)
 from classification_report import write_figures
 from launching import ROOT
 from utils.config import InputError
@@ -118,13 +125,24 @@ def test_regression_metrics_are_scipys():
     )
 
 
-def test_what_has_no_definition_is_chance_and_not_nan():
+@pytest.mark.filterwarnings("error")
+def test_what_has_no_definition_is_null_and_nothing_warns():
     constant = measure("regression", np.ones((3, 1)), np.arange(3.0))
-    assert constant["eval_pearsonr"] == constant["eval_spearmanr"] == 0.0
+    assert constant["eval_pearsonr"] is constant["eval_spearmanr"] is None
     missing = measure("single_label_classification", np.eye(3)[[0, 1]], np.array([0, 1]))
     assert missing["eval_roc_auc"] == 1.0  # of the labels that occur
     single = measure("single_label_classification", np.eye(2), np.array([0, 0]))
-    assert single["eval_roc_auc"] == 0.5
+    assert single["eval_roc_auc"] is None
+    assert single["eval_matthews_correlation"] == metrics.matthews_corrcoef([0, 0], [0, 1]) == 0
+    always = measure("single_label_classification", np.eye(2)[[0, 0]], np.array([0, 0]))
+    assert (always["eval_accuracy"], always["eval_matthews_correlation"]) == (1, 0)
+    for labels in (np.zeros((4, 2), int), np.ones((4, 2), int)):
+        several = measure("multi_label_classification", np.eye(2)[[0, 1, 1, 0]], labels)
+        assert several["eval_roc_auc"] is None
+        assert undefined_metrics("multi_label_classification", labels) == ["roc_auc"]
+    assert undefined_metrics("single_label_classification", np.array([2, 2])) == ["roc_auc"]
+    assert undefined_metrics("single_label_classification", np.array([2, 1])) == []
+    assert undefined_metrics("regression", np.ones(3)) == ["pearsonr", "spearmanr"]
 
 
 @pytest.mark.parametrize("problem_type", list(METRICS))

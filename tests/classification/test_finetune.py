@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import random
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ from launching import (
 from recipes.classification import finetune as classification
 from recipes.classification.finetune import ClassificationLoss
 from utils.config import parse, read_yaml
+from utils.epochs import digest
 from utils.export import export
 
 SCRIPT = "recipes/classification/finetune.py"
@@ -602,6 +604,61 @@ def bad(change: Callable[[list[dict]], Any], split: str = "train", **settings: A
 
 def set_row(number: int, **values: Any) -> Callable[[list[dict]], None]:
     return lambda rows: rows[number - 1].update(values)
+
+
+def test_held_out_data_of_one_class(fine_tune: Callable, texts: Path, tmp_path: Path):
+    for seed, split in enumerate(("train", "validation", "test")):
+        rows = make_rows(40, seed)
+        write_jsonl(tmp_path / f"{split}.jsonl", rows if seed == 0 else [rows[0]] * 5)
+    ended = fine_tune(texts=tmp_path)
+    assert ended.status == 0
+    said = "validation data have the same label: roc_auc is not defined there, null in the results"
+    assert said in ended.error
+    evaluations = [row for row in metrics(ended.folder) if "eval_loss" in row]
+    assert [row["eval_roc_auc"] for row in evaluations] == [None] * len(evaluations)
+    assert "NaN" not in (ended.folder / "metrics.jsonl").read_text()
+    assert "not defined: all are the same" in (ended.folder / "README.md").read_text()
+    ended = fine_tune("other", texts=tmp_path, metric_for_best_model="roc_auc")
+    assert (ended.status, ended.folder.exists()) == (2, False)
+    assert ended.error == (
+        "error: metric_for_best_model: eval_roc_auc is not defined: all rows of the validation "
+        "data have the same label\n"
+    )
+
+
+def test_a_label_whose_rows_are_all_held_out(fine_tune: Callable, tmp_path: Path):
+    rows = make_rows(90, 0)
+    shares = {row["text"]: int(digest([(row["text"],)]), 16) / 2**64 for row in rows}
+    (held_out := min(rows, key=lambda row: shares[row["text"]]))["label"] = "rare"
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    data = {"train_data": [{"path": str(tmp_path / "train.jsonl")}], "validation_data": []}
+    share = shares[held_out["text"]] + 1e-9
+    ended = fine_tune(**data, test_data=[], validation_split=share)
+    assert ended.status == 0, ended.error
+    assert "labels: code, prose, rare, web\n" in ended.output
+    assert "examples: 89 train, 1 validation, 0 test\n" in ended.output
+
+
+def test_a_part_of_the_training_data_is_held_out(fine_tune: Callable, texts: Path):
+    ended = fine_tune(validation_data=[], validation_split=0.25)
+    (examples,) = re.findall(r"  examples: (\d+) train, (\d+) validation, 30 test", ended.output)
+    assert sum(map(int, examples)) == 90
+    assert 10 < int(examples[1]) < 35
+    assert any("eval_loss" in row for row in metrics(ended.folder))
+
+
+def test_rows_that_are_trained_on_and_tested_on(fine_tune: Callable, texts: Path, tmp_path: Path):
+    rows = make_rows(30, 2)
+    rows[3]["text"] = make_rows(90, 0)[5]["text"]
+    path = str(tmp_path / "test.jsonl")
+    write_jsonl(Path(path), rows)
+    ended = fine_tune(test_data=[{"path": path}])
+    assert "warning: 1 of 30 test rows stand in train_data too, the first: " in ended.error
+    card = (ended.folder / "README.md").read_text()
+    assert "| rows that stand in train_data too | 0 of 30 validation, 1 of 30 test |" in card
+    ended = fine_tune("other", test_data=[{"path": path}], on_leaked_rows="fail")
+    assert (ended.status, ended.folder.exists()) == (2, False)
+    assert ended.error.startswith("error: on_leaked_rows: 1 of 30 test rows stand in train_data")
 
 
 def set_labels(label: Any) -> Callable[[list[dict]], None]:

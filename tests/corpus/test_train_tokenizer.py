@@ -412,7 +412,9 @@ def test_bad_text(option, algorithm, corpus, tmp_path):
         '\n{"content": "x", "id": 1}\n': (
             f"source '{path}': {path}, line 2: no field 'text' (it has: content, id)"
         ),
-        '{"text": null}\n': f"source '{path}': {path}, line 1: no field 'text' (it has: text)",
+        '{"text": null}\n': (
+            f"source '{path}': {path}, line 1: null in the field 'text' (it has: text)"
+        ),
         "nothing\n": (
             f"source '{path}': {path}, line 1: not JSON: Expecting value: line 1 column 1 (char 0)"
         ),
@@ -560,3 +562,36 @@ def test_commands_and_configs_parse(monkeypatch):
         assert [source.path for source in args.validation_sources] == [
             "data/sample/validation.jsonl"
         ]
+
+
+def test_regular_expressions_are_given_parts_of_a_text(tmp_path, monkeypatch, capsys):
+    """They give up on ten million blanks."""
+    monkeypatch.setattr(train_tokenizer, "PART", 1000)
+    text = "a" + " " * 2500 + "b"
+    assert [len(part) for part in train_tokenizer.in_parts(text)] == [1000, 1000, 502]
+    assert "".join(train_tokenizer.in_parts(text)) == text
+    source = [{"path": str(write_jsonl(tmp_path / "blanks.jsonl", [text, *HELP_TEXTS]))}]
+    run(tmp_path / "out", source, algorithm="bpe", vocab_size=512, validation_sources=source)
+    size = len(text) + sum(len(text.encode()) for text in HELP_TEXTS)
+    assert f"{size:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece"])
+def test_a_long_word_is_learned_from_in_pieces_and_encoded_whole(algorithm, tmp_path):
+    """Unbroken text would take minutes a megabyte."""
+    limit = train_tokenizer.LONGEST_WORD
+    draw = random.Random(0)
+    word = "".join(draw.choices("ACGT", k=limit * 5 // 2))
+    pieces = [word[start : start + limit] for start in range(0, len(word), limit)]
+    if algorithm == "wordpiece":
+        word, pieces = word.lower(), [piece.lower() for piece in pieces]
+    options = {"algorithm": algorithm, "vocab_size": 400 if algorithm == "bpe" else 60}
+    whole = run(tmp_path / "whole", write_jsonl(tmp_path / "whole.jsonl", [word] * 3), **options)
+    cut = run(tmp_path / "cut", write_jsonl(tmp_path / "cut.jsonl", pieces * 3), **options)
+    assert (whole / "tokenizer.json").read_bytes() == (cut / "tokenizer.json").read_bytes()
+    # words that are shorter are learned from as they are; what is saved cuts nothing
+    backend = json.loads((whole / "tokenizer.json").read_text())
+    assert str(limit) not in json.dumps(backend["pre_tokenizer"])
+    if algorithm == "bpe":
+        tokenizer = AutoTokenizer.from_pretrained(whole)
+        assert tokenizer.decode(tokenizer(word, add_special_tokens=False)["input_ids"]) == word

@@ -1,8 +1,10 @@
 import gzip
 import io
 import json
+import os
 import random
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -25,6 +27,7 @@ from utils.sources import (
     Shard,
     Source,
     check_documents,
+    check_held_out,
     describe_position,
     find_files,
     read,
@@ -219,7 +222,7 @@ def test_a_compressed_part_decodes_only_its_own_lines(tmp_path, monkeypatch):
         (b'["text"]', "no field 'text' (it has: list)"),
         (b"null", "no field 'text' (it has: NoneType)"),
         (b'{"content": "a", "id": 3}', "no field 'text' (it has: content, id)"),
-        (b'{"text": null}', "no field 'text' (it has: text)"),
+        (b'{"text": null}', "null in the field 'text' (it has: text)"),
         (b'{"text": ["a"]}', "list, not text, in the field 'text' (it has: text)"),
         (b'{"text": "\\ud83d"}', "not Unicode in the field 'text': 'utf-8' codec can't encode"),
     ],
@@ -240,7 +243,7 @@ def test_broken_rows_of_parquet(tmp_path):
     file = write(tmp_path / "null.parquet", [{"text": "a"}, {"text": None}, {"text": "b"}])
     first, broken, last = read_all(file)
     assert (first.text, last.text) == ("a", "b")
-    assert str(broken) == f"{file}, row 1: no field 'text' (it has: text)"
+    assert str(broken) == f"{file}, row 1: null in the field 'text' (it has: text)"
 
     file = write(tmp_path / "missing.parquet", [{"id": 1, "content": "a"}])
     assert str(read_all(file)[0]) == f"{file}, row 0: no field 'text' (it has: id, content)"
@@ -413,6 +416,86 @@ def test_files_folders_globs_and_urls(tmp_path, monkeypatch):
     assert texts(read_all(url)) == [r["text"] for r in RECORDS]
 
 
+def test_a_file_comes_once_however_many_links_lead_to_it(tmp_path, capsys):
+    folder = tmp_path / "data"
+    (folder / "v1" / "deep").mkdir(parents=True)
+    paths = sorted(write(folder / "v1" / name, RECORDS) for name in ("b.jsonl", "deep/c.jsonl"))
+    outside = write(tmp_path / "outside.jsonl", RECORDS)
+    (folder / "latest").symlink_to("v1")
+    (folder / "a.jsonl").symlink_to("v1/b.jsonl")
+    for name in ("loop", "again"):  # by both of them, for ever
+        (folder / name).symlink_to(".")
+        (folder / "v1" / "deep" / name).symlink_to("..")
+    assert find_files(Source(str(folder))) == paths
+    assert capsys.readouterr().err == (
+        f"warning: {folder}: 3 more names (links) of the same files are left out\n"
+    )
+    assert find_files(Source(f"{folder}/**/*.jsonl")) == paths
+    assert find_files(Source(f"{folder}/**/deep/*.jsonl")) == paths[1:]
+    assert find_files(Source(f"{folder}/*/*.jsonl")) == paths[:1]
+    # what a link alone leads to counts as well, and two names of one file on the disk are one file
+    (folder / "z.jsonl").symlink_to(outside)
+    os.link(paths[0], folder / "v1" / "hard.jsonl")
+    assert find_files(Source(str(folder))) == [*paths, str(folder / "z.jsonl")]
+    # a folder that is a link is read by its name
+    assert find_files(Source(str(folder / "latest"))) == [
+        str(folder / "latest" / name) for name in ("b.jsonl", "deep/c.jsonl")
+    ]
+
+
+def test_a_folder_that_may_not_be_read_is_left_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lost+found").mkdir()
+    path = write(tmp_path / "a.jsonl", RECORDS)
+    listdir = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert find_files(Source(str(tmp_path))) == [path]
+    assert capsys.readouterr().err == (
+        f"warning: left out {tmp_path / 'lost+found'}: Permission denied\n"
+    )
+
+
+def test_local_names_that_look_like_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a::b.jsonl", "zip::c.jsonl.gz", "d[1].jsonl", "e*.parquet"):
+        assert find_files(Source(write(Path(name), RECORDS))) == [name]
+        assert texts(read_all(name)) == [r["text"] for r in RECORDS]
+        assert texts(read_all(str(tmp_path / name))) == [r["text"] for r in RECORDS]
+    with pytest.raises(InputError, match=r"files inside of another are not read: unpack a\.zip$"):
+        find_files(Source("zip://*.jsonl::a.zip"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"split": "train[:90%]"}, {"split": "test"}, {"revision": "main"}, {"config_name": "x"}],
+)
+def test_settings_of_the_hub_beside_files_are_refused(tmp_path, given):
+    (name,), path = given, write(tmp_path / "a.jsonl", RECORDS)
+    with pytest.raises(InputError, match=rf"a\.jsonl': {name} '.*' is for datasets of the Hub"):
+        find_files(Source(path, **given))
+    with pytest.raises(InputError, match="is for datasets of the Hub"):
+        find_files(Source(f"file://{path}", **given))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_names_with_dots_are_fields_or_lead_into_fields(tmp_path, format):
+    records = [
+        {"doc.text": "literal", "a": {"b.c": "inner", "d": None}, "meta.set": "web"},
+        {"doc.text": "again", "a": {"b.c": "more", "d": None}, "meta.set": "books"},
+    ]
+    path = write(tmp_path / f"data{format}", records)
+    found = read_all(path, text_field="doc.text", domain_field="meta.set")
+    assert [(d.text, d.domain) for d in found] == [("literal", "web"), ("again", "books")]
+    assert texts(read_all(path, text_field="a.b.c")) == ["inner", "more"]
+    assert "null in the field 'a.d'" in str(read_all(path, text_field="a.d")[0])
+    assert "no field 'doc.body'" in str(read_all(path, text_field="doc.body")[0])
+
+
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     formats = ".jsonl, .jsonl.gz, .json.gz, .jsonl.zst, .parquet"
     (tmp_path / "notes.txt").write_text("not data")
@@ -532,6 +615,15 @@ def test_a_source_must_hold_a_document(tmp_path, waits):
     Path(damaged).write_bytes(b"garbage")
     check(f": {damaged}: Not a gzipped file (b'ga')", "fail")
     assert check_documents([source], "skip") == [[empty, damaged, good]]
+    # of held-out data more than the first document is looked at, so far as it will be read
+    late = write(tmp_path / "z.jsonl", [{"text": "x"}, {"text": None}])
+    source.path = late
+    for limit, is_met in ((None, True), (2, True), (1, False)):
+        with pytest.raises(InputError, match="line 2: null in") if is_met else nullcontext():
+            check_held_out([source], limit, "fail")
+        check_held_out([source], limit, "skip")
+    Path(late).unlink()
+    source.path = str(tmp_path)
     # the field is misnamed, not a record broken here and there
     source.text_field = "body"
     wrong = write(tmp_path / "d.jsonl", [{"content": "x"}] * 5000)

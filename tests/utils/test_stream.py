@@ -602,3 +602,53 @@ def test_more_workers_than_lanes(mixture, tokenizer):
     with pytest.raises(InputError) as error:
         Run(mixture, tokenizer, dataloader_num_workers=3).steps(1, world_size=8)
     assert str(error.value) == "dataloader_num_workers: 3 is more than a rank's 2 lanes"
+
+
+class PanicException(BaseException):
+    """What Rust raises: pyo3_runtime has no name for it before it has."""
+
+
+def panic_on(tokenizer, word: str):
+    """An encoder that fails on texts with a word in them, as regular expressions on long blanks."""
+    encode = DocumentEncoder(tokenizer)
+
+    def fail(texts: list[str]) -> list:
+        if any(word in text for text in texts):
+            raise PanicException("retry-limit-in-match over")
+        return encode(texts)
+
+    return fail
+
+
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_documents_on_which_the_tokenizer_fails_are_bad_records(tmp_path, tokenizer, capsys, lanes):
+    records = make_documents("a", 100)
+    for record in records[3::10]:
+        record["text"] += "PANIC"
+    source = Source(write(tmp_path / "data", records), epochs=2)
+    run = Run([source], tokenizer, on_bad_record="skip", lanes=lanes)
+    run.encode = panic_on(tokenizer, "PANIC")
+    steps = run.steps(ALWAYS)
+    state = states_after(run.steps(1, states=states_after(steps[-1])) or steps[-1])
+    assert sum(lane["lane"]["bad_records"] for lane in state.values()) == 20
+    assert sum(lane["lane"]["documents"] for lane in state.values()) == 180
+    assert "data.jsonl, line 4: the tokenizer fails on its " in capsys.readouterr().err
+    # also when the run is cut after every step
+    again: list[list[Row]] = []
+    while step := run.steps(1, states=states_after(again[-1]) if again else None):
+        again += step
+    assert list(map(plain, again)) == list(map(plain, steps))
+
+    run.arguments.on_bad_record = "fail"
+    with pytest.raises(InputError, match=r"data\.jsonl, line \d*4: the tokenizer fails on its \d+"):
+        run.steps(ALWAYS)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_fault_of_a_document_stops(tmp_path, tokenizer, error):
+    def stop(texts: list[str]) -> list:
+        raise error
+
+    source = Source(write(tmp_path / "data", make_documents("a", 9)))
+    with pytest.raises(error):
+        Lane(Lanes(corpus_of([source], on_bad_record="skip", lanes=1), stop), 0).next()

@@ -4,6 +4,8 @@ import json
 
 import datasets
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from utils.config import InputError
@@ -46,7 +48,7 @@ def test_quotes_in_tab_separated_values_are_text(tmp_path):
 def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('text,label\n"so good,1\nplain,0\n')
-    with pytest.raises(InputError, match=r"cannot read .*rows\.csv: unexpected end of data$"):
+    with pytest.raises(InputError, match=r"rows\.csv, line 2: here begins no record: unexpected"):
         read_table(Table(str(path)))
 
 
@@ -87,8 +89,16 @@ def test_the_official_json_with_a_data_key(tmp_path):
         ("a.jsonl", '{"text": "a"}\n[1]\n', "{path}, line 2: not a mapping of columns: [1]"),
         ("a.jsonl", "\n", "{path} holds no rows"),
         ("a.csv", "text,label\na,1\nb\n", "{path}, line 3: fewer values than the header has"),
+        ("a.csv", b"text\nfine\n\xff\n", "{path}, line 3: not UTF-8"),
+        ("a.csv", 'text\nfine\n"a"b\n', "{path}, line 3: here begins no record: ',' expected"),
+        ("a.csv", "text,label,text\n", "{path}: two columns are called 'text': name each"),
+        ("a.tsv", "text\tlabel\ttext\n", "{path}: two columns are called 'text': name each"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "{path}, line 1: not UTF-8"),
+        ("a.json", '[{"text": "a"}]'.encode("utf-16"), "{path}, line 1: not UTF-8"),
+        ("a.jsonl", "[" * 100_000, "{path}, line 1: not JSON: maximum recursion depth"),
+        ("a.json", "[" * 100_000, "{path}: not JSON: maximum recursion depth"),
         ("a.csv", "text,label\na,1,2\n", "{path}, line 2: more values than the header has"),
-        ("a.csv", b"text\n\xff\n", "cannot read {path}: 'utf-8' codec"),
+        ("a.csv", b"text\n\xff\n", "{path}, line 2: not UTF-8: invalid start byte"),
         ("a.parquet", "PAR", "cannot read {path}: "),
         ("a.json", "{}", "{path}: expected a list of rows, or such a list under the key 'data'"),
         ("a.txt", "text", "{path}: give files of one of these kinds: .csv, "),
@@ -100,6 +110,116 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
     with pytest.raises(InputError) as error:
         read_table(Table(str(path)))
     assert str(error.value).startswith(message.format(path=path))
+
+
+def test_columns_without_a_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label,,\na,b,,\n")
+    assert read_table(Table(str(path)))[0].values == {"text": "a", "label": "b", "": ""}
+
+
+def test_a_column_twice_in_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], ["a", "a"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(InputError, match=r"a\.parquet: two columns are called 'a'"):
+        read_table(Table(str(path)))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    content = {".csv": "text\na\n", ".tsv": "text\na\n", ".jsonl": '{"text": "a"}\n'}
+    path.write_text(content.get(suffix, '[{"text": "a"}]'), encoding="utf-8-sig")
+    if suffix == ".jsonl":
+        path.write_bytes(2 * path.read_bytes())  # joined by cat
+    assert {row.text("text") for row in read_table(Table(str(path)))} == {"a"}
+
+
+SLICES = (
+    "train",
+    "train[:90%]",
+    "train[90%:]",
+    "train[33%:66%]",
+    "train[5:9]",
+    "train[-10%:]",
+    "train[-3:]",
+    "train[:500]",
+    "train[:3]+train[-10%:]",
+    "train[:20%](pct1_dropremainder)",
+)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_slices_are_those_of_datasets(tmp_path, suffix):
+    for part in range(2):
+        rows = [{"text": f"row {number}"} for number in range(67 * part, 67 * part + 67)]
+        write(tmp_path / f"part-{part}.{suffix}", rows)
+    files = f"{tmp_path}/part-*.{suffix}"
+    builder = {"jsonl": "json"}.get(suffix, suffix)
+    for split in SLICES:
+        expected = datasets.load_dataset(
+            builder, data_files=files, split=split, cache_dir=str(tmp_path / "cache")
+        )
+        rows = read_table(Table(files, split=split))
+        assert [row.values["text"] for row in rows] == expected["text"], split
+    # a row stays where it stood
+    assert read_table(Table(files, split="train[-1:]"))[0].place.endswith(
+        f"part-1.{suffix}, " + {"csv": "line 68", "jsonl": "line 67", "parquet": "row 67"}[suffix]
+    )
+
+
+@pytest.mark.parametrize("split", ["nonsense", "test", "train[:10%]+test", "train[a:]", "", "all"])
+def test_a_split_that_files_do_not_have(tmp_path, split):
+    path = write(tmp_path / "a.jsonl")
+    with pytest.raises(InputError) as error:
+        read_table(Table(str(path), split=split))
+    assert str(error.value).startswith(
+        f"{path}: split {split!r}: files have the split train alone, or a slice: train[:90%]"
+    )
+
+
+def test_a_slice_without_rows(tmp_path):
+    with pytest.raises(InputError, match="holds no rows"):
+        read_table(Table(str(write(tmp_path / "a.jsonl")), split="train[5:]"))
+
+
+@pytest.mark.parametrize("name", ["name", "revision"])
+def test_settings_of_the_hub_beside_files(tmp_path, name):
+    path = write(tmp_path / "a.jsonl")
+    with pytest.raises(InputError) as error:
+        read_table(Table(str(path), **{name: "x"}))
+    assert str(error.value) == f"{path}: {name} is for datasets of the Hub: leave it out"
+
+
+def test_a_file_comes_once_and_by_its_name(tmp_path):
+    path = write(tmp_path / "a[1].jsonl")
+    (tmp_path / "again.jsonl").symlink_to(path)
+    (tmp_path / "loop").symlink_to(".")
+    for given in (path, tmp_path / "*.jsonl", tmp_path / "**" / "*.jsonl"):
+        assert len(read_table(Table(str(given)))) == len(ROWS)
+
+
+def test_dots_are_in_names_or_lead_into_columns(tmp_path):
+    row = {"doc.text": "literal", "doc": {"text": "inside", "only": "here"}, "a": {"b.c": {"d": 1}}}
+    (found,) = read_table(Table(str(write(tmp_path / "a.jsonl", [row]))))
+    assert found.get("doc.text") == "literal"
+    assert found.get("doc.only") == "here"
+    assert found.get("a.b.c.d") == 1
+    with pytest.raises(InputError, match=r"no column 'doc.none'; there are: doc.text, doc, a$"):
+        found.get("doc.none")
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "a \ud83d", "deep": [{"a": "\udc00"}], "whole": "\ud83d\ude42"}')
+    (row,) = read_table(Table(str(path)))
+    assert row.text("whole") == "🙂"
+    for column in ("text", "deep"):
+        with pytest.raises(InputError) as error:
+            row.get(column)
+        assert str(error.value).startswith(f"{path}, line 1: {column} is not Unicode: ")
+        str(error.value).encode()
 
 
 def test_no_file(tmp_path):
