@@ -55,8 +55,8 @@ class PairArguments(Settings):
         # the loss of the next token is all that is trained
         if hasattr(config, "disable_ngram_loss") and (not config.disable_ngram_loss or config.eps):
             raise InputError(
-                f"model: {kind} has a loss of its own, of {config.ngram} tokens ahead and smoothed: "
-                "set disable_ngram_loss: true and eps: 0.0 in its config"
+                f"model: {kind} has a loss of its own, {config.ngram} tokens ahead and smoothed: set "
+                "disable_ngram_loss: true and eps: 0.0 in its config"
             )
         if kind == "nllb-moe" and config.output_router_logits:
             raise InputError(
