@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from textwrap import shorten
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from utils.config import InputError, Settings
 from utils.randomness import random_key
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
+FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -81,6 +83,8 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
             f"{len(tokenizer)} tokens"
         )
+    if given and arguments.tokenizer:
+        _check_vocabulary(tokenizer, arguments.tokenizer, given)
     heads = getattr(config, "num_attention_heads", 0)
     groups = getattr(config, "num_key_value_heads", None) or 1
     if heads % groups:
@@ -94,6 +98,26 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             f"max_position_embeddings of {positions}"
         )
     return config
+
+
+def _check_vocabulary(tokenizer: Any, name: str, given: str) -> None:
+    """Raises InputError where ids mean other tokens to the given model, as its own tokenizer tells.
+
+    What that one knows as special or unused may have got another name.
+    """
+    file = "tokenizer_config.json"  # without files transformers makes up an empty tokenizer
+    missing = {f"_raise_exceptions_for_{kind}": False for kind in FILE_ERRORS}
+    if name == given or cached_file(given, file, **missing) is None:
+        return
+    own = transformers.AutoTokenizer.from_pretrained(given)
+    special, known = {*own.added_tokens_decoder}, {i: t for t, i in own.get_vocab().items()}
+    for token, index in tokenizer.get_vocab().items():
+        was = known.get(index, token)
+        if was != token and index not in special and not re.search("unused|reserved|extra", was):
+            raise InputError(
+                f"tokenizer: {name} is not that of {given}: its token {index} is {token!r}, there "
+                f"it is {was!r}: leave tokenizer out"
+            )
 
 
 def build_model(

@@ -52,11 +52,10 @@ class PairArguments(Settings):
     def check_model_fits(self, config: Any, max_new_tokens: int) -> None:
         """Raises InputError where the settings do not suit the kind of model, or its positions."""
         kind = config.model_type
-        # the loss of the next token is all that is trained
-        if hasattr(config, "disable_ngram_loss") and (not config.disable_ngram_loss or config.eps):
+        if kind == "prophetnet" and (not config.disable_ngram_loss or config.eps):
             raise InputError(
-                f"model: {kind} has a loss of its own, {config.ngram} tokens ahead and smoothed: set "
-                "disable_ngram_loss: true and eps: 0.0 in its config"
+                f"model: {kind} has a loss of its own, of several tokens ahead: set "
+                " disable_ngram_loss: true and eps: 0.0 in its config"
             )
         if kind == "nllb-moe" and config.output_router_logits:
             raise InputError(
