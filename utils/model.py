@@ -160,6 +160,9 @@ def build_model(
         *loading.get("missing_keys", ()),
         *(key for key, *_ in loading.get("mismatched_keys", ())),
     }
+    if getattr(arguments, "new_head", False):
+        keys = (key for key, _ in model.named_parameters())
+        new |= {key for key in keys if not key.startswith(f"{model.base_model_prefix}.")}
     inside = [key for key in new if key.startswith(f"{model.base_model_prefix}.")]
     body = [key for key in inside if "pooler" not in key]  # which pretraining may have left out
     if name and body:

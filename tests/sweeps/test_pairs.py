@@ -28,6 +28,8 @@ from transformers import (
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as MBART_CODES
 from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
 
+from classification_examples import check_tokenizer as check_for_classifier
+from classification_examples import encode
 from conftest import write_jsonl
 from launching import TINY_RUN, command_line, predictions
 from recipes.summarization import finetune as summarization
@@ -174,6 +176,23 @@ def test_an_encoder_decoder_reads_what_the_exported_tokenizer_writes(kind, saved
         sum(len(client(arguments.source_prefix + p.source)["input_ids"]) > 24 for p in TEXTS),
         cut,
     )
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_classifier_reads_what_the_exported_tokenizer_writes(kind, saved, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(saved(kind))
+    config = AutoConfig.for_model("bert" if kind == "word pieces" else "llama")
+    check_for_classifier(tokenizer, config, 16)
+    for columns in ([pair.source for pair in TEXTS],), zip(*TEXTS, strict=True):
+        rows = [*zip(*columns, strict=True)]
+        examples, cut = encode(tokenizer, rows)
+        tokenizer.save_pretrained(tmp_path / "export")
+        client = AutoTokenizer.from_pretrained(tmp_path / "export")
+        for row, example in zip(rows, examples, strict=True):
+            inputs = client(*row, truncation=True)  # as transformers' pipeline does
+            del inputs["attention_mask"]
+            assert {name: ids.tolist() for name, ids in example.items()} == dict(inputs)
+        assert cut == sum(len(client(*row)["input_ids"]) > 16 for row in rows) > 0
 
 
 def run_code(code: str, folder, source: str) -> str:
