@@ -42,7 +42,7 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
     name = arguments.tokenizer or arguments.model_name_or_path
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
 
 

@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    pipeline,
     set_seed,
 )
 
@@ -72,8 +73,11 @@ def make_model(folder: Path, family: str = "llama", **changes) -> Path:
     return folder
 
 
-def make_tokenizer(folder: Path, begin: bool = True, end: bool = True, template: bool = False):
-    """Byte-level BPE; `template` adds the begin token as the post-processors of many models do."""
+def make_tokenizer(
+    folder: Path, begin: bool = True, end: bool = True, template: bool | str = False
+):
+    """Byte-level BPE; `template` adds the begin token as the post-processors of many models do, or
+    is such a template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,7 +90,8 @@ def make_tokenizer(folder: Path, begin: bool = True, end: bool = True, template:
     tokenizer.train_from_iterator(["def main(): return 0", "class A: pass"] * 10, trainer)
     if template:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|begin|> $A", special_tokens=[("<|begin|>", BEGIN)]
+            single="<|begin|> $A" if template is True else template,
+            special_tokens=[("<|begin|>", BEGIN), ("<|end|>", END)],
         )
     special = {"bos_token": "<|begin|>"} if begin else {}
     special |= {"eos_token": "<|end|>"} if end else {}
@@ -240,25 +245,52 @@ def test_beams_are_at_least_as_likely_as_greedy(run, loaded):
     assert max(gains) > 0.01
 
 
-def test_a_prompt_starts_like_a_training_document(tmp_path, loaded):
+def test_a_prompt_starts_as_the_tokenizer_begins_a_text(tmp_path, loaded):
     _, model = loaded
-    text = [("prompt 1", "def main")]
 
-    def encode(**tokenizer_options):
+    def encode(text="def main", **tokenizer_options):
         tokenizer = make_tokenizer(tmp_path, **tokenizer_options)
-        plain = tokenizer("def main", add_special_tokens=False).input_ids
-        (ids,) = generate.encode(text, AutoTokenizer.from_pretrained(tmp_path), model, 8)
-        assert ids[1:] == plain
-        return ids[0]
+        (ids,) = generate.encode(
+            [("prompt 1", text)], AutoTokenizer.from_pretrained(tmp_path), model, 8
+        )
+        plain = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids[len(ids) - len(plain) :] == plain
+        return ids[: len(ids) - len(plain)]
 
-    assert encode() == BEGIN
-    assert encode(template=True) == BEGIN  # once, though the template adds one of its own
-    assert encode(begin=False) == END
-    assert encode(end=False) == BEGIN
-    assert generate.encode([("prompt 1", "")], loaded[0], model, 8) == [[BEGIN]]
-    assert generate.encode([("prompt 1", "<|end|>")], loaded[0], model, 8) == [[BEGIN, END]]
-    with pytest.raises(InputError, match="the tokenizer has neither a bos nor an eos token to"):
-        encode(begin=False, end=False)
+    assert encode() == []
+    assert encode(template=True) == [BEGIN]
+    assert encode("<|end|>", template=True) == [BEGIN]
+    # nothing is continued after an end
+    assert encode(template="<|begin|> $A <|end|>") == [BEGIN]
+    assert encode("def <|end|>", template="$A <|end|>") == []
+    # no text at all begins as well as it can
+    assert encode("", template=True) == encode("") == [BEGIN]
+    assert encode("", begin=False) == [END]
+    with pytest.raises(InputError) as error:
+        encode("", begin=False, end=False)
+    assert (
+        str(error.value) == "prompt 1: the tokenizer has no bos or eos token to begin a text with"
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"begin": False}, {"template": True}, {"template": "$A <|end|>"}], ids=str
+)
+def test_what_the_recipes_have_trained_continues_as_in_a_pipeline(run, pretrain, tmp_path, options):
+    folder = tmp_path / "tokenizer"
+    tokenizer = make_tokenizer(folder, **options)
+    ended = pretrain(tokenizer=folder, max_steps=1, sequence_length=32)
+    assert ended.status == 0, ended.error
+    model = ended.folder / "model"
+    begin = BEGIN if options.get("begin", True) else END
+    write = pipeline("text-generation", str(model), max_new_tokens=8, do_sample=False)
+    for prompt in ("def ", " a<|end|> b", "né <|begin|>"):
+        run(prompt=prompt, model_name_or_path=model, max_new_tokens=8)
+        (sequence,) = run.sequences
+        document = [begin, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        assert sequence[: len(document)] == document  # as in training
+        (text,) = write(prompt, return_tensors=True)
+        assert text["generated_token_ids"] == sequence
 
 
 def test_generation_stops_at_the_end_token(run, tmp_path, loaded):
@@ -290,7 +322,7 @@ def test_generation_config_of_the_model_counts_for_nothing(run, folder, tmp_path
     tokenizer, model = loaded
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    settings = {"do_sample": True, "max_length": 3, "eos_token_id": 7, "no_repeat_ngram_size": 1}
+    settings = {"do_sample": True, "max_length": 3, "eos_token_id": END, "no_repeat_ngram_size": 1}
     (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
     options = {"prompt": PROMPTS, "max_new_tokens": 16}
     assert run(model_name_or_path=tmp_path / "model", **options) == run(**options)
