@@ -84,6 +84,7 @@ def generate_texts(
     device, is_decoder = training.accelerator.device, not model.config.is_encoder_decoder
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     padding = end if padding is None else padding
+    options = {"eos_token_id": end, **options}
     positions = getattr(model.config, "max_position_embeddings", 2**31)
 
     def texts(indices: list[int]) -> list[str]:
@@ -102,7 +103,6 @@ def generate_texts(
             tokens.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=room,
-            eos_token_id=end,
             pad_token_id=padding,
             # ZeRO-3 gathers weights in every forward: all ranks write until the last one is done
             synced_gpus=training.ranks.world_size > 1,

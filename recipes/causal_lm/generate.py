@@ -89,7 +89,7 @@ def main() -> None:
 
     # All choices are made here: of a generation_config.json beside the model only its ends count.
     ends = end_tokens(tokenizer, model)
-    padding = [tokenizer.pad_token_id, *ends, encoded[0][0]]
+    padding = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, *ends, 0]
     model.generation_config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
@@ -126,7 +126,7 @@ def main() -> None:
         for number, sequence in enumerate(sequences.tolist()):
             row, which = divmod(number, args.num_return_sequences)
             place, prompt = prompts[first + row]
-            text = decode(tokenizer, sequence)
+            text = decode(tokenizer, sequence[length - len(batch[row]) :])
             if not streams:
                 progress.write(f"--- {place}, text {which + 1} of {args.num_return_sequences}")
                 progress.write(text)

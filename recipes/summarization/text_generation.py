@@ -209,6 +209,14 @@ def generate(
     None when a stop signal came in between.
     """
     sources = [example["input_ids"][: example["source_length"]] for example in examples]
-    most = model.generation_config.max_new_tokens
-    texts = generate_texts(training, model, encode.tokenizer, sources, most, batch_size)
+    settings = model.generation_config
+    texts = generate_texts(
+        training,
+        model,
+        encode.tokenizer,
+        sources,
+        settings.max_new_tokens,
+        batch_size,
+        eos_token_id=settings.eos_token_id,
+    )
     return None if texts is None else [text.strip() for text in texts]

@@ -1,5 +1,6 @@
 """recipes/causal_lm/generate.py against hand-written decoding loops, with tiny random models."""
 
+import copy
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     GPT2Config,
     LlamaConfig,
@@ -57,6 +59,8 @@ def make_model(folder: Path, family: str = "llama", **changes) -> Path:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 128,
                 "initializer_range": 0.3,
+                "bos_token_id": BEGIN,
+                "eos_token_id": END,
                 **changes,
             }
         )
@@ -68,6 +72,8 @@ def make_model(folder: Path, family: str = "llama", **changes) -> Path:
             n_head=4,
             n_positions=128,
             initializer_range=0.3,
+            bos_token_id=BEGIN,
+            eos_token_id=END,
         )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -188,21 +194,17 @@ def test_greedy_is_the_argmax_of_full_forward_passes(run, loaded, penalty):
 @pytest.mark.parametrize("begin", [True, False], ids=["bos", "no bos"])
 def test_a_batch_gives_each_prompt_the_text_it_gets_alone(run, tmp_path, family, begin):
     folder = make_model(tmp_path / family, family)
-    make_tokenizer(folder, begin=begin)
+    make_tokenizer(folder, begin=begin, template=begin)
     options = {"model_name_or_path": folder, "max_new_tokens": 24, "repetition_penalty": 1.3}
     alone = run(prompt=PROMPTS, batch_size=1, **options)
     assert len({row["text"] for row in alone}) == len(PROMPTS)
     assert run(prompt=PROMPTS, batch_size=2, **options) == alone
     assert run(prompt=PROMPTS, batch_size=8, **options) == alone
     # where the repetition penalty takes padding for text, it must find nothing new there
-    ((ids, mask),) = run.inputs
-    padding = [
-        token
-        for row, seen in zip(ids, mask, strict=True)
-        for token, is_seen in zip(row, seen, strict=True)
-        if not is_seen
-    ]
-    assert set(padding) == {BEGIN if begin else END}
+    ((rows, masks),) = run.inputs
+    for row, mask in zip(rows, masks, strict=True):
+        start = mask.index(1)
+        assert set(row[:start]) <= set(row[start:])
 
 
 def test_sampling_is_a_function_of_the_seed(run):
@@ -298,7 +300,7 @@ def test_generation_stops_at_the_end_token(run, tmp_path, loaded):
     ids = greedy(tokenizer, model, "def ", 12)
     assert ids.index(ids[5]) == 5
     model.save_pretrained(tmp_path / "model")
-    ending = make_tokenizer(tmp_path / "model")
+    ending = make_tokenizer(tmp_path / "model", template=True)
     ending.eos_token = tokenizer.convert_ids_to_tokens(ids[5])
     ending.save_pretrained(tmp_path / "model")
     model_name_or_path = tmp_path / "model"
@@ -328,12 +330,23 @@ def test_generation_config_of_the_model_counts_for_nothing(run, folder, tmp_path
     assert run(model_name_or_path=tmp_path / "model", **options) == run(**options)
 
 
+def test_texts_end_where_the_model_says_and_the_tokenizer(loaded):
+    tokenizer, model = loaded
+    for given, ends in ((END, [END]), ([7, 9], [7, 9, END]), (None, [END])):
+        model = copy.copy(model)
+        model.generation_config = GenerationConfig(eos_token_id=given)
+        assert generate.end_tokens(tokenizer, model) == ends
+
+
 def make_word_tokenizer(folder: Path) -> None:
     """Words marked by the blank before them, as SentencePiece has them."""
     words = ["<s>", "</s>", "\n", *(f"▁w{n}" for n in range(25)), *(f"x{n}" for n in range(4))]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BEGIN)]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
 
@@ -589,7 +602,7 @@ def test_an_interrupt_in_a_batch_prints_what_was_made(run, tmp_path, monkeypatch
 
 def test_the_program_streams_and_ends_on_ctrl_c(tmp_path, loaded):
     folder = make_model(tmp_path / "long", max_position_embeddings=1_000_000)
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer(folder, template=True)
     words = [sys.executable, PROGRAM, "--model_name_or_path", str(folder)]
     words += ["--prompt", "def ", "--max_new_tokens", "900000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}

@@ -205,8 +205,11 @@ def run_code(code: str, folder, source: str) -> str:
     return written.getvalue()
 
 
-def code_of_card(folder) -> str:
-    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def assert_card_writes_predictions(run) -> None:
+    card = (run / "model" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    for record in predictions(run):
+        assert run_code(code, run / "model", record["source"]) == record["prediction"] + "\n"
 
 
 SMALL = {
@@ -309,15 +312,10 @@ def test_the_code_of_the_card_writes_the_predictions(name, adapter, given, summa
         settings |= {"lora": {"r": 2, "init_lora_weights": False}, "num_beams": 2}
     ended = summarize(folder, **settings)
     assert ended.status == 0, ended.error
-    found = predictions(ended.folder)
-    assert len({record["prediction"] for record in found}) > 1
+    assert len({record["prediction"] for record in predictions(ended.folder)}) > 1
     if kind in LANGUAGES:
         assert_documented_start(name, ended.folder / "model", LANGUAGES[kind][1])
-    code = code_of_card(ended.folder / "model")
-    for record in found:
-        assert run_code(code, ended.folder / "model", record["source"]) == (
-            record["prediction"] + "\n"
-        )
+    assert_card_writes_predictions(ended.folder)
 
 
 def test_a_given_model_is_searched_as_it_says_unless_the_settings_say_more(given, summarize):
@@ -344,6 +342,7 @@ def test_a_given_model_is_searched_as_it_says_unless_the_settings_say_more(given
     assert found.items() >= expected.items()
     assert not {"temperature", "max_length", "min_length"} & found.keys()
     assert "num_beams 3, " in kept.output
+    assert_card_writes_predictions(kept.folder)
     ended = summarize(folder, "set", num_beams=1, no_repeat_ngram_size=0)
     found = GenerationConfig.from_pretrained(ended.folder / "model").to_diff_dict()
     assert (found["num_beams"], found["no_repeat_ngram_size"]) == (1, 0)
