@@ -78,7 +78,8 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             config = transformers.AutoConfig.for_model(**settings)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    # a model made of two has a vocabulary for each
+    if tokenizer is not None and len(tokenizer) > getattr(config, "vocab_size", math.inf):
         raise InputError(
             f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
             f"{len(tokenizer)} tokens"

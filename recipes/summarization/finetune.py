@@ -34,6 +34,7 @@ from text_pairs import (
     Pair,
     PairArguments,
     PairEncoder,
+    check_ids,
     check_tokenizer,
     decoder_inputs,
     own_prefix,
@@ -182,7 +183,6 @@ def main() -> None:
     check_tokenizer(tokenizer, args)
     config = model_config(args, tokenizer)
     args = replace(args, source_prefix=own_prefix(config, args, args.task))
-    args.check_model_fits(config, args.new_tokens)
     is_encoder_decoder = config.is_encoder_decoder
     auto_model = (
         transformers.AutoModelForSeq2SeqLM
@@ -192,6 +192,10 @@ def main() -> None:
     if is_encoder_decoder:
         tokenizer.model_max_length = args.max_source_length  # where the export is read
         settle_tokens(config, tokenizer, args)
+    empty = empty_model(config, auto_model)
+    args.check_model_fits(empty, args.new_tokens)
+    if not is_encoder_decoder:
+        check_head(empty)
     tables = (args.train_data, args.validation_data, args.test_data)
     train_pairs, validation_pairs, test_pairs = (read_pairs(part, args) for part in tables)
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
@@ -204,9 +208,7 @@ def main() -> None:
     }
     validation, test = encode(validation_pairs), encode(test_pairs)
     args = args.for_examples(len(train))
-    empty = empty_model(config, auto_model)
-    if not is_encoder_decoder:
-        check_head(empty)
+    check_ids([*train, *validation, *test], empty, is_encoder_decoder)
     generation = generation_config(empty, encode, args)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.config import InputError, Settings
 from utils.loss import IGNORE_INDEX
+from utils.model import first_position
 from utils.progress import in_batches
 from utils.tables import Table, TableRow, read_table
 
@@ -49,9 +50,9 @@ class PairArguments(Settings):
         own = {name: getattr(self, name) for name in (*names, "source_lang", "target_lang")}
         return super().fixed() | own | {"source_prefix": self.source_prefix or ""}
 
-    def check_model_fits(self, config: Any, max_new_tokens: int) -> None:
+    def check_model_fits(self, model: "transformers.PreTrainedModel", max_new_tokens: int) -> None:
         """Raises InputError where the settings do not suit the kind of model, or its positions."""
-        kind = config.model_type
+        config, kind = model.config, model.config.model_type
         if kind == "prophetnet" and (not config.disable_ngram_loss or config.eps):
             raise InputError(
                 f"model: {kind} has a loss of its own, of several tokens ahead: set "
@@ -74,12 +75,12 @@ class PairArguments(Settings):
         target = max(self.max_target_length, max_new_tokens)
         if config.is_encoder_decoder:
             needed = {
-                "max_source_length": (self.max_source_length, positions(config, "encoder")),
-                "max_target_length, max_new_tokens": (target, positions(config, "decoder")),
+                "max_source_length": (self.max_source_length, positions(model, "encoder")),
+                "max_target_length, max_new_tokens": (target, positions(model, "decoder")),
             }
         else:
             names = "max_source_length + max_target_length or max_new_tokens"
-            needed = {names: (self.max_source_length + target, positions(config, "decoder"))}
+            needed = {names: (self.max_source_length + target, positions(model, "decoder"))}
         for names, (length, most) in needed.items():
             if length > most:
                 raise InputError(
@@ -87,11 +88,29 @@ class PairArguments(Settings):
                 )
 
 
-def positions(config: Any, part: str) -> float:
-    """How many the "encoder" or the "decoder" has; without a limit (T5) infinitely many."""
-    kinds = (f"max_{part}_position_embeddings", "max_position_embeddings")
-    found = [getattr(c, k, None) for c in (getattr(config, part, None), config) for k in kinds]
-    return next((number for number in found if number is not None), math.inf)
+def positions(model: "transformers.PreTrainedModel", part: str) -> float:
+    """Of tokens in the "encoder" or the "decoder"; where there is no limit (T5) infinitely many."""
+    of_two = getattr(model, part, model)  # each of a model made of two has its own
+    for name in (f"max_{part}_position_embeddings", "max_position_embeddings"):
+        if getattr(of_two.config, name, None) is not None:
+            return getattr(of_two.config, name) - first_position(of_two)
+    return math.inf
+
+
+def check_ids(
+    examples: list[Example], model: "transformers.PreTrainedModel", is_encoder_decoder: bool
+) -> None:
+    """Raises InputError for a token that the model does not have."""
+    sizes = [model.get_input_embeddings().num_embeddings]
+    sizes.append(model.get_output_embeddings().weight.shape[0] if is_encoder_decoder else sizes[0])
+    for example in examples:
+        ids, length = example["input_ids"], example["source_length"]
+        for part, size in zip((ids[:length], ids[length:]), sizes, strict=True):
+            if part.max(initial=0) >= size:
+                raise InputError(
+                    f"tokenizer: token {part.max()} is beyond the model's {size} embeddings: this "
+                    "is not the model's tokenizer"
+                )
 
 
 def own_prefix(config: Any, arguments: PairArguments, task: str) -> str:

@@ -16,6 +16,8 @@ from transformers import (
     AutoTokenizer,
     BertTokenizer,
     ByT5Tokenizer,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GenerationConfig,
     LlamaTokenizer,
     M2M100Tokenizer,
@@ -316,6 +318,29 @@ def test_the_code_of_the_card_writes_the_predictions(name, adapter, given, summa
     if kind in LANGUAGES:
         assert_documented_start(name, ended.folder / "model", LANGUAGES[kind][1])
     assert_card_writes_predictions(ended.folder)
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("bert", 40), ("roberta", 38)])
+def test_a_model_made_of_two_has_the_positions_of_each(kind, positions, saved, summarize):
+    """RoBERTa's positions begin behind that of the padding."""
+    folder = saved("word pieces")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    size |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 40}
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        AutoConfig.for_model(kind, **size), AutoConfig.for_model(kind, **size)
+    )
+    config.decoder_start_token_id = tokenizer.cls_token_id
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.sep_token_id
+    sharpened(EncoderDecoderModel(config)).save_pretrained(folder)
+    ended = summarize(folder, "fits", max_source_length=positions)
+    assert ended.status == 0, ended.error
+    assert_card_writes_predictions(ended.folder)
+    ended = summarize(folder, "long", max_source_length=positions + 1)
+    assert ended.error == (
+        f"error: max_source_length: {positions + 1} is more than the model's "
+        f"max_position_embeddings of {positions}\n"
+    )
 
 
 def test_a_given_model_is_searched_as_it_says_unless_the_settings_say_more(given, summarize):
