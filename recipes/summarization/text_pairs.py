@@ -56,7 +56,7 @@ class PairArguments(Settings):
         if kind == "prophetnet" and (not config.disable_ngram_loss or config.eps):
             raise InputError(
                 f"model: {kind} has a loss of its own, of several tokens ahead: set "
-                " disable_ngram_loss: true and eps: 0.0 in its config"
+                "disable_ngram_loss: true and eps: 0.0 in its config"
             )
         if kind == "nllb-moe" and config.output_router_logits:
             raise InputError(

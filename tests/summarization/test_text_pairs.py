@@ -6,7 +6,14 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from text_pairs import Pair, PairArguments, PairEncoder, check_tokenizer, read_pairs
+from text_pairs import (
+    Pair,
+    PairArguments,
+    PairEncoder,
+    check_tokenizer,
+    own_prefix,
+    read_pairs,
+)
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.tables import Table
@@ -159,3 +166,18 @@ def test_a_tokenizer_without_an_end(wordpiece):
     with pytest.raises(InputError) as error:
         check_tokenizer(wordpiece, PairArguments())
     assert str(error.value) == "tokenizer: it has no eos_token, which ends a target"
+
+
+def test_the_prefix_of_the_given_model_is_kept_unless_another_is_set():
+    known = {"summarization": {"prefix": "summarize: ", "num_beams": 4}, "translation_en_to_de": {}}
+    for setting, task, prefix in (
+        (None, "summarization", "summarize: "),
+        ("", "summarization", ""),
+        ("TL;DR ", "summarization", "TL;DR "),
+        (None, "translation", ""),
+    ):
+        config = SimpleNamespace(is_encoder_decoder=True, task_specific_params=dict(known))
+        assert own_prefix(config, PairArguments(source_prefix=setting), task) == prefix
+        assert config.task_specific_params == {task: {"prefix": prefix}}  # of the export
+    config = SimpleNamespace(is_encoder_decoder=False, task_specific_params=None)
+    assert own_prefix(config, PairArguments(), "summarization") == ""

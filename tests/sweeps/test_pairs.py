@@ -350,7 +350,7 @@ def test_a_given_model_is_searched_as_it_says_unless_the_settings_say_more(given
         "early_stopping": True,
         "no_repeat_ngram_size": 2,
         "forced_bos_token_id": 5,
-        "eos_token_id": [2, 7],
+        "eos_token_id": [2, 5],  # with which it begins
         "do_sample": True,
         "temperature": 0.5,
         "max_length": 20,
@@ -434,7 +434,12 @@ def test_a_model_from_scratch_begins_and_ends_with_our_tokens(saved, summarize, 
     )
 
 
-@pytest.mark.parametrize("model_type", [name for name in model_types("seq2seq") if sampled(name)])
+# whose labels were shifted wrongly, or not at all; whose loss is another
+ONCE_WRONG = {"blenderbot", "encoder-decoder", "fsmt", "m2m_100", "mbart", "prophetnet"}
+SWEPT = [name for name in model_types("seq2seq") if sampled(name) or name in ONCE_WRONG]
+
+
+@pytest.mark.parametrize("model_type", SWEPT)
 def test_the_loss_is_the_model_s_own(model_type, record):
     try:
         model = sharpened(tiny_model("seq2seq", model_type))
