@@ -121,6 +121,8 @@ class Corpus:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
 def encode_documents(
     encode: Callable[[list[str]], Sequence],
     documents: Sequence[Document],

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from textwrap import shorten
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from utils.config import InputError, Settings
 from utils.randomness import random_key
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
+FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -44,7 +46,7 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
     name = arguments.tokenizer or arguments.model_name_or_path
     try:
         return transformers.AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
 
 
@@ -80,11 +82,14 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             config = transformers.AutoConfig.for_model(**settings)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    # a model made of two has a vocabulary for each
+    if tokenizer is not None and len(tokenizer) > getattr(config, "vocab_size", math.inf):
         raise InputError(
             f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
             f"{len(tokenizer)} tokens"
         )
+    if given and arguments.tokenizer:
+        _check_vocabulary(tokenizer, arguments.tokenizer, given)
     heads = getattr(config, "num_attention_heads", 0)
     groups = getattr(config, "num_key_value_heads", None) or 1
     if heads % groups:
@@ -98,6 +103,26 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             f"max_position_embeddings of {positions}"
         )
     return config
+
+
+def _check_vocabulary(tokenizer: Any, name: str, given: str) -> None:
+    """Raises InputError where ids mean other tokens to the given model, as its own tokenizer tells.
+
+    What that one knows as special or unused may have got another name.
+    """
+    file = "tokenizer_config.json"  # without files transformers makes up an empty tokenizer
+    missing = {f"_raise_exceptions_for_{kind}": False for kind in FILE_ERRORS}
+    if name == given or cached_file(given, file, **missing) is None:
+        return
+    own = transformers.AutoTokenizer.from_pretrained(given)
+    special, known = {*own.added_tokens_decoder}, {i: t for t, i in own.get_vocab().items()}
+    for token, index in tokenizer.get_vocab().items():
+        was = known.get(index, token)
+        if was != token and index not in special and not re.search("unused|reserved|extra", was):
+            raise InputError(
+                f"tokenizer: {name} is not that of {given}: its token {index} is {token!r}, there "
+                f"it is {was!r}: leave tokenizer out"
+            )
 
 
 def build_model(
@@ -140,6 +165,9 @@ def build_model(
         *loading.get("missing_keys", ()),
         *(key for key, *_ in loading.get("mismatched_keys", ())),
     }
+    if getattr(arguments, "new_head", False):
+        keys = (key for key, _ in model.named_parameters())
+        new |= {key for key in keys if not key.startswith(f"{model.base_model_prefix}.")}
     inside = [key for key in new if key.startswith(f"{model.base_model_prefix}.")]
     body = [key for key in inside if "pooler" not in key]  # which pretraining may have left out
     if name and body:

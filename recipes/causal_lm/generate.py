@@ -87,15 +87,17 @@ def main() -> None:
     tokenizer, model = load(args.model_name_or_path, args.dtype)
     encoded = encode(prompts, tokenizer, model, args.max_new_tokens)
 
-    # All choices are made here: a generation_config.json beside the model counts for nothing.
+    # All choices are made here: of a generation_config.json beside the model only its ends count.
+    ends = end_tokens(tokenizer, model)
+    padding = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, *ends, 0]
     model.generation_config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
         num_beams=args.num_beams,
         num_return_sequences=args.num_return_sequences,
         repetition_penalty=args.repetition_penalty,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=encoded[0][0],
+        eos_token_id=ends or None,
+        pad_token_id=next(token for token in padding if token is not None),
     )
     if args.temperature > 0:
         model.generation_config.temperature = args.temperature
@@ -111,8 +113,8 @@ def main() -> None:
     for first in range(0, len(prompts), args.batch_size):
         batch = encoded[first : first + args.batch_size]
         length = max(map(len, batch))
-        # Padding stands on the left, so that a text goes on where its prompt ends, and is the begin
-        # token, which every prompt holds: the repetition penalty of transformers 5.17 sees padding.
+        # Padding stands on the left, so that a text goes on where its prompt ends, and is a token
+        # that the prompt holds: the repetition penalty of transformers 5.17 sees padding.
         input_ids = [ids[:1] * (length - len(ids)) + ids for ids in batch]
         attention_mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in batch]
         sequences = model.generate(
@@ -124,7 +126,7 @@ def main() -> None:
         for number, sequence in enumerate(sequences.tolist()):
             row, which = divmod(number, args.num_return_sequences)
             place, prompt = prompts[first + row]
-            text = decode(tokenizer, sequence)
+            text = decode(tokenizer, sequence[length - len(batch[row]) :])
             if not streams:
                 progress.write(f"--- {place}, text {which + 1} of {args.num_return_sequences}")
                 progress.write(text)
@@ -209,20 +211,25 @@ def encode(
     model: "transformers.PreTrainedModel",
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids of the prompts, as documents begin in training: [begin] + tokens.
+    """Token ids of the prompts, as the tokenizer's own template begins a text.
 
-    A training document is [begin] + tokens + [end]: begin is bos, or eos without a bos, and end is
-    eos. The tokenizer's own template, which may add a begin token or none, stays out of it.
+    So does transformers' pipeline, and a tokenizer that the recipes have trained with begins a text
+    as they begin a document. What a template adds after a text is left out: it is to be continued.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begin = eos if bos is None else bos
-    if begin is None:
-        raise InputError("the tokenizer has neither a bos nor an eos token to begin a text with")
+    plain, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
+    opening = next(i for i in range(len(whole)) if whole[i:][: len(plain)] == plain)
+    closing = len(whole) - opening - len(plain)
+    begin = tokenizer.bos_token_id
+    begin = tokenizer.eos_token_id if begin is None else begin
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     embeddings = model.get_input_embeddings().num_embeddings
     encoded = []
     for place, text in prompts:
-        ids = [begin, *tokenizer.encode(text, add_special_tokens=False)]
+        ids = tokenizer.encode(text)
+        ids = ids[: len(ids) - closing]
+        if not ids and begin is None:
+            raise InputError(f"{place}: the tokenizer has no bos or eos token to begin a text with")
+        ids = ids or [begin]
         if len(ids) + max_new_tokens > positions:
             raise InputError(
                 f"{place}: {len(ids)} tokens and max_new_tokens ({max_new_tokens}) are more than "
@@ -235,6 +242,15 @@ def encode(
             )
         encoded.append(ids)
     return encoded
+
+
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: "transformers.PreTrainedModel"
+) -> list[int]:
+    """At which a text ends: those of the model's generation_config, and the tokenizer's."""
+    given = model.generation_config.eos_token_id
+    given = given if isinstance(given, list) else [given]
+    return [*dict.fromkeys(end for end in (*given, tokenizer.eos_token_id) if end is not None)]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

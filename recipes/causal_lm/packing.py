@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from utils.lanes import Lane, Lanes, count_tokens
@@ -33,6 +34,18 @@ class DocumentEncoder(TextEncoder):
             tokens[0], tokens[1:-1], tokens[-1] = self.begin, ids, self.end
             documents.append(tokens)
         return documents
+
+
+def begin_as_documents(tokenizer: PreTrainedTokenizerBase, begin: int) -> None:
+    """Make [begin] + tokens of the tokenizer's own template: where the export is read, a prompt is
+    to begin as the documents have begun."""
+    if tokenizer.encode("a") != [begin, *tokenizer.encode("a", add_special_tokens=False)]:
+        token = tokenizer.convert_ids_to_tokens(begin)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{token}:0 $A:0",
+            pair=f"{token}:0 $A:0 {token}:1 $B:1",
+            special_tokens=[(token, begin)],
+        )
 
 
 class Piece(NamedTuple):

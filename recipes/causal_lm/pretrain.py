@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from bits_per_byte import baselines, evaluate_by_domain
 from chunked_loss import summed_cross_entropy, token_scores
-from packing import DocumentEncoder, packed_rows
+from packing import DocumentEncoder, begin_as_documents, packed_rows
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
@@ -146,6 +146,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args)
     config = model_config(args, tokenizer)
     encode = DocumentEncoder(tokenizer)
+    begin_as_documents(tokenizer, encode.begin)
     corpus = Corpus(args)
     sources = args.validation_sources + args.test_sources
     check_held_out(sources, args.eval_documents, args.on_bad_record)

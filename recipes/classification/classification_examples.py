@@ -69,7 +69,11 @@ def encode(
         encoded = tokenizer(*columns, truncation=True)
         for row in zip(*(encoded[name] for name in names), strict=True):
             examples.append({n: np.array(v, np.int32) for n, v in zip(names, row, strict=True)})
-        cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
+        if encoded.encodings is None:  # a slow tokenizer does not say what it cut
+            whole = tokenizer(*columns, verbose=False)["input_ids"]
+            cut += sum(len(row) > tokenizer.model_max_length for row in whole)
+        else:
+            cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings)
     return examples, cut
 
 

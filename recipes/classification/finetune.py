@@ -36,13 +36,8 @@ from classification_examples import (
     labelled_examples,
 )
 from classification_metrics import ERRORS, METRICS, measure, probabilities, undefined_metrics
-from labelled_texts import (
-    LabelledTextArguments,
-    class_weights,
-    label_ids,
-    label_names,
-    read_labelled_texts,
-)
+from given_labels import given_labels, keep_labels
+from labelled_texts import LabelledTextArguments, class_weights, label_ids, read_labelled_texts
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
@@ -64,7 +59,7 @@ classify = pipeline("text-classification", "{model}", truncation=True, top_k=Non
 print(classify({text}))
 """
 # what is learned from the texts: it must not change over the life of a run
-LEARNED = ("class_weights", "label_smoothing", "adversarial", "augmentation")
+LEARNED = ("class_weights", "label_smoothing", "adversarial", "augmentation", "new_head")
 
 
 @dataclass
@@ -72,6 +67,9 @@ class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
     """Fine-tune a model to classify texts: one label, several labels, or a number."""
 
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
+    # a classifier that is given keeps its labels and their order, or is refused; true: its head is
+    # drawn anew, for the labels of the data
+    new_head: bool = False
     merge_adapter: bool = True  # the head of a classifier is no part of any base model
     # of settings of the model's config, for example {classifier_dropout: 0.2}
     dropout: dict[str, float] = field(default_factory=dict)
@@ -84,6 +82,8 @@ class Arguments(FinetuningArguments, LabelledTextArguments, AdapterArguments):
 
     def check(self) -> None:
         super().check()
+        if self.new_head and not self.model_name_or_path:
+            raise InputError("new_head: from scratch every head is new: give model_name_or_path")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.problem_type == "regression" and (self.label_smoothing or self.class_weights):
@@ -233,14 +233,15 @@ def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
     rows = read_labelled_texts(tables, args)
-    names = label_names(rows["train"], args)  # also those of rows that are held out of them
+    tokenizer = load_tokenizer(args)
+    config = model_config(args, tokenizer)
+    # the names also of rows that are held out of the training rows
+    rows, names = keep_labels(rows, given_labels(config, args), args)
     parts, leaks = hold_out([*rows.values()], attrgetter("texts"), args)
     rows = dict(zip(tables, parts, strict=True))
     labels = {split: label_ids(found, names, args) for split, found in rows.items()}
     check_labels(labels, args)
     weights = class_weights(names, labels["train"], args)
-    tokenizer = load_tokenizer(args)
-    config = model_config(args, tokenizer)
     check_tokenizer(tokenizer, config, args.sequence_length)
     configure(config, names, args.problem_type, args.dropout)
     examples, cut = {}, {}

@@ -13,7 +13,7 @@ The same command continues a run that was stopped.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal
@@ -22,9 +22,25 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy, pad
 
-from text_generation import GenerationArguments, generate, generation_config
+from text_generation import (
+    GenerationArguments,
+    generate,
+    generation_config,
+    settle_tokens,
+    usage,
+)
 from text_metrics import ROUGE, first_sentences, signatures, text_scores
-from text_pairs import Example, Pair, PairArguments, PairEncoder, check_tokenizer, read_pairs
+from text_pairs import (
+    Example,
+    Pair,
+    PairArguments,
+    PairEncoder,
+    check_ids,
+    check_tokenizer,
+    decoder_inputs,
+    own_prefix,
+    read_pairs,
+)
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
@@ -37,17 +53,6 @@ from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
 from utils.tables import naming_failures
 from utils.training import Training
-
-USAGE = """
-from transformers import {auto_model}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{model}")
-model = {auto_model}.from_pretrained("{model}")
-source = "The text that is to be read."
-inputs = tokenizer({prefix} + source + {suffix}, return_tensors="pt", return_token_type_ids=False)
-tokens = model.generate(**inputs)[0]
-print(tokenizer.decode(tokens{after_prompt}, skip_special_tokens=True))
-"""
 
 
 @dataclass
@@ -91,6 +96,10 @@ class Arguments(FinetuningArguments, PairArguments, GenerationArguments, Adapter
         """Of a text that is generated, at most."""
         return self.max_new_tokens or self.max_target_length
 
+    @property
+    def task(self) -> str:
+        return "summarization" if "rouge" in self.metrics else "translation"
+
     def measured(self) -> list[str]:
         """What evaluations give."""
         scores = [
@@ -127,8 +136,11 @@ class TargetLoss(torch.nn.Module):
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.model.config.is_encoder_decoder:
-            shifted = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
             is_target = labels != IGNORE_INDEX
+            # mBART looks for the last token, which a row without a target does not have
+            any_token = int(self.model.config.pad_token_id == 0)
+            known = labels.masked_fill(~is_target.any(1, keepdim=True), any_token)
+            shifted = decoder_inputs(self.model, known)
             logits = self.model(**inputs, decoder_input_ids=shifted).logits[is_target]
         else:
             labels = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -167,17 +179,22 @@ def evaluate_loss(training: Training, encode: PairEncoder, examples: list[Exampl
 def main() -> None:
     args = parse(Arguments)
     tokenizer = load_tokenizer(args)
-    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, args)
     config = model_config(args, tokenizer)
-    args.check_model_fits(config, args.new_tokens)
+    args = replace(args, source_prefix=own_prefix(config, args, args.task))
     is_encoder_decoder = config.is_encoder_decoder
     auto_model = (
         transformers.AutoModelForSeq2SeqLM
         if is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
-    if is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = tokenizer.pad_token_id  # as T5 has it
+    if is_encoder_decoder:
+        tokenizer.model_max_length = args.max_source_length  # where the export is read
+        settle_tokens(config, tokenizer, args)
+    empty = empty_model(config, auto_model)
+    args.check_model_fits(empty, args.new_tokens)
+    if not is_encoder_decoder:
+        check_head(empty)
     tables = (args.train_data, args.validation_data, args.test_data)
     pairs, leaks = hold_out([read_pairs(part, args) for part in tables], attrgetter("source"), args)
     train_pairs, validation_pairs, test_pairs = pairs
@@ -193,8 +210,8 @@ def main() -> None:
     }
     validation, test = encode_pairs(validation_pairs), encode_pairs(test_pairs)
     args = args.for_examples(len(train))
-    if not is_encoder_decoder:
-        check_head(empty_model(config))
+    check_ids([*train, *validation, *test], empty, is_encoder_decoder)
+    generation = generation_config(empty, encode, args)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
@@ -202,9 +219,11 @@ def main() -> None:
     training = Training(args, folder)
     task = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
     model, trained = task_model(args, config, auto_model, task, folder.path)
-    model.generation_config = generation_config(model, tokenizer, args)
+    model.generation_config = generation
     objective = TargetLoss(model, args.label_smoothing_factor)
-    facts = {"trained": trainable_share(trained), **facts}
+    options = generation.to_diff_dict().items()
+    shown = ", ".join(f"{name} {value}" for name, value in options if "version" not in name)
+    facts = {"trained": trainable_share(trained), **facts, "texts are generated with": shown}
     training.prepare(
         objective,
         trained,
@@ -258,12 +277,8 @@ def main() -> None:
                 for pair, text in zip(test_pairs, texts, strict=True)
             )
             write_predictions(folder.path / "predictions.jsonl", records)
-    usage = USAGE.replace("{auto_model}", auto_model.__name__)
-    usage = usage.replace("{prefix}", repr(args.source_prefix))
-    usage = usage.replace("{suffix}", repr(args.source_suffix))
-    after = "" if is_encoder_decoder else '[inputs["input_ids"].shape[1] :]'
-    tag = "summarization" if "rouge" in args.metrics else "translation"
-    conclude(training, "Text to text", tag, usage.replace("{after_prompt}", after), facts)
+    code = usage(auto_model, encode, args.has_adapter and not args.merge_adapter)
+    conclude(training, "Text to text", args.task, code, facts)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """recipes/causal_lm/generate.py against hand-written decoding loops, with tiny random models."""
 
+import copy
 import errno
 import json
 import os
@@ -15,11 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GenerationMixin,
     GPT2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    pipeline,
     set_seed,
 )
 
@@ -56,6 +59,8 @@ def make_model(folder: Path, family: str = "llama", **changes) -> Path:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 128,
                 "initializer_range": 0.3,
+                "bos_token_id": BEGIN,
+                "eos_token_id": END,
                 **changes,
             }
         )
@@ -67,13 +72,18 @@ def make_model(folder: Path, family: str = "llama", **changes) -> Path:
             n_head=4,
             n_positions=128,
             initializer_range=0.3,
+            bos_token_id=BEGIN,
+            eos_token_id=END,
         )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
-def make_tokenizer(folder: Path, begin: bool = True, end: bool = True, template: bool = False):
-    """Byte-level BPE; `template` adds the begin token as the post-processors of many models do."""
+def make_tokenizer(
+    folder: Path, begin: bool = True, end: bool = True, template: bool | str = False
+):
+    """Byte-level BPE; `template` adds the begin token as the post-processors of many models do, or
+    is such a template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,7 +96,8 @@ def make_tokenizer(folder: Path, begin: bool = True, end: bool = True, template:
     tokenizer.train_from_iterator(["def main(): return 0", "class A: pass"] * 10, trainer)
     if template:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|begin|> $A", special_tokens=[("<|begin|>", BEGIN)]
+            single="<|begin|> $A" if template is True else template,
+            special_tokens=[("<|begin|>", BEGIN), ("<|end|>", END)],
         )
     special = {"bos_token": "<|begin|>"} if begin else {}
     special |= {"eos_token": "<|end|>"} if end else {}
@@ -183,21 +194,17 @@ def test_greedy_is_the_argmax_of_full_forward_passes(run, loaded, penalty):
 @pytest.mark.parametrize("begin", [True, False], ids=["bos", "no bos"])
 def test_a_batch_gives_each_prompt_the_text_it_gets_alone(run, tmp_path, family, begin):
     folder = make_model(tmp_path / family, family)
-    make_tokenizer(folder, begin=begin)
+    make_tokenizer(folder, begin=begin, template=begin)
     options = {"model_name_or_path": folder, "max_new_tokens": 24, "repetition_penalty": 1.3}
     alone = run(prompt=PROMPTS, batch_size=1, **options)
     assert len({row["text"] for row in alone}) == len(PROMPTS)
     assert run(prompt=PROMPTS, batch_size=2, **options) == alone
     assert run(prompt=PROMPTS, batch_size=8, **options) == alone
     # where the repetition penalty takes padding for text, it must find nothing new there
-    ((ids, mask),) = run.inputs
-    padding = [
-        token
-        for row, seen in zip(ids, mask, strict=True)
-        for token, is_seen in zip(row, seen, strict=True)
-        if not is_seen
-    ]
-    assert set(padding) == {BEGIN if begin else END}
+    ((rows, masks),) = run.inputs
+    for row, mask in zip(rows, masks, strict=True):
+        start = mask.index(1)
+        assert set(row[:start]) <= set(row[start:])
 
 
 def test_sampling_is_a_function_of_the_seed(run):
@@ -240,25 +247,52 @@ def test_beams_are_at_least_as_likely_as_greedy(run, loaded):
     assert max(gains) > 0.01
 
 
-def test_a_prompt_starts_like_a_training_document(tmp_path, loaded):
+def test_a_prompt_starts_as_the_tokenizer_begins_a_text(tmp_path, loaded):
     _, model = loaded
-    text = [("prompt 1", "def main")]
 
-    def encode(**tokenizer_options):
+    def encode(text="def main", **tokenizer_options):
         tokenizer = make_tokenizer(tmp_path, **tokenizer_options)
-        plain = tokenizer("def main", add_special_tokens=False).input_ids
-        (ids,) = generate.encode(text, AutoTokenizer.from_pretrained(tmp_path), model, 8)
-        assert ids[1:] == plain
-        return ids[0]
+        (ids,) = generate.encode(
+            [("prompt 1", text)], AutoTokenizer.from_pretrained(tmp_path), model, 8
+        )
+        plain = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids[len(ids) - len(plain) :] == plain
+        return ids[: len(ids) - len(plain)]
 
-    assert encode() == BEGIN
-    assert encode(template=True) == BEGIN  # once, though the template adds one of its own
-    assert encode(begin=False) == END
-    assert encode(end=False) == BEGIN
-    assert generate.encode([("prompt 1", "")], loaded[0], model, 8) == [[BEGIN]]
-    assert generate.encode([("prompt 1", "<|end|>")], loaded[0], model, 8) == [[BEGIN, END]]
-    with pytest.raises(InputError, match="the tokenizer has neither a bos nor an eos token to"):
-        encode(begin=False, end=False)
+    assert encode() == []
+    assert encode(template=True) == [BEGIN]
+    assert encode("<|end|>", template=True) == [BEGIN]
+    # nothing is continued after an end
+    assert encode(template="<|begin|> $A <|end|>") == [BEGIN]
+    assert encode("def <|end|>", template="$A <|end|>") == []
+    # no text at all begins as well as it can
+    assert encode("", template=True) == encode("") == [BEGIN]
+    assert encode("", begin=False) == [END]
+    with pytest.raises(InputError) as error:
+        encode("", begin=False, end=False)
+    assert (
+        str(error.value) == "prompt 1: the tokenizer has no bos or eos token to begin a text with"
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"begin": False}, {"template": True}, {"template": "$A <|end|>"}], ids=str
+)
+def test_what_the_recipes_have_trained_continues_as_in_a_pipeline(run, pretrain, tmp_path, options):
+    folder = tmp_path / "tokenizer"
+    tokenizer = make_tokenizer(folder, **options)
+    ended = pretrain(tokenizer=folder, max_steps=1, sequence_length=32)
+    assert ended.status == 0, ended.error
+    model = ended.folder / "model"
+    begin = BEGIN if options.get("begin", True) else END
+    write = pipeline("text-generation", str(model), max_new_tokens=8, do_sample=False)
+    for prompt in ("def ", " a<|end|> b", "né <|begin|>"):
+        run(prompt=prompt, model_name_or_path=model, max_new_tokens=8)
+        (sequence,) = run.sequences
+        document = [begin, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        assert sequence[: len(document)] == document  # as in training
+        (text,) = write(prompt, return_tensors=True)
+        assert text["generated_token_ids"] == sequence
 
 
 def test_generation_stops_at_the_end_token(run, tmp_path, loaded):
@@ -266,7 +300,7 @@ def test_generation_stops_at_the_end_token(run, tmp_path, loaded):
     ids = greedy(tokenizer, model, "def ", 12)
     assert ids.index(ids[5]) == 5
     model.save_pretrained(tmp_path / "model")
-    ending = make_tokenizer(tmp_path / "model")
+    ending = make_tokenizer(tmp_path / "model", template=True)
     ending.eos_token = tokenizer.convert_ids_to_tokens(ids[5])
     ending.save_pretrained(tmp_path / "model")
     model_name_or_path = tmp_path / "model"
@@ -290,10 +324,18 @@ def test_generation_config_of_the_model_counts_for_nothing(run, folder, tmp_path
     tokenizer, model = loaded
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    settings = {"do_sample": True, "max_length": 3, "eos_token_id": 7, "no_repeat_ngram_size": 1}
+    settings = {"do_sample": True, "max_length": 3, "eos_token_id": END, "no_repeat_ngram_size": 1}
     (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
     options = {"prompt": PROMPTS, "max_new_tokens": 16}
     assert run(model_name_or_path=tmp_path / "model", **options) == run(**options)
+
+
+def test_texts_end_where_the_model_says_and_the_tokenizer(loaded):
+    tokenizer, model = loaded
+    for given, ends in ((END, [END]), ([7, 9], [7, 9, END]), (None, [END])):
+        model = copy.copy(model)
+        model.generation_config = GenerationConfig(eos_token_id=given)
+        assert generate.end_tokens(tokenizer, model) == ends
 
 
 def make_word_tokenizer(folder: Path) -> None:
@@ -302,6 +344,9 @@ def make_word_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BEGIN)]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
 
@@ -566,7 +611,7 @@ def test_an_interrupt_in_a_batch_prints_what_was_made(run, tmp_path, monkeypatch
 
 def test_the_program_streams_and_ends_on_ctrl_c(tmp_path, loaded):
     folder = make_model(tmp_path / "long", max_position_embeddings=1_000_000)
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer(folder, template=True)
     words = [sys.executable, PROGRAM, "--model_name_or_path", str(folder)]
     words += ["--prompt", "def ", "--max_new_tokens", "900000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}

@@ -415,6 +415,12 @@ def test_refusals(summarize, wordpiece_folder, tmp_path):
         **decoder_settings(max_source_length=57),
     )
     refused(
+        "model: prophetnet has a loss of its own, of several tokens ahead: set "
+        "disable_ngram_loss: true and eps: 0.0 in its config",
+        model={"model_type": "prophetnet", "hidden_size": 16, "num_encoder_layers": 1},
+    )
+    refused("source_lang: TokenizersBackend knows no languages: leave it out", source_lang="en_XX")
+    refused(
         "sequence_length: 10 is not the 32 of max_source_length and max_target_length: leave it "
         "out",
         sequence_length=10,

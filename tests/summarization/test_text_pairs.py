@@ -6,7 +6,14 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from text_pairs import Pair, PairArguments, PairEncoder, check_tokenizer, read_pairs
+from text_pairs import (
+    Pair,
+    PairArguments,
+    PairEncoder,
+    check_tokenizer,
+    own_prefix,
+    read_pairs,
+)
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.tables import Table
@@ -92,10 +99,12 @@ def test_a_target_that_just_fits_is_not_cut(tokenizer):
         assert encode.cut_targets == cut
 
 
-def test_special_tokens_in_a_text_are_read_as_text(tokenizer):
-    encode = PairEncoder(tokenizer, PairArguments(source_suffix=":"), DECODER)
-    (example,) = encode([Pair("ka <|end_of_text|> to", "mi <|end_of_text|> ren")])
-    assert example["input_ids"].tolist().count(tokenizer.eos_token_id) == 1
+def test_special_tokens_in_a_text_are_read_as_the_tokenizer_reads_them(tokenizer_folder):
+    for options, ends in (({}, 3), ({"split_special_tokens": True}, 1)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **options)
+        encode = PairEncoder(tokenizer, PairArguments(source_suffix=":"), DECODER)
+        (example,) = encode([Pair("ka <|end_of_text|> to", "mi <|end_of_text|> ren")])
+        assert example["input_ids"].tolist().count(tokenizer.eos_token_id) == ends
 
 
 def test_the_end_token_stays_in_the_loss_where_it_pads(tokenizer_folder):
@@ -155,5 +164,20 @@ def test_columns_and_what_is_refused(tmp_path):
 
 def test_a_tokenizer_without_an_end(wordpiece):
     with pytest.raises(InputError) as error:
-        check_tokenizer(wordpiece)
+        check_tokenizer(wordpiece, PairArguments())
     assert str(error.value) == "tokenizer: it has no eos_token, which ends a target"
+
+
+def test_the_prefix_of_the_given_model_is_kept_unless_another_is_set():
+    known = {"summarization": {"prefix": "summarize: ", "num_beams": 4}, "translation_en_to_de": {}}
+    for setting, task, prefix in (
+        (None, "summarization", "summarize: "),
+        ("", "summarization", ""),
+        ("TL;DR ", "summarization", "TL;DR "),
+        (None, "translation", ""),
+    ):
+        config = SimpleNamespace(is_encoder_decoder=True, task_specific_params=dict(known))
+        assert own_prefix(config, PairArguments(source_prefix=setting), task) == prefix
+        assert config.task_specific_params == {task: {"prefix": prefix}}  # of the export
+    config = SimpleNamespace(is_encoder_decoder=False, task_specific_params=None)
+    assert own_prefix(config, PairArguments(), "summarization") == ""
