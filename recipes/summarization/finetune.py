@@ -28,7 +28,7 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
-from utils.loss import IGNORE_INDEX, check_head
+from utils.loss import IGNORE_INDEX, output_layer
 from utils.model import empty_model, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -134,9 +134,13 @@ class TargetLoss(torch.nn.Module):
         else:
             labels = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             is_target = labels != IGNORE_INDEX
-            hidden = self.model.base_model(**inputs).last_hidden_state
             # of the prompt, most of the tokens, no logits are computed
-            logits = self.model.get_output_embeddings()(hidden[is_target])
+            head = self.model.get_output_embeddings()
+            hook = head.register_forward_pre_hook(lambda _, x: (x[0][is_target][None],))
+            try:
+                logits = self.model(**inputs).logits[0]
+            finally:
+                hook.remove()
         losses = cross_entropy(
             logits.float(),
             labels[is_target],
@@ -192,7 +196,7 @@ def main() -> None:
     validation, test = encode(validation_pairs), encode(test_pairs)
     args = args.for_examples(len(train))
     if not is_encoder_decoder:
-        check_head(empty_model(config))
+        output_layer(empty_model(config))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return

@@ -60,7 +60,7 @@ SIZES: list[tuple[str, int | None]] = [
     (r"embed_proj_dim|ple_embed_dim", 32),
     (r"^ngram_vocab|encoder_hash_byte_group_vocab", 64),
     (
-        r"hidden_size|^d_model$|^dim$|^d_latents$|adapter_(in|out)_dim|^n_embd$|emb(ed|edding)?_(dim|size)$|lru_width",
+        r"hidden_size|^d_model$|^dim$|^d_latents$|adapter_(in|out)(put)?_(dim|size)|^n_embd$|emb(ed|edding)?_(dim|size)$|lru_width",
         32,
     ),
     (
@@ -80,6 +80,8 @@ INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 16, "compress_r
 INDEXER = {f"indexer_{name}": value for name, value in INDEXER.items()}
 # what the names of the settings do not tell
 MORE: dict[str, dict[str, Any]] = {
+    "doge": {"keep_window_size": POSITIONS},  # ties are broken by the length of the row
+    "hy_v4": {"index_topk": POSITIONS},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
