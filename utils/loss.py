@@ -1,11 +1,10 @@
-"""What the losses of language models presume: a linear head, and documents kept apart."""
+"""What the losses of language models presume: documents that do not see each other."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import transformers
 
 from utils.config import InputError
 from utils.model import gathered
@@ -14,38 +13,6 @@ IGNORE_INDEX = -100  # a label that is no target
 # The change of a loss that shows a leak, beside those that are to change. What is masked adds
 # exactly 0.
 LEAK = 1e-5
-# by what names configs and models call the weight of a mixture's router loss
-ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-
-
-def output_layer(model: "transformers.PreTrainedModel") -> torch.nn.Linear:
-    """The projection to the logits; where an adapter brings its own (modules_to_save), that one.
-
-    Raises:
-        InputError: there is none, or it is more than linear.
-    """
-    layer, kind = model.get_output_embeddings(), model.config.model_type
-    if saved := getattr(layer, "modules_to_save", None):
-        layer = saved["default"]
-    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
-        raise InputError(
-            f"lora: the output layer of {kind} has an adapter inside, which the chunked loss "
-            "cannot follow: take it out of target_modules, or train it whole by modules_to_save"
-        )
-    if not isinstance(layer, torch.nn.Linear):
-        what = "no output layer" if layer is None else f"a {type(layer).__name__} as output layer"
-        raise InputError(f"model: {kind} has {what}: the chunked loss needs a linear one")
-    return layer
-
-
-def router_weight(model: "transformers.PreTrainedModel") -> float:
-    """Of the loss that balances a mixture's router in the model's own loss; 0: there is none."""
-    config = model.config.get_text_config()
-    if not any(getattr(c, "output_router_logits", False) for c in (config, model.config)):
-        return 0.0
-    places = (config, getattr(config, "ffn_config", None))
-    found = (getattr(place, name, None) for place in places for name in ROUTER_WEIGHTS)
-    return next((float(weight) for weight in found if weight is not None), 0.0)
 
 
 def check_packing(

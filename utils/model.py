@@ -1,9 +1,12 @@
 """Tokenizer, configuration and model of a run: from scratch, or on from given weights."""
 
+import copy
 import inspect
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -16,6 +19,12 @@ from utils.config import InputError, Settings
 from utils.randomness import random_key
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
+# by what names configs call the same
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+HEADS = ("num_attention_heads", "num_key_value_heads")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *HEADS)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -61,39 +70,93 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             if "model_type" not in settings:
                 raise InputError("model: model_type is missing: llama, bert or another")
             defaults = type(transformers.AutoConfig.for_model(settings["model_type"]))()
-            known = defaults.to_dict().keys() | defaults.attribute_map.keys()
+            declared = defaults.to_dict().keys() | defaults.attribute_map.keys()
+            known = declared | _read_settings(type(defaults))
             if unknown := settings.keys() - known:
-                (near,) = get_close_matches(min(unknown), known, 1, 0)
+                own = known - transformers.PreTrainedConfig().to_dict().keys()
+                near = get_close_matches(min(unknown), own or known, 1, 0)
                 raise InputError(
                     f"model: {defaults.model_type} has no setting {min(unknown)!r}: "
-                    f"the nearest valid one is {near!r}"
+                    f"the nearest valid one is {near[0]!r}"
                 )
+            sizes = {*SIZES, *map(defaults.attribute_map.get, SIZES)}
+            for name, value in settings.items():
+                if name in sizes and isinstance(value, int) and value < 1:
+                    raise InputError(f"model.{name}: {value} is less than 1")
             if tokenizer is not None:
-                special = {k: getattr(tokenizer, k) for k in SPECIAL_TOKENS if k in known}
+                special = {k: getattr(tokenizer, k) for k in SPECIAL_TOKENS if k in declared}
                 # a multiple of 64 suits the hardware
                 special["vocab_size"] = -(-len(tokenizer) // 64) * 64
                 settings = special | settings
             config = transformers.AutoConfig.for_model(**settings)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    text = config.get_text_config(decoder=True)
+    if tokenizer is not None and len(tokenizer) > text.vocab_size:
         raise InputError(
-            f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
+            f"model.vocab_size: {text.vocab_size} is less than the tokenizer's "
             f"{len(tokenizer)} tokens"
         )
-    heads = getattr(config, "num_attention_heads", 0)
-    groups = getattr(config, "num_key_value_heads", None) or 1
-    if heads % groups:
-        raise InputError(f"model.num_key_value_heads: {groups} does not divide the {heads} heads")
+    if not given:
+        _check_settings(config)
+    if arguments.attn_implementation == "flex_attention" and not (
+        getattr(arguments, "dry_run", False) or torch.accelerator.is_available()
+    ):
+        raise InputError("attn_implementation: flex_attention trains on GPUs alone: set sdpa")
     length = arguments.row_length
-    positions = getattr(config, "max_position_embeddings", length)
     # null: a recipe whose rows have two parts checks each of them
+    positions, name = max_positions(config)
     if arguments.sequence_length is not None and length > positions:
         raise InputError(
-            f"sequence_length: {length} is more than the model's "
-            f"max_position_embeddings of {positions}"
+            f"sequence_length: {length} is more than the model's {name} of {positions}"
         )
     return config
+
+
+def max_positions(config: Any) -> tuple[int, str]:
+    """(tokens that a row may have, the setting that says so); without one, more than there are."""
+    settings = vars(config.get_text_config(decoder=True))
+    limits = [(settings.get(name), name) for name in POSITIONS]
+    return min(
+        ((n, name) for n, name in limits if isinstance(n, int) and n > 0), default=(2**31, "")
+    )
+
+
+def _read_settings(config_class: type) -> set[str]:
+    """What a config or its models read beyond what it declares, and published configs have."""
+    file = Path(inspect.getfile(config_class))
+    files = (file, file.with_name(file.name.replace("configuration_", "modeling_")))
+    source = "".join(path.read_text() for path in files if path.exists())
+    read = re.findall(r"""config(?:\.|, ["'])([a-z]\w+)|kwargs\.(?:pop|get)\(["'](\w+)""", source)
+    older = {"rope_theta", "rope_scaling"} if "rope_parameters" in source else set()
+    return {name for names in read for name in names if name} | older | {"torch_dtype"}
+
+
+def _check_settings(config: Any) -> None:
+    """Raises InputError for settings of which no model can be made, or one that fails in use."""
+    text = config.get_text_config(decoder=True)
+    numbers = {k: v for k, v in vars(text).items() if type(v) is int}
+    names = [text.attribute_map.get(name, name) for name in HEADS]
+    heads, groups = (numbers.get(name, 1) for name in names)
+    if heads % groups:
+        raise InputError(f"model.{names[1]}: {groups} does not divide the {heads} heads")
+    experts = next((name for name in EXPERTS if name in numbers), None)
+    for name in {*CHOSEN_EXPERTS} & numbers.keys():
+        if experts and numbers[name] > numbers[experts] > 0:
+            raise InputError(
+                f"model.{name}: {numbers[name]} is more than the {numbers[experts]} of {experts}"
+            )
+    base = transformers.AutoModel._model_mapping.get(type(config), None)
+    base = base[0] if isinstance(base, tuple) else base
+    try:
+        with torch.device("meta"):
+            _ = base and base(copy.deepcopy(config))
+    except Exception as error:  # models meet a wrong setting in ways of their own
+        problem = f"{type(error).__name__}: {shorten(str(error), 200)}"
+        if isinstance(error, KeyError):  # an activation, mostly
+            names = (name for name, value in vars(text).items() if error.args == (value,))
+            problem = " or ".join(f"model.{name}: there is no {error}" for name in names) or problem
+        raise InputError(f"model: no {config.model_type} can be built: {problem}") from None
 
 
 def build_model(

@@ -17,21 +17,44 @@ from torch.nn.functional import cross_entropy, pad
 
 from chunked_loss import changed_logits, summed_cross_entropy, token_scores
 from utils.config import InputError
-from utils.loss import (
-    IGNORE_INDEX,
-    LEAK,
-    amplified,
-    changes,
-    check_packing,
-    output_layer,
-    router_weight,
-)
+from utils.loss import IGNORE_INDEX, LEAK, amplified, changes, check_packing
 
 # settings by which models of transformers scale and cap their logits
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# by what names configs call the weight of the loss that balances a router
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 LOGIT_STD = 4  # of the logits that are looked at: a cap of 30 changes them by up to 2%
-CHECKED_TOKENS = 128  # of a document, at most
+
+
+def output_layer(model: "transformers.PreTrainedModel") -> torch.nn.Linear:
+    """The projection to the logits; where an adapter brings its own (modules_to_save), that one.
+
+    Raises:
+        InputError: there is none, or it is more than linear.
+    """
+    layer, kind = model.get_output_embeddings(), model.config.model_type
+    if saved := getattr(layer, "modules_to_save", None):
+        layer = saved["default"]
+    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+        raise InputError(
+            f"lora: the output layer of {kind} has an adapter inside, which the chunked loss "
+            "cannot follow: take it out of target_modules, or train it whole by modules_to_save"
+        )
+    if not isinstance(layer, torch.nn.Linear):
+        what = "no output layer" if layer is None else f"a {type(layer).__name__} as output layer"
+        raise InputError(f"model: {kind} has {what}: the chunked loss needs a linear one")
+    return layer
+
+
+def router_weight(model: "transformers.PreTrainedModel") -> float:
+    """Of the loss that balances a mixture's router in the model's own loss; 0: there is none."""
+    config = model.config.get_text_config()
+    if not any(getattr(c, "output_router_logits", False) for c in (config, model.config)):
+        return 0.0
+    places = (config, getattr(config, "ffn_config", None))
+    found = (getattr(place, name, None) for place in places for name in ROUTER_WEIGHTS)
+    return next((float(weight) for weight in found if weight is not None), 0.0)
 
 
 class CausalHead:
@@ -174,7 +197,7 @@ def _terms(config: Any) -> str:
     """Which settings might be the cause."""
     words = ("loss_coef", "loss_weight", "loss_alpha")
     names = [k for k, v in config.to_dict().items() if v and any(word in k for word in words)]
-    return f": set {' and '.join(f'model.{name}: 0' for name in names)}" if names else ""
+    return f": set {' and '.join(names)} to 0 in its config" if names else ""
 
 
 def check_model(
@@ -187,24 +210,32 @@ def check_model(
     Args:
         objective: which has a `model`, and whose rows are packed or not.
         token_losses: a batch without `lengths` → the loss of each position.
-        length: of the rows that are packed.
+        length: of the rows.
     """
     config = objective.model.config
-    vocabulary, short = config.get_text_config().vocab_size, min(length, CHECKED_TOKENS)
+    kind, vocabulary = config.model_type, config.get_text_config().vocab_size
+    is_encoder = getattr(config, "is_decoder", None) is False
 
     def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         labels = pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
         return token_losses({**batch, "shift_labels": labels})
 
+    places, later = torch.arange(length)[None], slice(length // 2, None)
     with amplified(objective.model):
-        places, later = torch.arange(short)[None], slice(short // 2, None)
-        first, second = changes(losses, places, later, vocabulary)
-        # the last token of the first half has a changed one to predict
-        if short > 3 and first[:, :-1].max() > LEAK * second.max():
-            is_encoder = getattr(config, "is_decoder", None) is False
+        try:
+            first, second = changes(losses, places, later, vocabulary)
+            # the last token of the first half has a changed one to predict
+            if length > 3 and first[:, :-1].max() > LEAK * second.max():
+                raise InputError(
+                    f"model: the tokens of {kind} see those that they are to predict"
+                    + (": set model.is_decoder: true" if is_encoder else "")
+                )
+            if objective.packing:
+                check_packing(losses, (1, length), vocabulary)
+        except (InputError, torch.OutOfMemoryError, torch.distributed.DistBackendError):
+            raise
+        except Exception as error:  # models fail in ways of their own
+            problem = f"{type(error).__name__}: {shorten(str(error), 200)}"
             raise InputError(
-                f"model: the tokens of {config.model_type} see those that they are to predict"
-                + (": set model.is_decoder: true" if is_encoder else "")
-            )
-        if objective.packing:
-            check_packing(losses, (1, length), vocabulary)
+                f"model: {kind} fails on a row of {length} tokens ({problem})"
+            ) from None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from causal_head import CausalHead, check_model
+from causal_head import CausalHead, check_model, output_layer
 from conversation_evaluation import evaluate_answers, write_answers
 from conversations import ConversationArguments, collate, set_chat_template, to_examples
 from finetuning_plan import check_trained_part, finetuning_plan
@@ -28,7 +28,6 @@ from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_s
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
-from utils.loss import output_layer
 from utils.model import load_tokenizer, model_config
 from utils.ranks import launched_with_fsdp, launched_zero_stage
 from utils.report import conclude

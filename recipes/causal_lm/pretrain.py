@@ -33,6 +33,7 @@ from utils.model import (
     ModelArguments,
     build_model,
     load_tokenizer,
+    max_positions,
     model_config,
     optional_inputs,
 )
@@ -128,7 +129,7 @@ def write_samples(
 
     None when a signal interrupts.
     """
-    positions = getattr(model.config, "max_position_embeddings", 2**31)
+    positions, _ = max_positions(model.config)
     room = min(60, positions // 2)
     begun = [tokens[:-1][room - positions :] for tokens in encode(prompts)]
     options = {"do_sample": True, "temperature": 0.8}

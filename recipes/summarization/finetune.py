@@ -28,8 +28,8 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
-from utils.loss import IGNORE_INDEX, output_layer
-from utils.model import empty_model, load_tokenizer, model_config
+from utils.loss import IGNORE_INDEX, LEAK, amplified
+from utils.model import load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -155,6 +155,22 @@ class TargetLoss(torch.nn.Module):
         return {"loss": int((batch["labels"] != IGNORE_INDEX).sum())}
 
 
+def check_decoder(training: Training, model: torch.nn.Module) -> None:
+    """Raises InputError when a decoder sees what it is to predict, as encoders do."""
+    tokens = torch.arange(32).view(2, 16) % model.config.get_text_config().vocab_size
+    tokens[1, :8] = tokens[0, :8]
+    labels = torch.full_like(tokens, IGNORE_INDEX)
+    labels[:, 4] = tokens[:, 4]
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    with amplified(model):
+        one, other = training.forward(batch, per_example=True).tolist()
+    if abs(one - other) > LEAK * abs(one):
+        raise InputError(
+            f"model: the tokens of {model.config.model_type} see those that they are to predict: "
+            "set model.is_decoder: true, or take another"
+        )
+
+
 def evaluate_loss(training: Training, encode: PairEncoder, examples: list[Example]) -> float | None:
     """Mean loss of a target token; None when a signal interrupts."""
 
@@ -195,8 +211,6 @@ def main() -> None:
     }
     validation, test = encode(validation_pairs), encode(test_pairs)
     args = args.for_examples(len(train))
-    if not is_encoder_decoder:
-        output_layer(empty_model(config))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
@@ -213,6 +227,8 @@ def main() -> None:
         tokenizer,
         Epochs(train, lambda rows: encode.collate([*chain(*rows)]), fingerprint, args),
     )
+    if not is_encoder_decoder:
+        check_decoder(training, model)
 
     def evaluate(
         pairs: list[Pair], examples: list[Example], count: int | None

@@ -393,7 +393,7 @@ def test_loss_and_gradients_are_those_of_the_logits_of_the_model(model_type, mon
                 "z_loss_coefficient": 0.1,
                 "packing": False,
             },
-            "bamba adds .* to its own loss, .* left out: set model.z_loss_coefficient: 0",
+            "bamba adds .* to its own loss, .* left out: set z_loss_coefficient to 0 in its config",
         ),
     ],
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 # kind: heading, and the columns in their order
 KINDS = {
-    "causal": ("Causal language models", ["packed", "unpacked"]),
+    "causal": ("Causal language models", ["packed", "unpacked", "further losses"]),
     "masked": ("Masked language models", []),
     "seq2seq": ("Encoder-decoders", []),
     "classification": ("Classifiers", []),
@@ -24,6 +24,7 @@ INTRODUCTION = """# Architectures
 Written by `make sweep`, which goes over every architecture of transformers that it maps to a kind
 of model, tiny and with random weights. What is here "same" is compared with transformers' own
 model on the same documents; what is not the same is refused by name, before anything is trained.
+Further losses are those that a config can ask for (output_router_logits).
 """
 
 
@@ -75,5 +76,5 @@ def summary(types: dict[str, dict[str, str]], columns: list[str]) -> list[str]:
     """A line a column: how many types are the same there."""
     same = {c: sum(cells.get(c) == "same" for cells in types.values()) for c in columns}
     return [
-        f"- {column}: {count} of {len(types)} types are the same" for column, count in same.items()
+        f"- {column}: {n} of {len(types)} types are the same" for column, n in same.items() if n
     ]

@@ -83,6 +83,46 @@ def found(model_type: str, packing: bool) -> str:
     return "same"
 
 
+def further_losses(model_type: str) -> str:
+    """Which losses stand beside the cross-entropy, in the sum that is the model's own.
+
+    As it trains: with dropout, of the same draws.
+    """
+    try:
+        model = tiny_model("causal", model_type)
+        if hasattr(model.config.get_text_config(), "output_router_logits"):
+            model.config.get_text_config().output_router_logits = True
+            model.config.output_router_logits = True
+        objective = NextTokenLoss(sharpened(model), packing=False)
+        tokens = next(documents())[None]
+        labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+        batch = {"input_ids": tokens, "shift_labels": labels, "position_ids": None}
+        batch["lengths"] = torch.tensor([tokens.shape[1]])
+    except (CannotBuild, InputError):
+        return ""
+    if refusal(model, objective):
+        return ""
+
+    def drawn(function, *args, **kwargs):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    objective.train()
+    counts, terms = objective.counts(batch), drawn(objective, **batch)
+    ours = sum(terms[name] / counts[name] for name in objective.names)
+    # some classes leave the shift of the labels to the caller
+    own = [drawn(model, tokens, labels=y, use_cache=False).loss for y in (tokens, labels)]
+    nearest = min(own, key=lambda loss: abs(loss - ours))
+    torch.testing.assert_close(ours, nearest, rtol=1e-5, atol=1e-5)
+    return ", ".join(name for name in objective.names[1:] if terms[name])
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_loss_of_training_has_all_terms_of_the_model_s_own(model_type, record):
+    record("causal", model_type, **{"further losses": further_losses(model_type)})
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
 def test_losses_are_those_of_the_model_or_refused(model_type, packing, results, record):
