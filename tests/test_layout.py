@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-UTILS_FILES = 28
-UTILS_LINES = 4_900
+UTILS_FILES = 29  # what a model's settings may be came to utils
+UTILS_LINES = 4_985
 FILE_LINES = 350
 
 UTILS = [path for path in sorted(ROOT.glob("utils/**/*.py")) if path.name != "__init__.py"]

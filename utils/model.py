@@ -1,12 +1,9 @@
 """Tokenizer, configuration and model of a run: from scratch, or on from given weights."""
 
-import copy
 import inspect
 import math
-import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -16,15 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from utils.config import InputError, Settings
+from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
 from utils.randomness import random_key
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
-# by what names configs call the same
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
-HEADS = ("num_attention_heads", "num_key_value_heads")
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *HEADS)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -71,7 +63,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
                 raise InputError("model: model_type is missing: llama, bert or another")
             defaults = type(transformers.AutoConfig.for_model(settings["model_type"]))()
             declared = defaults.to_dict().keys() | defaults.attribute_map.keys()
-            known = declared | _read_settings(type(defaults))
+            known = declared | settings_read(type(defaults))
             if unknown := settings.keys() - known:
                 own = known - transformers.PreTrainedConfig().to_dict().keys()
                 near = get_close_matches(min(unknown), own or known, 1, 0)
@@ -98,7 +90,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             f"{len(tokenizer)} tokens"
         )
     if not given:
-        _check_settings(config)
+        check_buildable(config)
     if arguments.attn_implementation == "flex_attention" and not (
         getattr(arguments, "dry_run", False) or torch.accelerator.is_available()
     ):
@@ -111,52 +103,6 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             f"sequence_length: {length} is more than the model's {name} of {positions}"
         )
     return config
-
-
-def max_positions(config: Any) -> tuple[int, str]:
-    """(tokens that a row may have, the setting that says so); without one, more than there are."""
-    settings = vars(config.get_text_config(decoder=True))
-    limits = [(settings.get(name), name) for name in POSITIONS]
-    return min(
-        ((n, name) for n, name in limits if isinstance(n, int) and n > 0), default=(2**31, "")
-    )
-
-
-def _read_settings(config_class: type) -> set[str]:
-    """What a config or its models read beyond what it declares, and published configs have."""
-    file = Path(inspect.getfile(config_class))
-    files = (file, file.with_name(file.name.replace("configuration_", "modeling_")))
-    source = "".join(path.read_text() for path in files if path.exists())
-    read = re.findall(r"""config(?:\.|, ["'])([a-z]\w+)|kwargs\.(?:pop|get)\(["'](\w+)""", source)
-    older = {"rope_theta", "rope_scaling"} if "rope_parameters" in source else set()
-    return {name for names in read for name in names if name} | older | {"torch_dtype"}
-
-
-def _check_settings(config: Any) -> None:
-    """Raises InputError for settings of which no model can be made, or one that fails in use."""
-    text = config.get_text_config(decoder=True)
-    numbers = {k: v for k, v in vars(text).items() if type(v) is int}
-    names = [text.attribute_map.get(name, name) for name in HEADS]
-    heads, groups = (numbers.get(name, 1) for name in names)
-    if heads % groups:
-        raise InputError(f"model.{names[1]}: {groups} does not divide the {heads} heads")
-    experts = next((name for name in EXPERTS if name in numbers), None)
-    for name in {*CHOSEN_EXPERTS} & numbers.keys():
-        if experts and numbers[name] > numbers[experts] > 0:
-            raise InputError(
-                f"model.{name}: {numbers[name]} is more than the {numbers[experts]} of {experts}"
-            )
-    base = transformers.AutoModel._model_mapping.get(type(config), None)
-    base = base[0] if isinstance(base, tuple) else base
-    try:
-        with torch.device("meta"):
-            _ = base and base(copy.deepcopy(config))
-    except Exception as error:  # models meet a wrong setting in ways of their own
-        problem = f"{type(error).__name__}: {shorten(str(error), 200)}"
-        if isinstance(error, KeyError):  # an activation, mostly
-            names = (name for name, value in vars(text).items() if error.args == (value,))
-            problem = " or ".join(f"model.{name}: there is no {error}" for name in names) or problem
-        raise InputError(f"model: no {config.model_type} can be built: {problem}") from None
 
 
 def build_model(
@@ -231,9 +177,13 @@ def empty_model(
     if type(config) not in models:
         kind = auto_model.__name__.removeprefix("AutoModelFor")
         raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
+    model_class = models[type(config)]
+    # of a composite config (Qwen3_5Config), as `from_config` does it
+    if model_class.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()
     # not `from_config`: it would split the weights over the processes where ZeRO-3 is set up
     with torch.device(device):
-        return models[type(config)](config)
+        return model_class(config)
 
 
 def initialize_weights(

@@ -121,7 +121,8 @@ class CausalHead:
             )
         if not self.router_weight:
             return found[0], {}
-        return found[0], {"router_aux_loss": self._router_loss(output) * tokens}
+        loss = torch.as_tensor(self._router_loss(output) * tokens, device=input_ids.device)
+        return found[0], {"router_aux_loss": loss}
 
     def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The sum over the targets."""

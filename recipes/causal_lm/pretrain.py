@@ -33,10 +33,10 @@ from utils.model import (
     ModelArguments,
     build_model,
     load_tokenizer,
-    max_positions,
     model_config,
     optional_inputs,
 )
+from utils.model_settings import max_positions
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import generate_texts
