@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -403,8 +403,10 @@ def test_evaluation_is_that_of_each_example_alone(tiny_llama):
     loss, right, count = sum(sums.values()).tolist()
     objective = instruction.AnswerLoss(tiny_llama, False).eval()
 
+    one_at_a_time = Lock()  # ranks have a model each
+
     def scores(batch):
-        with torch.no_grad():
+        with one_at_a_time, torch.no_grad():
             return objective(**batch, per_token=True)
 
     def evaluate(rank: int, kept: list[list], barrier: Barrier) -> dict[str, Any]:
