@@ -13,7 +13,7 @@ TOKENIZERS := data/tokenizers/bpe-8192/tokenizer.json data/tokenizers/wordpiece-
 TASKS := data/tasks/README.md
 SETUP := $(INSTALLED) $(SAMPLE) $(TOKENIZERS) $(TASKS)
 
-.PHONY: setup demo test coverage lint bench soak
+.PHONY: setup demo test sweep coverage lint bench soak
 
 setup: $(SETUP)
 
@@ -25,6 +25,10 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
+
+# every architecture, tokenizer and kind of bad file; the tables of docs/architectures.md
+sweep: $(SETUP)
+	SWEEP=1 $(BIN)/pytest tests/sweeps
 
 coverage: $(SETUP)
 	$(BIN)/coverage erase

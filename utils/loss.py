@@ -1,41 +1,18 @@
-"""What the losses of language models presume: a linear head, and documents kept apart."""
+"""What the losses of language models presume: documents that do not see each other."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-import transformers
 
 from utils.config import InputError
+from utils.model import gathered
 
 IGNORE_INDEX = -100  # a label that is no target
 # The change of a loss that shows a leak, beside those that are to change. What is masked adds
-# exactly 0; a new model leaks as little as 5e-4.
+# exactly 0.
 LEAK = 1e-5
-
-# settings by which models of transformers change the logits further, and the value that does not
-LOGIT_SETTINGS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "lm_head_multiplier": 1,
-}
-
-
-def check_head(model: "transformers.PreTrainedModel") -> None:
-    """Raises InputError unless the logits of the model are a linear map of its hidden states."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or {*model.children()} != {model.base_model, head}:
-        raise InputError(
-            f"model: {model.config.model_type} has more than a linear head between its hidden "
-            "states and the logits: the chunked loss cannot follow"
-        )
-    for name, neutral in LOGIT_SETTINGS.items():
-        value = getattr(model.config, name, None)
-        if value not in (None, neutral):
-            raise InputError(
-                f"model.{name}: {value} changes the logits after the head, which the chunked loss "
-                f"does not: set it to {'null' if neutral is None else neutral}"
-            )
 
 
 def check_packing(
@@ -51,18 +28,56 @@ def check_packing(
         token_losses: input_ids and position_ids → the loss of each position, all of shape (rows,
             sequence_length).
     """
-    rows, sequence_length = shape
-    middle = sequence_length // 2
-    tokens = 7 * torch.arange(rows * sequence_length).view(shape) % vocabulary
-    others = tokens.clone()
-    others[:, :middle] = (tokens[:, :middle] + vocabulary // 2) % vocabulary
-    places = torch.arange(sequence_length)
+    middle = shape[1] // 2
+    places = torch.arange(shape[1])
     places = torch.where(places < middle, places, places - middle).expand(shape)
+    first, second = changes(token_losses, places, slice(middle), vocabulary)
+    if middle and second.max() > LEAK * first.max():
+        raise InputError(
+            "model: documents in one row see each other: it cannot train on packed rows: "
+            "set packing: false"
+        )
+
+
+def changes(
+    token_losses: Callable, places: torch.Tensor, changed: slice, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each half of the rows, how much the losses change with the tokens of `changed`."""
+    tokens = 7 * torch.arange(places.numel()).view(places.shape) % vocabulary
+    others = tokens.clone()
+    others[:, changed] = (tokens[:, changed] + vocabulary // 2) % vocabulary
     before, after = (
         token_losses({"input_ids": x, "position_ids": places}) for x in (tokens, others)
     )
-    first, second = (after - before).abs().split([middle, sequence_length - middle], dim=1)
-    if middle and second.max() > LEAK * first.max():
-        raise InputError(
-            "model: documents in one row see each other: it cannot train on packed rows"
-        )
+    middle = places.shape[1] // 2
+    first, second = (after - before).abs().split([middle, places.shape[1] - middle], dim=1)
+    return first, second
+
+
+@contextmanager
+def amplified(model: torch.nn.Module) -> Iterator[None]:
+    """In this context weights are so large that whatever a token sees shows in its loss.
+
+    A new model may hide it: behind a projection that begins at zero, or a small initializer_range.
+    Each matrix is multiplied by a power of two, which is undone to the bit.
+    """
+    factors = {}
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.is_floating_point():
+            with gathered([parameter], modify=True):
+                norm = torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32)
+                norm = float(getattr(norm, "full_tensor", lambda norm=norm: norm)())
+                unit = parameter.shape[-1] ** -0.5
+                gain = norm / parameter.numel() ** 0.5 / unit
+                factors[parameter] = 2.0 ** max(0, math.floor(-math.log2(gain))) if gain else 0.0
+                if gain:
+                    parameter.data.mul_(factors[parameter])
+                else:
+                    parameter.data.normal_(std=unit)
+    try:
+        yield
+    finally:
+        for parameter, factor in factors.items():
+            with gathered([parameter], modify=True):
+                parameter.data.mul_(1 / factor if factor else 0.0)

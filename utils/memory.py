@@ -81,7 +81,8 @@ def flops_per_token(
     skipped = (1 - predicted) * counts["head"] + (1 - 1 / sequence_length) * counts["pair_head"]
     parameters = counts["without_input_embeddings"] + counts["computed_again"] - round(skipped)
     text = config.get_text_config()
-    attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
+    width = getattr(text, "num_hidden_layers", 0) * getattr(text, "hidden_size", 0)  # not BLT's
+    attention = 12 * width * sequence_length
     return 6 * parameters + attention
 
 

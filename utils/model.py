@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import cached_file, logging
 
 from utils.config import InputError, Settings
+from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
 from utils.randomness import random_key
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
@@ -67,40 +68,48 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             if "model_type" not in settings:
                 raise InputError("model: model_type is missing: llama, bert or another")
             defaults = type(transformers.AutoConfig.for_model(settings["model_type"]))()
-            known = defaults.to_dict().keys() | defaults.attribute_map.keys()
+            declared = defaults.to_dict().keys() | defaults.attribute_map.keys()
+            known = declared | settings_read(type(defaults))
             if unknown := settings.keys() - known:
-                (near,) = get_close_matches(min(unknown), known, 1, 0)
+                own = known - transformers.PreTrainedConfig().to_dict().keys()
+                near = get_close_matches(min(unknown), own or known, 1, 0)
                 raise InputError(
                     f"model: {defaults.model_type} has no setting {min(unknown)!r}: "
-                    f"the nearest valid one is {near!r}"
+                    f"the nearest valid one is {near[0]!r}"
                 )
+            sizes = {*SIZES, *map(defaults.attribute_map.get, SIZES)}
+            for name, value in settings.items():
+                if name in sizes and isinstance(value, int) and value < 1:
+                    raise InputError(f"model.{name}: {value} is less than 1")
             if tokenizer is not None:
-                special = {k: getattr(tokenizer, k) for k in SPECIAL_TOKENS if k in known}
+                special = {k: getattr(tokenizer, k) for k in SPECIAL_TOKENS if k in declared}
                 # a multiple of 64 suits the hardware
                 special["vocab_size"] = -(-len(tokenizer) // 64) * 64
                 settings = special | settings
             config = transformers.AutoConfig.for_model(**settings)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
+    text = config.get_text_config(decoder=True)
     # a model made of two has a vocabulary for each
-    if tokenizer is not None and len(tokenizer) > getattr(config, "vocab_size", math.inf):
+    if tokenizer is not None and len(tokenizer) > getattr(text, "vocab_size", math.inf):
         raise InputError(
-            f"model.vocab_size: {config.vocab_size} is less than the tokenizer's "
+            f"model.vocab_size: {text.vocab_size} is less than the tokenizer's "
             f"{len(tokenizer)} tokens"
         )
     if given and arguments.tokenizer:
         _check_vocabulary(tokenizer, arguments.tokenizer, given)
-    heads = getattr(config, "num_attention_heads", 0)
-    groups = getattr(config, "num_key_value_heads", None) or 1
-    if heads % groups:
-        raise InputError(f"model.num_key_value_heads: {groups} does not divide the {heads} heads")
+    if not given:
+        check_buildable(config)
+    if arguments.attn_implementation == "flex_attention" and not (
+        getattr(arguments, "dry_run", False) or torch.accelerator.is_available()
+    ):
+        raise InputError("attn_implementation: flex_attention trains on GPUs alone: set sdpa")
     length = arguments.row_length
-    positions = getattr(config, "max_position_embeddings", length)
     # null: a recipe whose rows have two parts checks each of them
+    positions, name = max_positions(config)
     if arguments.sequence_length is not None and length > positions:
         raise InputError(
-            f"sequence_length: {length} is more than the model's "
-            f"max_position_embeddings of {positions}"
+            f"sequence_length: {length} is more than the model's {name} of {positions}"
         )
     return config
 
@@ -200,9 +209,13 @@ def empty_model(
     if type(config) not in models:
         kind = auto_model.__name__.removeprefix("AutoModelFor")
         raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
+    model_class = models[type(config)]
+    # of a composite config (Qwen3_5Config), as `from_config` does it
+    if model_class.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()
     # not `from_config`: it would split the weights over the processes where ZeRO-3 is set up
     with torch.device(device):
-        return models[type(config)](config)
+        return model_class(config)
 
 
 def initialize_weights(

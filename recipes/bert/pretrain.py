@@ -31,7 +31,7 @@ from sentence_encoder import SentenceEncoder
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
-from utils.loss import IGNORE_INDEX, check_packing
+from utils.loss import IGNORE_INDEX, amplified, check_packing
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import (
     ModelArguments,
@@ -270,9 +270,10 @@ def main() -> None:
     if args.packing:
         losses_of = partial(position_losses, training)
         try:
-            for length in sorted(flops):
-                # what a mask hides weighs exactly 0, in every precision
-                check_packing(losses_of, (1, length), config.vocab_size)
+            with amplified(model):
+                for length in sorted(flops):
+                    # what a mask hides weighs exactly 0, in every precision
+                    check_packing(losses_of, (1, length), config.vocab_size)
         except (torch.OutOfMemoryError, torch.distributed.DistBackendError):
             raise
         except Exception as error:  # models fail in ways of their own on a mask they do not expect

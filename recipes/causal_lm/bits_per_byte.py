@@ -25,6 +25,7 @@ def evaluate_by_domain(
     token_losses: Callable[..., torch.Tensor],
     sequence_length: int,
     batch_size: int,
+    packing: bool = True,
     on_bad_record: str = "fail",
 ) -> dict[str, Any] | None:
     """Mean loss over the target tokens, and bits per byte of the text, in all and by domain.
@@ -50,7 +51,7 @@ def evaluate_by_domain(
             domain[2] += len(document.text.encode())
             yield tokens, document.domain
 
-    for tensors, contents in batches(ranks, _rows(encoded(), sequence_length), batch_size):
+    for tensors, contents in batches(ranks, _rows(encoded(), sequence_length, packing), batch_size):
         losses = token_losses(tensors).double().cpu().numpy()
         counted = tensors["shift_labels"].numpy() != IGNORE_INDEX
         for row, pieces in enumerate(contents):
@@ -76,18 +77,20 @@ def _encoded(
 
 
 def _rows(
-    documents: Iterator[tuple[np.ndarray, str]], sequence_length: int
+    documents: Iterator[tuple[np.ndarray, str]], sequence_length: int, packing: bool
 ) -> Iterator[tuple[dict[str, np.ndarray], list[Piece]]]:
     """Rows that cut no document but one that is too long for a row; then empty ones, for ever."""
     group: list[tuple[np.ndarray, str]] = []
     room = sequence_length
     for tokens, domain in documents:
         if len(tokens) > room:
-            yield from itertools.takewhile(_holds_documents, pack(iter(group), sequence_length))
+            yield from itertools.takewhile(
+                _holds_documents, pack(iter(group), sequence_length, 0, packing)
+            )
             group, room = [], sequence_length
         group.append((tokens, domain))
         room -= len(tokens)
-    yield from pack(iter(group), sequence_length)
+    yield from pack(iter(group), sequence_length, 0, packing)
 
 
 def _holds_documents(row: tuple[dict[str, np.ndarray], list[Piece]]) -> bool:

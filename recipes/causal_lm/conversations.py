@@ -304,7 +304,8 @@ def to_examples(
 def collate(rows: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
     """Examples of rows → int64 tensors of shape (rows, the longest row), padded on the right.
 
-    `position_ids` restart with every example, and where the padding begins.
+    `position_ids` restart with every example, and where the padding begins; `lengths` are those
+    of the rows before it.
     """
     length = max(1, *(sum(len(example["input_ids"]) for example in row) for row in rows))
     batch = {
@@ -322,4 +323,5 @@ def collate(rows: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
             start = end
         places[index, start:] -= places[index, start] if start < length else 0
     batch["position_ids"] = places
+    batch["lengths"] = np.array([sum(len(example["input_ids"]) for example in row) for row in rows])
     return {name: torch.from_numpy(values) for name, values in batch.items()}

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import transformers
 
+from causal_head import CausalHead, check_model, output_layer
 from chat_rendering import set_ends
-from chunked_loss import summed_cross_entropy, token_scores
 from conversation_evaluation import evaluate_answers, write_answers
 from conversations import ConversationArguments, collate, set_chat_template, to_examples
 from finetuning_plan import check_trained_part, finetuning_plan
@@ -32,7 +32,6 @@ from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.held_out import hold_out
 from utils.launch import launched_with_fsdp, launched_zero_stage
-from utils.loss import IGNORE_INDEX, check_head, check_packing
 from utils.model import load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -83,50 +82,44 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
 class AnswerLoss(torch.nn.Module):
     """Σ -log p(token | the conversation so far) over what the assistant says."""
 
-    names = ("loss",)
-
     def __init__(self, model: torch.nn.Module, packing: bool, neftune_noise_alpha: float = 0.0):
         super().__init__()
         self.model, self.packing, self.noise_alpha = model, packing, neftune_noise_alpha
+        self.head = CausalHead(model)
+        self.names = self.head.names
         if neftune_noise_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
 
-    def forward(self, input_ids, shift_labels, position_ids, per_token=False) -> Any:
-        """All of shape (rows, tokens); position ids restart with each conversation.
+    def forward(self, input_ids, shift_labels, position_ids, lengths=None, per_token=False) -> Any:
+        """
+        Args:
+            batch: of shape (rows, tokens), and `lengths` (rows,), as `conversations.collate` names
+                them; position ids restart with each conversation.
 
         Returns:
-            {"loss": the sum over the targets}, or if `per_token` (the loss, whether the label is
-            the most likely token) of each position.
+            {loss: its sum over the targets, and what else `CausalHead` adds}, or if `per_token`
+            (the loss, whether the label is the most likely token) of each position.
         """
         self.position_ids = position_ids
         # alone in its row a conversation sees nothing before it, and no target what comes after it
-        hidden = self.model.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids if self.packing else None,
-            use_cache=False,
-        ).last_hidden_state
-        head = self.model.get_output_embeddings()
-        cross_entropy = token_scores if per_token else summed_cross_entropy
-        loss = cross_entropy(hidden, head.weight, shift_labels, head.bias)
-        return loss if per_token else {"loss": loss}
+        places = position_ids if self.packing else None
+        hidden, terms = self.head.hidden_states(input_ids, places, lengths)
+        if per_token:
+            return self.head.token_scores(hidden, shift_labels)
+        return {self.names[0]: self.head.cross_entropy(hidden, shift_labels), **terms}
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
-        return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}
+        return self.head.counts(batch["shift_labels"], batch["lengths"])
 
     def _add_noise(self, module: torch.nn.Module, _: Any, embedded: torch.Tensor) -> torch.Tensor:
         """NEFTune: uniform noise of alpha / √(tokens of the conversation x width)."""
-        if not self.training:
+        if not module.training:
             return embedded
         numbers = (self.position_ids == 0).cumsum(1) - 1  # of the conversations in each row
         tokens = torch.zeros_like(numbers).scatter_add(1, numbers, torch.ones_like(numbers))
         size = self.noise_alpha / (tokens.gather(1, numbers) * embedded.shape[-1]).sqrt()
         noise = torch.empty_like(embedded).uniform_(-1, 1)
         return embedded + noise * size[..., None].to(embedded.dtype)
-
-
-def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    labels = torch.nn.functional.pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    return training.forward({**batch, "shift_labels": labels}, per_token=True)[0]
 
 
 def main() -> None:
@@ -150,7 +143,7 @@ def main() -> None:
     del rows, examples
     for example in train:
         del example["messages"], example["tools"]  # texts that nothing reads again
-    check_head(check_trained_part(config, args))
+    output_layer(check_trained_part(config, args))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
@@ -175,13 +168,8 @@ def main() -> None:
         tokenizer,
         Epochs(train, collate, fingerprint, args),
     )
-    if args.packing:
-        check_packing(
-            partial(next_token_losses, training),
-            (1, min(args.sequence_length, 128)),
-            config.vocab_size,
-        )
     scores_of = partial(training.forward, per_token=True)
+    check_model(objective, lambda batch: scores_of(batch)[0], args.sequence_length)
     evaluate = partial(evaluate_answers, training, token_scores=scores_of)
     for step in training.steps():
         if training.evaluates():

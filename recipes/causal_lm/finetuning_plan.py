@@ -23,8 +23,8 @@ def finetuning_plan(config: Any, arguments: Any) -> str:
         f"step         {a.global_batch_size:,} examples of at most {a.sequence_length:,} tokens",
         f"micro-batch  at most {tokens:,} tokens",
     ]
-    if a.gradient_checkpointing:
-        text = config.get_text_config()
+    text = config.get_text_config()
+    if a.gradient_checkpointing and hasattr(text, "num_hidden_layers"):
         kept = text.num_hidden_layers * tokens * text.hidden_size
         kept *= 4 if a.mixed_precision == "no" else 2
         lines.append(

@@ -1,4 +1,4 @@
-"""Documents to rows: every token once, no row with padding but a lane's last.
+"""Documents to rows: every token once, no row with padding but a lane's last, if packed.
 
 A document is encoded as [begin] + tokens + [end]: begin is the tokenizer's bos (eos where it has
 none), end its eos. Rows are filled to the last position; what does not fit continues in the next
@@ -58,12 +58,17 @@ class Piece(NamedTuple):
 
 
 def pack(
-    documents: Iterator[tuple[np.ndarray, Any]], sequence_length: int, offset: int = 0
+    documents: Iterator[tuple[np.ndarray, Any]],
+    sequence_length: int,
+    offset: int = 0,
+    packing: bool = True,
 ) -> Iterator[tuple[dict[str, np.ndarray], list[Piece]]]:
     """(token ids, tag) of documents → rows, each with the pieces of documents that it is made of.
 
     Features are int32 arrays of shape (sequence_length,): `input_ids`, `shift_labels`,
-    `position_ids`. The first document begins at token `offset`; only the last row has padding.
+    `position_ids`; and `lengths`, a number: the tokens before the padding. The first document
+    begins at token `offset`. Only the last row has padding, or without `packing` every one that
+    ends with its document.
     """
     places = np.arange(sequence_length, dtype=np.int32)
     tokens, tag = None, None
@@ -87,19 +92,28 @@ def pack(
             filled, offset = filled + taken, end
             if end == len(tokens):
                 tokens, offset = None, 0
+            if not packing:
+                break
         position_ids[filled:] = places[: sequence_length - filled]
         features = {
             "input_ids": input_ids,
             "shift_labels": shift_labels,
             "position_ids": position_ids,
+            "lengths": np.int32(filled),
         }
         yield features, pieces
 
 
 def packed_rows(
-    lanes: Lanes, sequence_length: int, lane_index: int, state: dict[str, Any] | None
+    lanes: Lanes,
+    sequence_length: int,
+    lane_index: int,
+    state: dict[str, Any] | None,
+    packing: bool = True,
 ) -> Iterator[Row]:
     """The rows of one lane, for ever: when its documents are spent, rows without any target.
+
+    Without `packing` a row holds one document, or a piece of one that is longer.
 
     The state is {"lane": where the unfinished document begins, "offset": tokens of it already in
     rows, "seen": tokens in rows by source and domain}.
@@ -116,7 +130,7 @@ def packed_rows(
             tokens, document, source = item
             yield tokens, (before, source, document)
 
-    for features, pieces in pack(documents(), sequence_length, state["offset"]):
+    for features, pieces in pack(documents(), sequence_length, state["offset"], packing):
         for piece in pieces:
             _, source, document = piece.tag
             count_tokens(seen, source, document, piece.tokens)

@@ -15,24 +15,28 @@ One CPU process, two, one GPU, eight GPUs with ZeRO-2, several nodes with ZeRO-3
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
-import inspect
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import pad
 
 from bits_per_byte import baselines, evaluate_by_domain
-from chunked_loss import summed_cross_entropy, token_scores
+from causal_head import CausalHead, check_model
 from packing import DocumentEncoder, begin_as_documents, packed_rows
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
-from utils.loss import IGNORE_INDEX, check_head, check_packing
 from utils.memory import flops_per_token, parameter_count, plan
-from utils.model import ModelArguments, build_model, load_tokenizer, model_config
+from utils.model import (
+    ModelArguments,
+    build_model,
+    load_tokenizer,
+    model_config,
+    optional_inputs,
+)
+from utils.model_settings import max_positions
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import generate_texts
@@ -55,6 +59,7 @@ class Arguments(TrainingArguments, StreamArguments, ModelArguments):
     validation_sources: list[Source] = field(default_factory=list)  # each read once
     test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
     baselines: bool = False  # gzip -9 and a unigram model beside the bits per byte of the test
+    packing: bool = True  # rows full of documents, which do not see each other; false: one a row
     eval_documents: int | None = None  # of each validation source; null: all
     sample_prompts: list[str] = field(default_factory=list)  # continued at each evaluation
     dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
@@ -66,48 +71,49 @@ class Arguments(TrainingArguments, StreamArguments, ModelArguments):
         if self.validation_sources:
             self.check_metric(["eval_loss", "eval_bits_per_byte"])
 
+    def fixed(self) -> dict[str, Any]:
+        return super().fixed() | ({} if self.packing else {"packing": False})
+
 
 class NextTokenLoss(torch.nn.Module):
     """Σ -log p(token | the tokens before it in its document), without holding the logits."""
 
-    names = ("loss",)
-
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, packing: bool = True):
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model, self.config, self.packing = model, model.config, packing
+        self.head = CausalHead(model)
+        self.names = self.head.names
 
-    def forward(self, input_ids, shift_labels, position_ids, per_token=False) -> Any:
-        """All of shape (rows, sequence_length). Position ids that restart keep documents apart.
+    def forward(self, input_ids, shift_labels, position_ids, lengths=None, per_token=False) -> Any:
+        """
+        Args:
+            batch: of shape (rows, sequence_length), and `lengths` (rows,), as `packing.pack` names
+                them. Position ids that restart keep the documents of a row apart.
 
         Returns:
-            {"loss": the sum over the targets}, or the loss of each position if `per_token`.
+            {loss: its sum over the targets, and what else `CausalHead` adds}, or the loss of each
+            position if `per_token`.
         """
-        # without an attention mask transformers builds the block-diagonal one from position_ids
-        hidden = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        head = self.model.get_output_embeddings()
+        if self.packing:
+            hidden, terms = self.head.hidden_states(input_ids, position_ids, lengths)
+        else:  # columns of nothing but padding are left out
+            longest = input_ids.shape[1] if lengths is None else max(2, int(lengths.max()))
+            input_ids, shift_labels = input_ids[:, :longest], shift_labels[:, :longest]
+            hidden, terms = self.head.hidden_states(input_ids, None, lengths)
         if per_token:
-            return token_scores(hidden, head.weight, shift_labels, head.bias)[0]
-        return {"loss": summed_cross_entropy(hidden, head.weight, shift_labels, head.bias)}
+            return self.head.token_scores(hidden, shift_labels)[0]
+        return {self.names[0]: self.head.cross_entropy(hidden, shift_labels), **terms}
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
-        return {"loss": int((batch["shift_labels"] != IGNORE_INDEX).sum())}
+        return self.head.counts(batch["shift_labels"], batch["lengths"])
 
 
-def check_architecture(model: torch.nn.Module) -> None:
-    takes = inspect.signature(model.base_model.forward).parameters
-    if "position_ids" not in takes or getattr(model, "_is_stateful", False):
+def check_positions(model: torch.nn.Module) -> None:
+    if "position_ids" not in optional_inputs(model) or getattr(model, "_is_stateful", False):
         raise InputError(
             f"model: {model.config.model_type} cannot keep packed documents apart: "
-            "it is recurrent, or takes no position_ids"
+            "it is recurrent, or takes no position_ids: set packing: false"
         )
-    check_head(model)
-
-
-def next_token_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    labels = pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    return training.forward({**batch, "shift_labels": labels}, per_token=True)
 
 
 def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, Any] | None:
@@ -115,7 +121,14 @@ def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, 
     documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
     losses, size = partial(training.forward, per_token=True), args.per_device_batch_size
     return evaluate_by_domain(
-        training.ranks, documents, encode, losses, args.sequence_length, size, args.on_bad_record
+        training.ranks,
+        documents,
+        encode,
+        losses,
+        args.sequence_length,
+        size,
+        args.packing,
+        args.on_bad_record,
     )
 
 
@@ -126,7 +139,7 @@ def write_samples(
 
     None when a signal interrupts.
     """
-    positions = getattr(model.config, "max_position_embeddings", 2**31)
+    positions, _ = max_positions(model.config)
     room = min(60, positions // 2)
     begun = [tokens[:-1][room - positions :] for tokens in encode(prompts)]
     options = {"do_sample": True, "temperature": 0.8}
@@ -157,16 +170,14 @@ def main() -> None:
     flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
     model = build_model(args, config, transformers.AutoModelForCausalLM)
-    check_architecture(model)
-    objective = NextTokenLoss(model)
+    if args.packing:
+        check_positions(model)
+    objective = NextTokenLoss(model, args.packing)
     lanes = Lanes(corpus, encode)
-    data = TrainingStream(lanes, partial(packed_rows, lanes, args.sequence_length), args)
+    rows_of = partial(packed_rows, lanes, args.sequence_length, packing=args.packing)
+    data = TrainingStream(lanes, rows_of, args)
     training.prepare(objective, model, tokenizer, data, flops_per_token=lambda step: flops)
-    check_packing(
-        partial(next_token_losses, training),
-        (args.per_device_batch_size, args.sequence_length),
-        config.vocab_size,
-    )
+    check_model(objective, partial(training.forward, per_token=True), args.sequence_length)
     for step in training.steps():
         if training.evaluates():
             results: dict[str, Any] | None = {}

@@ -46,7 +46,7 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest
 from utils.held_out import hold_out
-from utils.loss import IGNORE_INDEX, check_head
+from utils.loss import IGNORE_INDEX, LEAK, amplified
 from utils.model import empty_model, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -145,9 +145,13 @@ class TargetLoss(torch.nn.Module):
         else:
             labels = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             is_target = labels != IGNORE_INDEX
-            hidden = self.model.base_model(**inputs).last_hidden_state
             # of the prompt, most of the tokens, no logits are computed
-            logits = self.model.get_output_embeddings()(hidden[is_target])
+            head = self.model.get_output_embeddings()
+            hook = head.register_forward_pre_hook(lambda _, x: (x[0][is_target][None],))
+            try:
+                logits = self.model(**inputs).logits[0]
+            finally:
+                hook.remove()
         losses = cross_entropy(
             logits.float(),
             labels[is_target],
@@ -160,6 +164,22 @@ class TargetLoss(torch.nn.Module):
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         return {"loss": int((batch["labels"] != IGNORE_INDEX).sum())}
+
+
+def check_decoder(training: Training, model: torch.nn.Module) -> None:
+    """Raises InputError when a decoder sees what it is to predict, as encoders do."""
+    tokens = torch.arange(32).view(2, 16) % model.config.get_text_config().vocab_size
+    tokens[1, :8] = tokens[0, :8]
+    labels = torch.full_like(tokens, IGNORE_INDEX)
+    labels[:, 4] = tokens[:, 4]
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    with amplified(model):
+        one, other = training.forward(batch, per_example=True).tolist()
+    if abs(one - other) > LEAK * abs(one):
+        raise InputError(
+            f"model: the tokens of {model.config.model_type} see those that they are to predict: "
+            "set model.is_decoder: true, or take another"
+        )
 
 
 def evaluate_loss(training: Training, encode: PairEncoder, examples: list[Example]) -> float | None:
@@ -193,8 +213,6 @@ def main() -> None:
         settle_tokens(config, tokenizer, args)
     empty = empty_model(config, auto_model)
     args.check_model_fits(empty, args.new_tokens)
-    if not is_encoder_decoder:
-        check_head(empty)
     tables = (args.train_data, args.validation_data, args.test_data)
     pairs, leaks = hold_out([read_pairs(part, args) for part in tables], attrgetter("source"), args)
     train_pairs, validation_pairs, test_pairs = pairs
@@ -230,6 +248,8 @@ def main() -> None:
         tokenizer,
         Epochs(train, lambda rows: encode.collate([*chain(*rows)]), fingerprint, args),
     )
+    if not is_encoder_decoder:
+        check_decoder(training, model)
 
     def evaluate(
         pairs: list[Pair], examples: list[Example], count: int | None

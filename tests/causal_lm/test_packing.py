@@ -15,12 +15,13 @@ from utils.sources import Source
 from utils.stream import collate
 
 
-def packed(documents: list[list[int]], length: int, offset: int = 0) -> list:
+def packed(documents: list[list[int]], length: int, offset: int = 0, packing: bool = True) -> list:
     tagged = ((np.array(tokens, dtype=np.int32), tag) for tag, tokens in enumerate(documents))
     rows = []
-    for features, pieces in pack(tagged, length, offset):
+    for features, pieces in pack(tagged, length, offset, packing):
         if not pieces:
             return rows
+        assert features.pop("lengths") == sum(piece.tokens for piece in pieces)
         rows.append(({name: array.tolist() for name, array in features.items()}, pieces))
     return rows
 
@@ -54,17 +55,41 @@ def test_documents_that_fill_rows_exactly():
     assert [row["shift_labels"] for row, _ in rows] == [[2, 3, 4, -100], [6, -100, 8, -100]]
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 5, 64, 1000])
-def test_packing_from_any_offset_of_the_first_document(length):
+def test_every_token_once_from_any_offset_of_the_first_document(length, packing):
     documents = [list(range(100, 117)), list(range(200, 203)), list(range(300, 390))]
     flat = [token for tokens in documents for token in tokens]
     labels = [t for tokens in documents for t in [*tokens[1:], IGNORE_INDEX]]
     for offset in range(len(documents[0])):
-        rows = packed(documents, length, offset)
-        tokens = sum(piece.tokens for _, pieces in rows for piece in pieces)
-        assert tokens == len(flat) - offset
-        assert [t for row, _ in rows for t in row["input_ids"]][:tokens] == flat[offset:]
-        assert [t for row, _ in rows for t in row["shift_labels"]][:tokens] == labels[offset:]
+        rows = packed(documents, length, offset, packing)
+        sizes = [sum(piece.tokens for piece in pieces) for _, pieces in rows]
+        assert sum(sizes) == len(flat) - offset
+        for name, expected in {"input_ids": flat, "shift_labels": labels}.items():
+            kept = [row[name][:size] for (row, _), size in zip(rows, sizes, strict=True)]
+            assert [t for tokens in kept for t in tokens] == expected[offset:]
+
+
+def test_without_packing_a_row_holds_one_document_or_a_piece_of_it():
+    rows = packed([[10, 11, 12], [20, 21, 22, 23, 24, 25], [30, 31, 32, 33]], 4, packing=False)
+    assert [row["input_ids"] for row, _ in rows] == [
+        [10, 11, 12, 0],
+        [20, 21, 22, 23],
+        [24, 25, 0, 0],
+        [30, 31, 32, 33],
+    ]
+    assert [row["shift_labels"] for row, _ in rows] == [
+        [11, 12, -100, -100],
+        [21, 22, 23, 24],
+        [25, -100, -100, -100],
+        [31, 32, 33, -100],
+    ]
+    assert [tuple(piece) for _, pieces in rows for piece in pieces] == [
+        (0, 3, 3, True),
+        (1, 4, 4, False),
+        (1, 2, 6, True),
+        (2, 4, 4, True),
+    ]
 
 
 def test_packed_documents_do_not_see_each_other():

@@ -435,6 +435,13 @@ def test_refusals(summarize, wordpiece_folder, tmp_path):
         metric_for_best_model="eval_rouge1",
         eval_generate_examples=0,
     )
+    encoder = {"model_type": "roberta", "hidden_size": 32, "num_hidden_layers": 1}
+    encoder |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 70}
+    refused(
+        "model: the tokens of roberta see those that they are to predict: set model.is_decoder: "
+        "true, or take another",
+        **{**decoder_settings(), "model": encoder},
+    )
     refused("max_target_length must be at least 2, not 1", max_target_length=1)
     refused("num_beams must be at least 1, not 0", num_beams=0)
     refused(

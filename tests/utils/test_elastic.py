@@ -113,6 +113,27 @@ def test_the_split_of_a_batch_changes_no_loss_and_no_gradient(split, tmp_path, s
         np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
 
 
+MIXTRAL = {
+    **TINY_RUN["model"],
+    "model_type": "mixtral",
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+}
+
+
+def test_the_router_loss_is_the_same_on_any_number_of_processes(tmp_path, start):
+    """It is of a micro-batch: these are single rows, on every layout."""
+    settings = {**SPLIT_SETTINGS, "model": MIXTRAL, "per_device_batch_size": 1, "max_steps": 2}
+    for name, config, processes in (("one", None, 1), ("two", "zero2", 2)):
+        start(config, processes, tmp_path / name, **settings)
+    one, two = (steps(tmp_path / name) for name in ("one", "two"))
+    for key in ("loss", "cross_entropy", "router_aux_loss", "grad_norm"):
+        expected = [record[key] for record in one]
+        np.testing.assert_allclose([record[key] for record in two], expected, rtol=1e-6)
+
+
 def fragments(checkpoint: Path) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint, flattened and put together."""
     pieces: dict[str, list[tuple[int, np.ndarray]]] = {}

@@ -96,7 +96,7 @@ MOMENTS = {
     "before the first step": (Training, "steps", 1, 0),
     "between two micro-batches": (Engine, "_backward", 7, 2),
     "in an update": (Engine, "_update", 5, 5),
-    "in an evaluation": (Training, "forward", 2 + 2, 3),
+    "in an evaluation": (Training, "forward", 4 + 2, 3),
     "in an evaluation at a checkpoint": (causal_lm, "evaluate_by_domain", 4, 12),
     "while samples are written": (causal_lm, "write_samples", 2, 6),
     "in a save": (checkpoint, "save_file", 4, 8),
