@@ -14,7 +14,13 @@ import transformers
 
 from utils.config import InputError
 from utils.files import written_aside
-from utils.model import ModelArguments, build_model, empty_model, initialize_weights
+from utils.model import (
+    ModelArguments,
+    build_model,
+    empty_model,
+    initialize_weights,
+    train_shared_padding,
+)
 from utils.randomness import random_key
 
 if TYPE_CHECKING:
@@ -98,6 +104,7 @@ def task_model(
 
 def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:
     model = empty_model(copy.deepcopy(config), auto_model, "cpu")
+    train_shared_padding(model)
     initialize_weights(model, arguments.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:

@@ -2,20 +2,24 @@
 
 import inspect
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers.initialization import guard_torch_init_functions
 from transformers.utils import logging
 
 from utils.config import InputError, Settings
 from utils.randomness import random_key
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -37,11 +41,26 @@ class ModelArguments(Settings):
 
 
 def load_tokenizer(arguments: ModelArguments) -> Any:
+    """Raises InputError where there is none, or one without a vocabulary."""
     name = arguments.tokenizer or arguments.model_name_or_path
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of any kind, if tokenizer.json is some other JSON
+        raise InputError(f"tokenizer: cannot load {name}: {_what_is_wrong(name, error)}") from None
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise InputError(f"tokenizer: {name} has no vocabulary: special tokens are all it knows")
+    return tokenizer
+
+
+def _what_is_wrong(name: str, error: Exception) -> str:
+    """Why nothing could be loaded from a folder or a name of the Hub."""
+    for path in sorted(Path(name).glob("*")) if Path(name).is_dir() else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + shorten(str(error), 300)
 
 
 def model_config(arguments: Any, tokenizer: Any = None) -> Any:
@@ -128,14 +147,20 @@ def build_model(
             )
         else:
             model = auto_model.from_config(config, **options)
-    except (ImportError, OSError, ValueError) as error:
-        raise InputError(f"model: {shorten(str(error), 300)}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind, where the weights are some other file
+        if name is None or isinstance(error, ImportError):
+            raise InputError(f"model: {shorten(str(error), 300)}") from None
+        problem = _what_is_wrong(name, error)
+        raise InputError(f"model_name_or_path: cannot load {name}: {problem}") from None
     finally:
         logging.set_verbosity(verbosity)
     new = {
         *loading.get("missing_keys", ()),
         *(key for key, *_ in loading.get("mismatched_keys", ())),
     }
+    train_shared_padding(model)
     inside = [key for key in new if key.startswith(f"{model.base_model_prefix}.")]
     body = [key for key in inside if "pooler" not in key]  # which pretraining may have left out
     if name and body:
@@ -173,26 +198,75 @@ def empty_model(
         return models[type(config)](config)
 
 
+def train_shared_padding(model: "transformers.PreTrainedModel") -> None:
+    """Train the embedding of a pad token that is an input, too: as end or begin of a document.
+
+    `padding_idx` would keep it from ever having a gradient, and from scratch at 0.
+    """
+    config = model.config.get_text_config(decoder=True)
+    inputs = [getattr(config, name, None) for name in SPECIAL_TOKENS if name != "pad_token_id"]
+    inputs = {t for value in inputs for t in (value if isinstance(value, list) else [value])}
+    for name, module in model.named_modules():
+        # RoBERTa counts its positions from that of the padding
+        if isinstance(module, torch.nn.Embedding) and "position" not in name:
+            if module.padding_idx is not None and module.padding_idx in inputs:
+                module.padding_idx = None
+
+
 def initialize_weights(
     model: "transformers.PreTrainedModel", seed: int, only: set[str] | None = None
 ) -> None:
     """Initialise each module from (seed, its name): the same weights under every ZeRO stage.
 
+    As transformers does: from the inside out, each module by the model that it is a part of, and
+    what is tied as the parameter that the others follow.
+
     Args:
-        only: the names of parameters; their modules alone are initialised.
+        only: the names of parameters and buffers; all others keep what they hold.
     """
-    # from the inside out: some modules initialise once more what is in their children
-    for name, module in reversed(list(model.named_modules())):
-        near = [module, *(module.children() if only is None else ())]
-        parameters = [p for m in near for p in m.parameters(recurse=False)]
-        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
-        if not parameters or (only is not None and not own & only):
+    tied = model.all_tied_weights_keys  # {follows: leads}
+    for name, module, initialize in _modules_by_model(model):
+        tensors = list(_tensors_near(name, module))
+        drawn = {id(t) for k, t in tensors if k not in tied and (only is None or k in only)}
+        if not drawn:
             continue
-        with gathered(parameters, modify=True):
+        for _, tensor in tensors:
+            tensor._is_hf_initialized = id(tensor) not in drawn
+        parameters = [t for _, t in tensors if isinstance(t, torch.nn.Parameter)]
+        with gathered(parameters, modify=True), guard_torch_init_functions():
             torch.manual_seed(random_key(seed, name))
-            for tensor in (module, *parameters):
-                tensor._is_hf_initialized = False
-            model._init_weights(module)
+            if isinstance(module, transformers.pytorch_utils.Conv1D):
+                torch.nn.init.normal_(module.weight, std=0.02)  # OpenAI-GPT leaves it at that
+            initialize(module)
+
+
+def _modules_by_model(
+    model: "transformers.PreTrainedModel",
+) -> Iterator[tuple[str, torch.nn.Module, Callable[[torch.nn.Module], None]]]:
+    """(name, module, `_init_weights` of the innermost model around it), children first."""
+    seen = set()
+
+    def walk(name: str, module: torch.nn.Module, initialize: Any) -> Iterator:
+        if module in seen:
+            return
+        seen.add(module)
+        for key, child in module.named_children():
+            is_model = isinstance(child, transformers.PreTrainedModel)
+            inside = child._init_weights if is_model else initialize
+            yield from walk(f"{name}.{key}".lstrip("."), child, inside)
+        yield name, module, initialize
+
+    yield from walk("", model, model._init_weights)
+
+
+def _tensors_near(name: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that the initialisation of a module may reach: its own and those of
+    its parts, but of no list of layers and no other model."""
+    for tensors in (module._parameters, module._buffers):
+        yield from ((f"{name}.{k}".lstrip("."), t) for k, t in tensors.items() if t is not None)
+    for key, child in module.named_children():
+        if not isinstance(child, torch.nn.ModuleList | transformers.PreTrainedModel):
+            yield from _tensors_near(f"{name}.{key}".lstrip("."), child)
 
 
 def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from utils.comparison import reference_of_run
 from utils.config import read_yaml
 from utils.export import export
 from utils.files import written_aside
@@ -176,6 +177,8 @@ def conclude(
     Args:
         title, pipeline_tag, usage, facts: as for `write_card`.
     """
+    training.load_best()
+    reference = reference_of_run(training)
     if training.is_main:
         from utils.plots import write_plots  # whose imports take a second
 
@@ -190,6 +193,7 @@ def conclude(
         model = folder.path / "model"
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         merge = getattr(a, "merge_adapter", False)
+        reference.write(training.best_checkpoint())
         export(training.best_checkpoint(), model, dtype[a.mixed_precision], merge)
         plots = write_plots(folder)
         card = write_card(folder, title, pipeline_tag, usage, facts)
