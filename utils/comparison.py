@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from utils.config import InputError
 from utils.files import written_aside
+from utils.ranks import launched_rank
 
 if TYPE_CHECKING:
     from utils.training import Training
@@ -39,7 +41,7 @@ class Reference:
     @classmethod
     def of(cls, model: "transformers.PreTrainedModel") -> "Reference":
         rows = _any_rows(model)
-        return cls(rows, logits(model.eval(), model.config, rows), str(model.dtype)[6:])
+        return cls(rows, _logits_if_any(model.eval(), model.config, rows), str(model.dtype)[6:])
 
     def write(self, checkpoint: Path) -> None:
         more = {"precision": self.precision, "readings": json.dumps(self.readings)}
@@ -64,12 +66,15 @@ class Reference:
         free = psutil.virtual_memory().available
         if not self.logits or 2 * size > free:
             reason = f"a second model needs {2 * size / 2**30:.1f} GiB of memory"
-            reason = reason if self.logits else "there are no logits of the run"
+            reason = reason if self.logits else "there are none of the run's model"
             print(f"warning: the logits of {name} were not compared: {reason}", flush=True)
             return
         dtype_of_client = torch.float32 if 4 * size < free else torch.bfloat16
         client = architecture.from_pretrained(folder, config=config, dtype=dtype_of_client)
-        found = logits(client.eval(), client.config, self.rows)
+        try:
+            found = _logits(client.eval(), client.config, self.rows)
+        except Exception as error:  # what the run's model took
+            raise _differs(name, f"it fails with {type(error).__name__}: {error}") from None
         dtypes = (self.precision, *(str(d)[6:] for d in (dtype, dtype_of_client)))
         tolerance = max(TOLERANCES[d] for d in dtypes)
         for key, expected in self.logits.items():
@@ -108,28 +113,43 @@ def reference_of_run(training: "Training") -> Reference:
     forward = objective.forward
     objective.eval()
     objective.forward = lambda **inputs: model(**inputs)  # inside of whatever wraps the objective
-    try:
-        # a base in 4 bits is another model than the one that an adapter is exported for
-        if not getattr(a, "load_in_4bit", False):
-            with stance, training.accelerator.autocast():
-                device = training.accelerator.device
-                found = logits(engine.module, model.config, rows.to(device))
-    except (RuntimeError, TypeError, ValueError) as error:
-        if training.is_main:
-            print(f"warning: the model takes no plain rows of tokens: {error}", flush=True)
-    finally:
-        objective.forward = forward
+    # a base in 4 bits is another model than the one that an adapter is exported for
+    if not getattr(a, "load_in_4bit", False):
+        with stance, training.accelerator.autocast():
+            rows_there = rows.to(training.accelerator.device)
+            found = _logits_if_any(engine.module, model.config, rows_there)
+    objective.forward = forward
     return Reference(rows, found, PRECISIONS[a.mixed_precision], readings)
 
 
-def logits(model: Any, config: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def _logits_if_any(model: Any, config: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    try:
+        return _logits(model, config, rows)
+    except Exception as error:  # not every model takes plain rows of tokens
+        if launched_rank() == 0:
+            print(f"warning: no logits to compare: {shorten(str(error), 200)}", flush=True)
+        return {}
+
+
+def _logits(model: Any, config: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """By name, what the plain forward gives: of a vocabulary, the columns of the rows' tokens."""
     inputs = {"input_ids": rows}
-    if config.is_encoder_decoder and "Classification" not in config.architectures[0]:
+    if config.is_encoder_decoder and "Classification" in config.architectures[0]:
+        end = config.eos_token_id  # whose state is classified: one in each row
+        inputs = {"input_ids": torch.cat([rows[:, :-1] % end, torch.full_like(rows[:, :1], end)], 1)}
+    elif config.is_encoder_decoder:
         inputs["decoder_input_ids"] = rows
+    configs = [c for c in (config, config.get_text_config()) if hasattr(c, "use_cache")]
+    known = [c.use_cache for c in configs]
     torch.manual_seed(0)
-    with torch.no_grad():
-        output = model(**inputs)
+    try:
+        for c in configs:
+            c.use_cache = False  # not every model stands a cache where there is no mask
+        with torch.no_grad():
+            output = model(**inputs)
+    finally:
+        for c, value in zip(configs, known, strict=True):
+            c.use_cache = value
     columns = rows.unique()
     found = {k: v for k, v in output.items() if k.endswith("logits") and torch.is_tensor(v)}
     return {
@@ -139,5 +159,5 @@ def logits(model: Any, config: Any, rows: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def _any_rows(model: "transformers.PreTrainedModel") -> torch.Tensor:
-    size = model.config.get_text_config().vocab_size
+    size = getattr(model.config.get_text_config(), "vocab_size", 256)  # CANINE has characters
     return (7 * torch.arange(4 * 16).view(4, 16)) % size
