@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import filecmp
 import warnings
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -154,6 +155,7 @@ def _layers(model: "transformers.PreTrainedModel", wanted: int) -> list[torch.nn
     raise InputError(f"freeze: {model.config.model_type} has no list of {count} layers")
 
 
+BASE = "model.safetensors"
 # which peft trains and saves beside an adapter, wherever a model has them
 HEADS = {"SEQ_CLS": ("classifier", "score")}
 
@@ -222,7 +224,11 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
     base, given = config.base_model_name_or_path, model.name_or_path
-    if Path(str(base)).resolve() != Path(str(given)).resolve():  # two ways to write one folder
+    beside, files = Path(path) / BASE, [Path(str(b)) / BASE for b in (base, given)]
+    is_base = files[0].resolve() == files[1].resolve()  # there are two ways to write one folder
+    if beside.exists() and files[1].exists():  # of a run from scratch, which may have moved
+        is_base = filecmp.cmp(beside, files[1], shallow=False)
+    if not is_base:
         raise InputError(
             f"adapter_name_or_path: {path} is an adapter for {base}, not for {given}: "
             f"set model_name_or_path: {base}"

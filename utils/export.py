@@ -218,6 +218,11 @@ def _merged(model: Any) -> Any:
     return model
 
 
+def export_needs_base(folder: Path) -> bool:
+    """Whether there is an adapter alone in it."""
+    return (folder / ADAPTER).exists() and not (folder / "config.json").exists()
+
+
 def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype) -> int:
     """The base model's weights are not read for it.
 
@@ -241,7 +246,10 @@ def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype
         config.save_pretrained(folder)
     adapter.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
     adapter.inference_mode = True
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+    # DoRA's, which transformers overlooks without the ending, and peft reads with it, too
+    ends = {name: ".weight" if name.endswith("lora_magnitude_vector") else "" for name in tensors}
+    tensors = {name + ends[name]: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS)
     adapter.save_pretrained(folder)
     return sum(tensor.numel() for tensor in tensors.values())
 

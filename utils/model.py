@@ -131,6 +131,11 @@ def build_model(
     Raises:
         InputError: no such model, or weights of another shape than the configuration's.
     """
+    if (Path(arguments.model_name_or_path or "") / "adapter_config.json").exists():
+        raise InputError(
+            f"model_name_or_path: {arguments.model_name_or_path} holds an adapter: give it as "
+            "adapter_name_or_path, and its base here"
+        )
     options |= {"dtype": dtype, "attn_implementation": arguments.attn_implementation}
     name, loading = arguments.model_name_or_path, {}
     verbosity = logging.get_verbosity()

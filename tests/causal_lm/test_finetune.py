@@ -118,7 +118,7 @@ def instruct(call: Callable, data: Path, tokenizer_folder: Path, tmp_path: Path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "model").glob("*model.safetensors")
+    file = min((folder / "model").glob("*model.safetensors"))  # an adapter before its base
     return load_file(file)
 
 

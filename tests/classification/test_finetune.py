@@ -114,7 +114,7 @@ def fine_tune(
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*model.safetensors")
+    file = min(folder.glob("*model.safetensors"))  # an adapter before its base
     return load_file(file)
 
 
