@@ -104,7 +104,7 @@ def reference_of_run(training: "Training") -> Reference:
     """Of the model as it stands; all ranks call it together."""
     a, engine, objective = training.arguments, training.engine, training.objective
     model, tokenizer = engine.model, training.model_files.tokenizer
-    seen = [rows for rows in training.ranks.gather([training.rows]) if rows is not None]
+    seen = [rows for rows in training.ranks.gather([engine.rows]) if rows is not None]
     rows = seen[0][:ROWS, :TOKENS].contiguous() if seen else _any_rows(model)
     texts = tokenizer.batch_decode(rows)
     readings = {text: tokenizer(text).input_ids for text in texts}

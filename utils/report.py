@@ -37,20 +37,34 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tok
 
 
 def write_card(
-    folder: RunFolder, title: str, pipeline_tag: str, usage: str, facts: dict[str, Any], **metadata
+    folder: RunFolder,
+    title: str,
+    pipeline_tag: str,
+    usage: str,
+    facts: dict[str, Any],
+    step: int | None = None,
+    **metadata,
 ) -> Path:
     """Write the model card: README.md of the run with its plots, and that of its model/ without.
+
+    Its scores are of the weights that were exported: on the test data, if there are such.
 
     Args:
         usage: Python that uses the model; "{model}" in it stands for the path of the export.
         facts: what else is to be said of the run, in the order in which it is shown.
+        step: whose weights were exported; null: the last.
         metadata: more of the Hub's metadata: tags, base_model, language, license.
     """
     settings = folder.path / "config.yaml"
     config, _ = read_yaml(str(settings))
-    latest = {key: value for record in folder.records() for key, value in record.items()}
-    results = {k.removeprefix("eval_"): v for k, v in latest.items() if k.startswith("eval_")}
-    held_out = ", ".join(_paths(config, "validation")) or "validation"
+    records = folder.records()
+    known = [r for r in records if step is None or r.get("step", 0) <= step]
+    latest = {key: value for record in known for key, value in record.items()}
+    tested = {key: value for record in records for key, value in record.items()}
+    results, held_out = _scores(tested, "test_"), ", ".join(_paths(config, "test")) or "test"
+    if not results:
+        results = _scores(latest, "eval_")
+        held_out = ", ".join(_paths(config, "validation")) or "validation"
     counted = {"steps": latest.get("step", 0), "tokens seen": latest.get("tokens", 0)}
     header = _metadata(config, title, pipeline_tag, results, held_out, metadata)
     intro = [header, f"# {title}", markdown_table(["", ""], {**counted, **facts}.items())]
@@ -68,6 +82,10 @@ def write_card(
             with written_aside(path / "README.md") as file:
                 file.write_text("\n\n".join(parts), encoding="utf-8")
     return folder.path / "README.md"
+
+
+def _scores(record: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(prefix)}
 
 
 def _paths(config: dict[str, Any], split: str) -> list[str]:
@@ -208,9 +226,11 @@ def conclude(
         from utils.plots import write_plots  # whose imports take a second
 
         a, folder, state = training.arguments, training.folder, training.state
+        best = training.best_step
         hours = f"{state.seconds / 3600:.2f} hours"
         facts |= {
             "training": f"{state.step} steps, {hours}; {state.ending}",
+            **({"exported": f"step {best}, the best"} if best else {}),
             "processes": f"{training.ranks.world_size} x {training.accelerator.device.type}",
             "parallelism": training.engine.describe(),
             "steps skipped": state.skipped_steps,
@@ -223,7 +243,7 @@ def conclude(
         plots = write_plots(folder)
         if export_needs_base(model):
             usage = _usage_of_adapter(usage, pipeline_tag, training.engine.model)
-        card = write_card(folder, title, pipeline_tag, usage, facts)
+        card = write_card(folder, title, pipeline_tag, usage, facts, best)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
         lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]

@@ -67,8 +67,6 @@ class Training:
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
         self.data_error: InputError | None = None  # met by this rank alone
-        self.rows: torch.Tensor | None = None  # token ids of the last micro-batch
-        self.loaded: Path | None = None  # the checkpoint that `load_best` has read
 
     @property
     def stopped(self) -> bool:
@@ -205,10 +203,8 @@ class Training:
 
     def load_best(self) -> None:
         """At the end of the run: weigh what comes (a test, say) by the best weights."""
-        best = self.best_checkpoint()
-        if best not in (self.loaded, self.folder.newest_checkpoint()):
-            self.engine.load(best)
-            self.loaded = best
+        if self.best_checkpoint() not in (self.engine.loaded, self.folder.newest_checkpoint()):
+            self.engine.load(self.best_checkpoint())
 
     def record_test(self, results: dict[str, Any]) -> None:
         """Log what was measured at the end of the run: eval_loss as test_loss, and so on."""
@@ -279,7 +275,6 @@ class Training:
         a, state = self.arguments, self.state
         rate = a.learning_rate * self.learning_rate_factor(state.step)
         limit = state.spike_limit(a)
-        self.rows = data.batches[-1]["input_ids"] if data.batches else self.rows
         update = self.engine.train_step(data.batches, counts, state.step, rate, limit)
         state.step += 1
         state.tokens += tokens
