@@ -136,7 +136,9 @@ def _logits(model: Any, config: Any, rows: torch.Tensor) -> dict[str, torch.Tens
     inputs = {"input_ids": rows}
     if config.is_encoder_decoder and "Classification" in config.architectures[0]:
         end = config.eos_token_id  # whose state is classified: one in each row
-        inputs = {"input_ids": torch.cat([rows[:, :-1] % end, torch.full_like(rows[:, :1], end)], 1)}
+        inputs = {
+            "input_ids": torch.cat([rows[:, :-1] % end, torch.full_like(rows[:, :1], end)], 1)
+        }
     elif config.is_encoder_decoder:
         inputs["decoder_input_ids"] = rows
     configs = [c for c in (config, config.get_text_config()) if hasattr(c, "use_cache")]
