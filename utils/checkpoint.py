@@ -7,8 +7,8 @@ were cut when they were written. There is no conversion and no rank holds a whol
 
     checkpoints/step-00000020/
         rank-00000-of-00002.safetensors   "exp_avg/model.norm.weight": the fragment
-        constants.safetensors             what no gradient changes: buffers, and parameters that stay
-                                          as they are where no base model holds them
+        constants.safetensors             what no gradient changes: buffers, and parameters that
+                                          stay as they are where no base model holds them
         state.json                        counters, stream state, loss scale, sizes of the files
         config.json, tokenizer.json …     the model's configuration and its tokenizer
 
@@ -34,6 +34,7 @@ from utils.fragments import (
     SCALES,
     constants,
     fragments,
+    gathered,
     get_rank,
     get_world_size,
     make_optimizer_state,
@@ -41,7 +42,6 @@ from utils.fragments import (
     spread_like,
     trainable,
 )
-from utils.model import gathered
 
 CONSTANTS = "constants.safetensors"
 STATE = "state.json"

@@ -95,6 +95,15 @@ def spread_like(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
 
 
+def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
+    """A context in which ZeRO-3 parameters are whole; nothing to do for others."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return torch.no_grad()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
 def zero_optimizer(optimizer: Any) -> Any:
     """DeepSpeed's ZeRO optimizer inside what Accelerate handed back, if there is one."""
     inner = getattr(optimizer, "optimizer", optimizer)

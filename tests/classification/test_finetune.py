@@ -14,9 +14,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
-from huggingface_hub import ModelCard
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,

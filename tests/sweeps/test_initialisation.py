@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from architectures import AUTO_MODELS, KINDS, CannotBuild, model_types, sampled, tiny_model
+from sweeps.architectures import AUTO_MODELS, KINDS, CannotBuild, model_types, sampled, tiny_model
 from utils.model import build_model, initialize_weights
 
 # what was once drawn by the wrong module, or not by the seed alone, or could not be built

@@ -1,5 +1,6 @@
 """What leaves is what was trained: exports are held against what the run itself computed."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -129,3 +130,20 @@ def test_parameters_that_need_no_gradient_leave_with_the_others(pretrain, pretra
     held = load_file(checkpoints(ended.folder)[-1] / "constants.safetensors")[sinusoids]
     assert torch.equal(model.get_parameter(sinusoids), held)
     assert pretrain_bert("roformer", max_steps=3, **settings).status == 0
+
+
+def test_settings_of_generation_that_came_with_a_model_leave_with_it(pretrain, tmp_path):
+    """Also such as transformers itself refuses to save: a temperature that nothing draws with."""
+    first = pretrain("first", max_steps=1)
+    given = first.folder / "model"
+    settings = {
+        "temperature": 0.6,
+        "do_sample": False,
+        "repetition_penalty": 1.2,
+        "eos_token_id": 2,
+    }
+    (given / "generation_config.json").write_text(json.dumps(settings))
+    ended = pretrain("more", max_steps=2, model_name_or_path=str(given), model={})
+    assert ended.status == 0, ended.error
+    found = json.loads((ended.folder / "model/generation_config.json").read_text())
+    assert settings.items() <= found.items() | {("do_sample", False)}
