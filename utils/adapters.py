@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import filecmp
 import warnings
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,7 +15,13 @@ import transformers
 
 from utils.config import InputError
 from utils.files import written_aside
-from utils.model import ModelArguments, build_model, empty_model, initialize_weights
+from utils.model import (
+    ModelArguments,
+    build_model,
+    empty_model,
+    initialize_weights,
+    train_shared_padding,
+)
 from utils.randomness import random_key
 
 if TYPE_CHECKING:
@@ -98,6 +105,7 @@ def task_model(
 
 def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:
     model = empty_model(copy.deepcopy(config), auto_model, "cpu")
+    train_shared_padding(model)
     initialize_weights(model, arguments.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
@@ -147,6 +155,7 @@ def _layers(model: "transformers.PreTrainedModel", wanted: int) -> list[torch.nn
     raise InputError(f"freeze: {model.config.model_type} has no list of {count} layers")
 
 
+BASE = "model.safetensors"
 # which peft trains and saves beside an adapter, wherever a model has them
 HEADS = {"SEQ_CLS": ("classifier", "score")}
 
@@ -215,7 +224,11 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
     base, given = config.base_model_name_or_path, model.name_or_path
-    if Path(str(base)).resolve() != Path(str(given)).resolve():  # two ways to write one folder
+    beside, files = Path(path) / BASE, [Path(str(b)) / BASE for b in (base, given)]
+    is_base = files[0].resolve() == files[1].resolve()  # there are two ways to write one folder
+    if beside.exists() and files[1].exists():  # of a run from scratch, which may have moved
+        is_base = filecmp.cmp(beside, files[1], shallow=False)
+    if not is_base:
         raise InputError(
             f"adapter_name_or_path: {path} is an adapter for {base}, not for {given}: "
             f"set model_name_or_path: {base}"

@@ -7,6 +7,8 @@ were cut when they were written. There is no conversion and no rank holds a whol
 
     checkpoints/step-00000020/
         rank-00000-of-00002.safetensors   "exp_avg/model.norm.weight": the fragment
+        constants.safetensors             what no gradient changes: buffers, and parameters that
+                                          stay as they are where no base model holds them
         state.json                        counters, stream state, loss scale, sizes of the files
         config.json, tokenizer.json …     the model's configuration and its tokenizer
 
@@ -25,20 +27,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from utils.config import InputError
 from utils.files import written_aside
 from utils.fragments import (
     SCALES,
+    constants,
     fragments,
+    gathered,
     get_rank,
     get_world_size,
     make_optimizer_state,
     refresh_model,
+    spread_like,
     trainable,
 )
 
+CONSTANTS = "constants.safetensors"
 STATE = "state.json"
 
 
@@ -106,6 +112,7 @@ def save(
         except OSError as problem:
             error = str(problem)
     _raise_together(error)
+    kept = _whole_constants(model, state.get("base_model") is None)
     file = partial / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
     try:
         tensors, starts = {}, {}
@@ -115,6 +122,8 @@ def save(
                 tensors[f"{kind}/{fragment.name}"] = tensor.detach().cpu()
         save_file(tensors, file, metadata={"starts": json.dumps(starts)})
         _sync(file)
+        if kept:
+            save_file(kept, partial / CONSTANTS)
     except (OSError, SafetensorError) as problem:
         error = str(problem)
     try:
@@ -142,6 +151,17 @@ def update(folder: Path, state: dict[str, Any]) -> None:
     with suppress(OSError), written_aside(folder / STATE) as file:  # no space: it stays as it is
         file.write_text(json.dumps(json.loads((folder / STATE).read_text()) | state))
         _sync(file)
+
+
+def _whole_constants(model: torch.nn.Module, parameters: bool) -> dict[str, torch.Tensor]:
+    """On rank 0; all ranks call it."""
+    whole = {}
+    for name, tensor in constants(model, parameters):
+        with gathered([tensor]):
+            values = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if get_rank() == 0:
+                whole[name] = values.detach().cpu().clone()
+    return whole
 
 
 def prune(
@@ -176,6 +196,21 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
                 if not _fill(tensor, start, held, size):
                     raise InputError(f"{folder} does not hold {kind} of {name} in this size")
     refresh_model(optimizer)
+    held = read_constants(folder)
+    for name, tensor in constants(model, parameters=True):
+        if name in held:
+            with gathered([tensor], modify=True), torch.no_grad():
+                if tensor.shape != held[name].shape:
+                    raise InputError(f"{folder} does not hold {name} in this size")
+                tensor.copy_(spread_like(tensor, held[name]))
+
+
+def read_constants(folder: Path) -> dict[str, torch.Tensor]:
+    """By name, what a checkpoint holds beside what was trained; on the CPU."""
+    try:
+        return load_file(folder / CONSTANTS) if (folder / CONSTANTS).exists() else {}
+    except SafetensorError as error:
+        raise _damaged(folder, f"{CONSTANTS}: {error}") from None
 
 
 def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Any]]:

@@ -120,6 +120,8 @@ class Engine:
     ):
         self.accelerator, self.arguments = accelerator, arguments
         self.objective, self.model = objective, model
+        self.loaded: Path | None = None  # the checkpoint that was read last
+        self.rows: torch.Tensor | None = None  # token ids of the last micro-batch
         self.deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
         if self.deepspeed:
             self._fill_deepspeed_config()
@@ -171,6 +173,7 @@ class Engine:
         """
         a, accelerator = self.arguments, self.accelerator
         self.objective.train()
+        self.rows = batches[-1]["input_ids"] if batches else self.rows
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
         if self.deepspeed:
@@ -233,7 +236,7 @@ class Engine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Weights, optimizer and loss scale from a checkpoint; returns its state."""
-        state = checkpoint.read_state(folder)
+        state, self.loaded = checkpoint.read_state(folder), folder
         checkpoint.load(folder, self.model, self.optimizer, state["optimizer_step"])
         scale = state["loss_scaler"]
         if self.deepspeed and "cur_scale" in scale:

@@ -77,6 +77,33 @@ def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
+def constants(model: torch.nn.Module, parameters: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is saved though no gradient changes it: buffers, and if `parameters` is set those that
+    are not trained."""
+    saved = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    if parameters:
+        yield from ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+
+
+def spread_like(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Whole values, as FSDP2 spreads the target over the ranks if it does."""
+    if not hasattr(target, "device_mesh"):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
+
+
+def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
+    """A context in which ZeRO-3 parameters are whole; nothing to do for others."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return torch.no_grad()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
 def zero_optimizer(optimizer: Any) -> Any:
     """DeepSpeed's ZeRO optimizer inside what Accelerate handed back, if there is one."""
     inner = getattr(optimizer, "optimizer", optimizer)

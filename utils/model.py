@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -14,11 +15,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import cached_file, logging
 
 from utils.config import InputError, Settings
+from utils.initialisation import initialize_weights
 from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
-from utils.randomness import random_key
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
 FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -43,12 +45,29 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
     """
     Args:
         options: more of `from_pretrained`, which are exported with the tokenizer.
+
+    Raises:
+        InputError: there is none, or one without a vocabulary.
     """
     name = arguments.tokenizer or arguments.model_name_or_path
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, **options)
-    except (ImportError, OSError, ValueError) as error:
-        raise InputError(f"tokenizer: cannot load {name}: {shorten(str(error), 300)}") from None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # of any kind, if tokenizer.json is some other JSON
+        raise InputError(f"tokenizer: cannot load {name}: {_what_is_wrong(name, error)}") from None
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise InputError(f"tokenizer: {name} has no vocabulary: special tokens are all it knows")
+    return tokenizer
+
+
+def _what_is_wrong(name: str, error: Exception) -> str:
+    """Why nothing could be loaded from a folder or a name of the Hub."""
+    for path in sorted(Path(name).glob("*")) if Path(name).is_dir() else ():
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + shorten(str(error), 300)
 
 
 def model_config(arguments: Any, tokenizer: Any = None) -> Any:
@@ -150,6 +169,11 @@ def build_model(
     Raises:
         InputError: no such model, or weights of another shape than the configuration's.
     """
+    if (Path(arguments.model_name_or_path or "") / "adapter_config.json").exists():
+        raise InputError(
+            f"model_name_or_path: {arguments.model_name_or_path} holds an adapter: give it as "
+            "adapter_name_or_path, and its base here"
+        )
     options |= {"dtype": dtype, "attn_implementation": arguments.attn_implementation}
     name, loading = arguments.model_name_or_path, {}
     verbosity = logging.get_verbosity()
@@ -166,8 +190,13 @@ def build_model(
             )
         else:
             model = auto_model.from_config(config, **options)
-    except (ImportError, OSError, ValueError) as error:
-        raise InputError(f"model: {shorten(str(error), 300)}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind, where the weights are some other file
+        if name is None or isinstance(error, ImportError):
+            raise InputError(f"model: {shorten(str(error), 300)}") from None
+        problem = _what_is_wrong(name, error)
+        raise InputError(f"model_name_or_path: cannot load {name}: {problem}") from None
     finally:
         logging.set_verbosity(verbosity)
     new = {
@@ -177,6 +206,7 @@ def build_model(
     if getattr(arguments, "new_head", False):
         keys = (key for key, _ in model.named_parameters())
         new |= {key for key in keys if not key.startswith(f"{model.base_model_prefix}.")}
+    train_shared_padding(model)
     inside = [key for key in new if key.startswith(f"{model.base_model_prefix}.")]
     body = [key for key in inside if "pooler" not in key]  # which pretraining may have left out
     if name and body:
@@ -218,35 +248,19 @@ def empty_model(
         return model_class(config)
 
 
-def initialize_weights(
-    model: "transformers.PreTrainedModel", seed: int, only: set[str] | None = None
-) -> None:
-    """Initialise each module from (seed, its name): the same weights under every ZeRO stage.
+def train_shared_padding(model: "transformers.PreTrainedModel") -> None:
+    """Train the embedding of a pad token that is an input, too: as end or begin of a document.
 
-    Args:
-        only: the names of parameters; their modules alone are initialised.
+    `padding_idx` would keep it from ever having a gradient, and from scratch at 0.
     """
-    # from the inside out: some modules initialise once more what is in their children
-    for name, module in reversed(list(model.named_modules())):
-        near = [module, *(module.children() if only is None else ())]
-        parameters = [p for m in near for p in m.parameters(recurse=False)]
-        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
-        if not parameters or (only is not None and not own & only):
-            continue
-        with gathered(parameters, modify=True):
-            torch.manual_seed(random_key(seed, name))
-            for tensor in (module, *parameters):
-                tensor._is_hf_initialized = False
-            model._init_weights(module)
-
-
-def gathered(parameters: list[torch.nn.Parameter], modify: bool = False) -> Any:
-    """A context in which ZeRO-3 parameters are whole; nothing to do for others."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return torch.no_grad()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+    config = model.config.get_text_config(decoder=True)
+    inputs = [getattr(config, name, None) for name in SPECIAL_TOKENS if name != "pad_token_id"]
+    inputs = {t for value in inputs for t in (value if isinstance(value, list) else [value])}
+    for name, module in model.named_modules():
+        # RoBERTa counts its positions from that of the padding
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and padding in inputs and "position" not in name:
+            module.padding_idx = None
 
 
 def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:

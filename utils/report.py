@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from utils.comparison import reference_of_run
 from utils.config import read_yaml
-from utils.export import export
+from utils.export import export, export_needs_base
 from utils.files import written_aside
 from utils.progress import say
 from utils.run_folder import RunFolder
@@ -31,24 +32,42 @@ if TYPE_CHECKING:
     from utils.training import Training
 
 PLOTS = ("loss", "learning_rate", "throughput", "domains")  # in the order of the card
+LOADERS = {
+    "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+}
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
 def write_card(
-    folder: RunFolder, title: str, pipeline_tag: str, usage: str, facts: dict[str, Any], **metadata
+    folder: RunFolder,
+    title: str,
+    pipeline_tag: str,
+    usage: str,
+    facts: dict[str, Any],
+    step: int | None = None,
+    **metadata,
 ) -> Path:
     """Write the model card: README.md of the run with its plots, and that of its model/ without.
+
+    Its scores are of the weights that were exported: on the test data, if there are such.
 
     Args:
         usage: Python that uses the model; "{model}" in it stands for the path of the export.
         facts: what else is to be said of the run, in the order in which it is shown.
+        step: whose weights were exported; null: the last.
         metadata: more of the Hub's metadata: tags, base_model, language, license.
     """
     settings = folder.path / "config.yaml"
     config, _ = read_yaml(str(settings))
-    latest = {key: value for record in folder.records() for key, value in record.items()}
-    results = {k.removeprefix("eval_"): v for k, v in latest.items() if k.startswith("eval_")}
-    held_out = printable(", ".join(_paths(config, "validation"))) or "validation"
+    records = folder.records()
+    known = [r for r in records if step is None or r.get("step", 0) <= step]
+    latest = {key: value for record in known for key, value in record.items()}
+    tested = {key: value for record in records for key, value in record.items()}
+    results, split = _scores(tested, "test_"), "test"
+    if not results:
+        results, split = _scores(latest, "eval_"), "validation"
+    held_out = printable(", ".join(_paths(config, split))) or split
     counted = {"steps": latest.get("step", 0), "tokens seen": latest.get("tokens", 0)}
     header = _metadata(config, title, pipeline_tag, results, held_out, metadata)
     intro = [header, f"# {title}", markdown_table(["", ""], _escaped(counted | facts))]
@@ -66,6 +85,10 @@ def write_card(
             with written_aside(path / "README.md") as file:
                 file.write_text("\n\n".join(parts), encoding="utf-8")
     return folder.path / "README.md"
+
+
+def _scores(record: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in record.items() if k.startswith(prefix)}
 
 
 def _paths(config: dict[str, Any], split: str) -> list[str]:
@@ -191,6 +214,27 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _usage_of_adapter(usage: str, pipeline_tag: str, model: Any) -> str:
+    """The code that says what is otherwise taken from the base model: tokenizer, labels, ends."""
+    more, settings = "", ""
+    if model.can_generate():
+        settings = 'model.generation_config = GenerationConfig.from_pretrained("{model}")\n'
+        usage = usage.replace("import AutoModel", "import GenerationConfig, AutoModel")
+    if auto_model := LOADERS.get(pipeline_tag) if "pipeline(" in usage else None:
+        if pipeline_tag == "text-classification":
+            config = model.config
+            more = f", id2label={config.id2label!r}, problem_type={config.problem_type!r}"
+        load = (
+            f"from transformers import {auto_model}, AutoTokenizer, GenerationConfig, pipeline\n\n"
+            "# by itself a pipeline takes the base model's tokenizer and settings\n"
+            f'model = {auto_model}.from_pretrained("{{model}}"{more})\n{settings}'
+            'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
+        )
+        usage = usage.replace("from transformers import pipeline\n\n", load)
+        return usage.replace(', "{model}"', ", model, tokenizer=tokenizer")
+    return re.sub(r"(\nmodel = .*\n)", rf"\1{settings}", usage)
+
+
 def conclude(
     training: "Training", title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]
 ) -> None:
@@ -199,13 +243,17 @@ def conclude(
     Args:
         title, pipeline_tag, usage, facts: as for `write_card`.
     """
+    training.load_best()
+    reference = reference_of_run(training)
     if training.is_main:
         from utils.plots import write_plots  # whose imports take a second
 
         a, folder, state = training.arguments, training.folder, training.state
+        best = training.best_step
         hours = f"{state.seconds / 3600:.2f} hours"
         facts |= {
             "training": f"{state.step} steps, {hours}; {state.ending}",
+            **({"exported": f"step {best}, the best"} if best else {}),
             "processes": f"{training.ranks.world_size} x {training.accelerator.device.type}",
             "parallelism": training.engine.describe(),
             "steps skipped": state.skipped_steps,
@@ -213,11 +261,14 @@ def conclude(
         model = folder.path / "model"
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         merge = getattr(a, "merge_adapter", False)
+        reference.write(training.best_checkpoint())
         export(training.best_checkpoint(), model, dtype[a.mixed_precision], merge)
         plots: list[Path] = []
         with spared("no plots"):
             plots = write_plots(folder)
-        card = write_card(folder, title, pipeline_tag, usage, facts)
+        if export_needs_base(model):
+            usage = _usage_of_adapter(usage, pipeline_tag, training.engine.model)
+        card = write_card(folder, title, pipeline_tag, usage, facts, best)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
         lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]

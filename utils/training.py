@@ -72,7 +72,7 @@ class Training:
         """
         a, ranks = self.arguments, self.ranks
         self.objective, self.flops_per_token = objective, flops_per_token
-        self.model_files = ModelFiles(model, tokenizer)
+        self.model_files = ModelFiles(model, tokenizer, self.folder.path)
         optimizer = adamw(model, a)
         fixed = {
             "the optimizer": type(optimizer).__name__,
@@ -160,7 +160,7 @@ class Training:
 
     def load_best(self) -> None:
         """At the end of the run: weigh what comes (a test, say) by the best weights."""
-        if self.best_checkpoint() != self.folder.newest_checkpoint():
+        if self.best_checkpoint() not in (self.engine.loaded, self.folder.newest_checkpoint()):
             self.engine.load(self.best_checkpoint())
 
     def record_test(self, results: dict[str, Any]) -> None:

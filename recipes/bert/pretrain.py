@@ -153,6 +153,7 @@ class MaskedLoss(torch.nn.Module):
         self.terms = objective.split("_")  # mlm, and nsp or sop
         self.names = tuple(f"{term}_loss" for term in self.terms)
         self.optional, self.first_position = optional_inputs(model), first_position(model)
+        self.targets: torch.Tensor | None = None  # None: all hidden states are wanted
         model.base_model.register_forward_hook(self._keep_targets)
 
     def forward(self, per_target: bool = False, **batch: torch.Tensor) -> dict[str, Any]:
@@ -179,9 +180,10 @@ class MaskedLoss(torch.nn.Module):
             attention_mask=mask,
             **{name: batch[name] for name in self.optional},
         )
+        targets, self.targets = self.targets, None
         pairs = output.get("seq_relationship_logits", output.get("sop_logits"))
         logits = [output.get("prediction_logits", output.get("logits"))[0], pairs]
-        classes = [labels[self.targets], pair_labels[self.firsts]]
+        classes = [labels[targets], pair_labels[self.firsts]]
         found = zip(self.terms, logits, classes, strict=False)
         if per_target:
             return {
@@ -198,6 +200,8 @@ class MaskedLoss(torch.nn.Module):
 
     def _keep_targets(self, base_model: torch.nn.Module, _: Any, output: Any) -> Any:
         """Of the hidden states, what the heads are to see."""
+        if self.targets is None:
+            return output
         hidden = output.last_hidden_state.flatten(0, 1)
         output.last_hidden_state = hidden[self.targets][None]
         if len(self.terms) > 1:

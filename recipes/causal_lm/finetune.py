@@ -39,13 +39,11 @@ from utils.tables import read_table
 from utils.training import Training
 
 USAGE = """
-from transformers import GenerationConfig, pipeline
+from transformers import pipeline
 
-# an adapter has a tokenizer and an end of its own: those of its base know no turns
-chat = pipeline("text-generation", "{model}", tokenizer="{model}")
-settings = GenerationConfig.from_pretrained("{model}", max_new_tokens=60)
+chat = pipeline("text-generation", "{model}")
 question = [{"role": "user", "content": "What is a list comprehension?"}]
-print(chat(question, generation_config=settings)[0]["generated_text"][-1]["content"])
+print(chat(question, max_new_tokens=60)[0]["generated_text"][-1]["content"])
 """
 METRICS = ("eval_loss", "eval_token_accuracy")
 

@@ -29,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    pipeline,
 )
 
 from conftest import WORDS, Ended, write_jsonl
@@ -117,7 +118,7 @@ def instruct(call: Callable, data: Path, tokenizer_folder: Path, tmp_path: Path)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "model").glob("*model.safetensors")
+    file = min((folder / "model").glob("*model.safetensors"))  # an adapter before its base
     return load_file(file)
 
 
@@ -655,6 +656,95 @@ def test_an_adapter_goes_on_and_one_of_another_base_is_refused(instruct, tmp_pat
     )
     assert refused.status == 2
     assert f"is an adapter for {base}, not for {other.folder}/base_model" in refused.error
+
+
+def code_of_card(folder: Path) -> dict[str, Any]:
+    """What the code of an export's card has made, run from where the export is not."""
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(folder)))
+    names: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), names)
+    return names
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["adapted", "saved"],
+)
+def test_a_head_that_is_tied_does_not_move_with_the_adapter_of_the_embeddings(instruct, lora):
+    """Merged they are two tensors: the loss of the export is that of the run."""
+    model = MODEL | {"tie_word_embeddings": True}
+    settings = {"lora": LORA | lora, "model": model, "learning_rate": 3e-2, "max_steps": 12}
+    alone, merged = (
+        instruct("alone", **settings),
+        instruct("merged", merge_adapter=True, **settings),
+    )
+    assert (alone.status, merged.status) == (0, 0), alone.error + merged.error
+    base, adapted = base_and_adapter(alone.folder)
+    whole = AutoModelForCausalLM.from_pretrained(merged.folder / "model")
+    expected = logits(adapted)
+    assert (logits(base) - expected).norm() > 0.05 * expected.norm()
+    assert (logits(whole) - expected).norm() < 1e-5 * expected.norm()
+    assert whole.config.tie_word_embeddings is False
+    assert whole.get_output_embeddings().weight is not whole.get_input_embeddings().weight
+    plain = AutoModelForCausalLM.from_pretrained(alone.folder / "model")
+    assert (logits(plain) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_run_that_moves_takes_its_base_along(call, data, tokenizer_folder, tmp_path, monkeypatch):
+    from utils.export import export
+
+    monkeypatch.chdir(tmp_path)
+    folder, settings = Path("run"), {"lora": LORA, "learning_rate": 3e-2}
+    words = words_of(folder, data, tokenizer_folder, **settings)
+    ended = call(instruction.main, words, folder)
+    assert ended.status == 0, ended.error
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    (tmp_path / "run").rename(tmp_path / "there" / "moved")
+    moved = tmp_path / "there" / "moved"
+    export(checkpoints(moved)[-1], tmp_path / "merged", merge_adapter=True)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    # the folder alone: with the plain pipeline, and with the code of its card
+    shutil.copytree(moved / "model", tmp_path / "copy")
+    run_tokenizer = AutoTokenizer.from_pretrained(checkpoints(moved)[-1])
+    for chat in (
+        pipeline("text-generation", tmp_path / "copy"),
+        code_of_card(moved / "model")["chat"],
+    ):
+        assert (logits(chat.model) - logits(whole)).norm() < 1e-5 * logits(whole).norm()
+        assert chat.tokenizer.chat_template == run_tokenizer.chat_template
+        assert chat.model.generation_config.eos_token_id == run_tokenizer.eos_token_id
+    words = words_of(moved, data, tokenizer_folder, **settings, max_steps=8)
+    again = call(instruction.main, words, moved)
+    assert again.status == 0, again.error
+
+
+def test_the_card_of_an_adapter_takes_tokenizer_and_template_from_it(instruct, tmp_path):
+    first = instruct("first", max_steps=1)
+    base = first.folder / "model"
+    (base / "chat_template.jinja").unlink()  # as a pretrained model comes
+    settings = {"lora": LORA, "learning_rate": 3e-2}
+    ended = instruct("adapter", model_name_or_path=str(base), **settings)
+    assert ended.status == 0, ended.error
+    chat = code_of_card(ended.folder / "model")["chat"]
+    held = AutoTokenizer.from_pretrained(checkpoints(ended.folder)[-1])
+    assert chat.tokenizer.chat_template == held.chat_template is not None
+    assert AutoTokenizer.from_pretrained(base).chat_template is None
+    merged = instruct("merged", model_name_or_path=str(base), merge_adapter=True, **settings)
+    expected = logits(AutoModelForCausalLM.from_pretrained(merged.folder / "model"))
+    assert (logits(chat.model) - expected).norm() < 1e-5 * expected.norm()
+    refused = instruct("refused", model_name_or_path=str(ended.folder / "model"))
+    assert refused.status == 2
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 from transformers import (
@@ -116,7 +117,7 @@ def fine_tune(
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*model.safetensors")
+    file = min(folder.glob("*model.safetensors"))  # an adapter before its base
     return load_file(file)
 
 
@@ -332,6 +333,47 @@ def test_the_merged_model_is_the_adapter_on_its_base(fine_tune: Callable, tmp_pa
         found = merged(**inputs).logits
     assert torch.allclose(found, adapted, atol=1e-5)
     assert not torch.allclose(found, untrained, atol=1e-3)
+
+
+def test_the_card_of_an_adapter_predicts_as_the_run_did(
+    fine_tune: Callable, wordpiece_folder: Path, tmp_path: Path
+):
+    """The labels are known to the adapter alone: its base has none, or is that of the run."""
+    base = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**BERT, vocab_size=320))
+    base.save_pretrained(tmp_path / "base")
+    settings = {"lora": LORA, "merge_adapter": False, "learning_rate": 3e-2, "max_steps": 8}
+    for name in ("base", None):
+        given = {"model_name_or_path": str(tmp_path / name)} if name else {}
+        folder = fine_tune(f"of {name}", **settings, **given).folder
+        card = (folder / "model/README.md").read_text()
+        code = card.split("```python\n")[1].split("```")[0]
+        names: dict[str, Any] = {}
+        exec(code.replace('"."', repr(str(folder / "model"))), names)
+        for row, record in zip(make_rows(30, 2), predictions(folder), strict=True):
+            scores = {
+                found["label"]: found["score"] for found in names["classify"]([row["text"]])[0]
+            }
+            assert record["probabilities"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_the_card_tells_the_scores_of_what_was_exported(fine_tune: Callable, texts: Path):
+    """Of the best step, not of the last: in the table, in the metadata, in the numbers above."""
+    settings = {"max_steps": 9, "eval_steps": 3, "metric_for_best_model": "loss", "test_data": []}
+    ended = fine_tune(greater_is_better=True, **settings)  # so that the first one is the best
+    assert ended.status == 0, ended.error
+    (first, *_, last) = evaluations(ended.folder)
+    assert first["eval_loss"] > last["eval_loss"]
+    card = ModelCard.load(ended.folder / "model/README.md")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["loss"] == pytest.approx(first["eval_loss"])
+    assert f"| steps | {first['step']} |" in card.content
+    assert f"| exported | step {first['step']}, the best |" in card.content
+    tested = fine_tune("tested", **settings | {"test_data": tables(texts)["test_data"]})
+    card = ModelCard.load(tested.folder / "model/README.md")
+    (scores,) = [record for record in metrics(tested.folder) if "test_loss" in record]
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["loss"] == pytest.approx(scores["test_loss"])
+    assert "test.jsonl" in card.data.eval_results[0].dataset_name
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])

@@ -1,6 +1,8 @@
 """The summarization recipe: transformers' own losses, the same on any layout; what it generates,
 exports and refuses."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -341,6 +343,24 @@ def test_an_adapter_beside_the_head_of_a_decoder(summarize, references):
         settings = {**REFERENCES["llama"], "model_name_or_path": base, "lora": {"r": 4, **lora}}
         ended = summarize(f"{number}", max_steps=1, **settings)
         assert ended.status == 0, ended.error
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_card_of_an_adapter_writes_what_the_run_wrote(name, summarize, references):
+    """With the settings of generation of the run, not those of the base model."""
+    base = str(references[name] / "model")
+    settings = {**REFERENCES[name], "model_name_or_path": base, "lora": {"r": 4}}
+    ended = summarize(**settings, max_steps=4, learning_rate=3e-2, max_new_tokens=7)
+    assert ended.status == 0, ended.error
+    card = (ended.folder / "model/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace('"."', repr(str(ended.folder / "model")))
+    lines = (ended.folder / "predictions.jsonl").read_text().splitlines()[:5]
+    for record in map(json.loads, lines):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code.replace('"The text that is to be read."', repr(record["source"])), {})
+        assert printed.getvalue().strip() == record["prediction"]
 
 
 def test_frozen_parameters_do_not_move(summarize, references):

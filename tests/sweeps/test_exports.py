@@ -1,0 +1,107 @@
+"""Exports of every architecture: the given weights again, and adapters as they computed."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sweeps.architectures import KINDS, CannotBuild, model_types, sampled, tiny_model
+from utils import checkpoint
+from utils.adapters import add_adapter
+from utils.comparison import Reference
+from utils.config import InputError
+from utils.export import ModelFiles, export
+
+TASKS = {"causal": "CAUSAL_LM", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
+TASKS["classification"] = "SEQ_CLS"
+# parameters without a gradient by construction, saved buffers, tied embeddings, scaled heads
+EVER_WRONG = {"ernie4_5_moe", "roformer", "marian", "t5", "gpt2", "llama"}
+SWEEP = "SWEEP" in os.environ
+CASES = [(k, t) for k in KINDS for t in model_types(k) if t in EVER_WRONG or sampled(t)]
+CASES = [case for case in CASES if SWEEP or case[1] != "dots3_note_text"]  # seconds a model
+# Why it cannot be the same, in transformers 5.23. All of them are refused by the comparison.
+ADAPTERS_REFUSED = {
+    "laguna": "its weights are renamed when they are loaded, those of an adapter are not",
+    "inkling2_text": "its weights are renamed when they are loaded, those of an adapter are not",
+}
+MERGED_REFUSED = {"youtu": "loading sets the embedding of the pad token to 0"}
+
+
+def save(model: torch.nn.Module, base: str | None, run: Path, tokenizer: object) -> Path:
+    """A checkpoint of a run that ended with this model."""
+    files = ModelFiles(model, tokenizer, run)
+    folder = run / "checkpoints" / "step-00000001"
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    checkpoint.save(folder, model, optimizer, {"base_model": base}, files.write)
+    Reference.of(model).write(folder)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def make(kind: str, model_type: str, folder: Path) -> torch.nn.Module:
+    """A model, which is saved to the folder."""
+    try:
+        model = tiny_model(kind, model_type)
+        model.config.architectures = [type(model).__name__]
+        model.save_pretrained(folder)
+        return model
+    except (CannotBuild, ValueError) as error:
+        pytest.skip(str(error)[:100])
+
+
+@pytest.mark.parametrize(("kind", "model_type"), CASES)
+def test_what_was_not_changed_leaves_as_it_came(kind, model_type, tokenizer, tmp_path):
+    model = make(kind, model_type, tmp_path / "given")
+    model.name_or_path = ""  # as from scratch: the checkpoint alone has all of it
+    source = save(model, None, tmp_path / "run", tokenizer)
+    export(source, tmp_path / "model")
+    expected, found = tensors(tmp_path / "given"), tensors(tmp_path / "model")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("of_embeddings", [False, True], ids=["all linear", "embeddings"])
+@pytest.mark.parametrize(("kind", "model_type"), [c for c in CASES if SWEEP or c[1] in EVER_WRONG])
+def test_an_adapter_leaves_as_it_computed(kind, model_type, of_embeddings, tokenizer, tmp_path):
+    """Alone, and merged: what is tied to an embedding does not move with its adapter."""
+    base = make(kind, model_type, tmp_path / "given").from_pretrained(tmp_path / "given")
+    weight = base.get_input_embeddings().weight
+    embeddings = [name for name, m in base.named_modules() if getattr(m, "weight", None) is weight]
+    lora = {"r": 4} | ({"target_modules": embeddings[:-1] or embeddings} if of_embeddings else {})
+    settings = SimpleNamespace(lora=lora, adapter_name_or_path=None, merge_adapter=True)
+    try:
+        adapted = add_adapter(base, settings, TASKS[kind], 0).eval()
+    except InputError as error:
+        pytest.skip(str(error)[:100])
+    learn(adapted, kind)
+    source = save(adapted, str(tmp_path / "given"), tmp_path / "run", tokenizer)
+    for merge, refused in ((False, ADAPTERS_REFUSED), (True, MERGED_REFUSED)):
+        expected = pytest.raises(InputError, match="would not be what was trained")
+        with expected if model_type in refused else nullcontext():
+            export(source, tmp_path / f"{merge}", merge_adapter=merge)
+
+
+def learn(model: torch.nn.Module, kind: str) -> None:
+    """Move what has a gradient: not every part of a model is reached by its forward."""
+    tokens = torch.arange(3, 35).view(2, 16)
+    more = {"decoder_input_ids": tokens} if kind == "seq2seq" else {}
+    try:
+        output = model(input_ids=tokens, use_cache=False, **more)
+        output["logits"].float().square().sum().backward()
+    except Exception:  # it takes no plain tokens, or is not reached: as it was drawn
+        return
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None and parameter.grad.any():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.zero_grad()

@@ -1,0 +1,118 @@
+"""What is no tokenizer, and what are no weights: one line, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from utils.config import InputError
+from utils.model import build_model, load_tokenizer
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 123\n"
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def to_bin(file: Path) -> Path:
+    from safetensors.torch import load_file
+
+    other = file.with_name("pytorch_model.bin")
+    torch.save(load_file(file), other)
+    file.unlink()
+    return other
+
+
+WEIGHTS = {
+    "a pointer of LFS": (lambda f: f.write_text(POINTER), "run git lfs pull"),
+    "empty": (lambda f: f.write_bytes(b""), "header too small"),
+    "cut short": (cut, "incomplete metadata"),
+    "some JSON": (lambda f: f.write_text("{}"), "header too small"),
+    "noise": (lambda f: f.write_bytes(bytes(range(256)) * 99), "header too large"),
+    "none": (Path.unlink, "no file named model.safetensors"),
+    "a pointer for a bin": (
+        lambda f: to_bin(f).write_text(POINTER),
+        "pytorch_model.bin is a point",
+    ),
+    "a bin cut short": (lambda f: cut(to_bin(f)), ""),
+    "a bin of something else": (lambda f: torch.save([1], to_bin(f)), "TypeError"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, num_attention_heads=2, **SIZES))
+    model.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_none_are_refused_before_anything_is_written(kind, folder, pretrain):
+    damage, problem = WEIGHTS[kind]
+    damage(folder / "model.safetensors")
+    ended = pretrain(max_steps=1, model_name_or_path=str(folder), model={})
+    assert ended.status == 2
+    assert ended.error.startswith(f"error: model_name_or_path: cannot load {folder}: ")
+    assert problem in ended.error
+    assert ended.error.count("\n") == 1
+    assert not ended.folder.exists()
+
+
+def test_a_bin_alone_will_do(folder):
+    given = AutoModelForCausalLM.from_pretrained(folder)
+    to_bin(folder / "model.safetensors")
+    arguments = SimpleNamespace(model_name_or_path=str(folder), attn_implementation=None, seed=0)
+    model = build_model(arguments, given.config, AutoModelForCausalLM)
+    for name, value in given.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def other_json(value: object) -> object:
+    return lambda text: json.dumps(value)
+
+
+TOKENIZERS = {
+    "an object": other_json({"a": 1}),
+    "a list": other_json([]),
+    "a number": other_json(3),
+    "null": other_json(None),
+    "its vocabulary": lambda text: json.dumps(json.loads(text)["model"]["vocab"]),
+    "a model's config": other_json({"model_type": "llama"}),
+    "without a model": lambda text: json.dumps({**json.loads(text), "model": None}),
+    "cut short": lambda text: text[:3000],
+    "empty": lambda text: "",
+    "a pointer of LFS": lambda text: POINTER,
+    "no words": lambda text: json.dumps(without_words(json.loads(text))),
+}
+
+
+def without_words(tokenizer: dict) -> dict:
+    return {**tokenizer, "model": {**tokenizer["model"], "vocab": {}, "merges": []}}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_json_of_another_kind_is_refused(kind, tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "given")
+    file = tmp_path / "given/tokenizer.json"
+    file.write_text(TOKENIZERS[kind](file.read_text()))
+    arguments = SimpleNamespace(tokenizer=str(tmp_path / "given"), model_name_or_path=None)
+    with pytest.raises(InputError, match=r"^tokenizer: .*given") as error:
+        load_tokenizer(arguments)
+    assert "\n" not in str(error.value)
+    expected = {"a pointer of LFS": "run git lfs pull", "no words": "has no vocabulary"}
+    assert expected.get(kind, "cannot load") in str(error.value)
+
+
+def test_a_folder_without_a_vocabulary_is_no_tokenizer(wordpiece_folder, tmp_path):
+    """transformers makes one of its special tokens alone."""
+    shutil.copytree(wordpiece_folder, tmp_path / "given")
+    (tmp_path / "given/tokenizer.json").unlink()
+    arguments = SimpleNamespace(tokenizer=None, model_name_or_path=str(tmp_path / "given"))
+    with pytest.raises(InputError, match="has no vocabulary: special tokens are all it knows"):
+        load_tokenizer(arguments)
