@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from utils.config import InputError
-from utils.model import gathered
+from utils.fragments import gathered
 
 IGNORE_INDEX = -100  # a label that is no target
 # The change of a loss that shows a leak, beside those that are to change. What is masked adds
