@@ -217,7 +217,8 @@ def encode(
     as they begin a document. What a template adds after a text is left out: it is to be continued.
     """
     plain, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
-    opening = next(i for i in range(len(whole)) if whole[i:][: len(plain)] == plain)
+    places = range(len(whole))
+    opening = next((i for i in places if whole[i:][: len(plain)] == plain), 0)
     closing = len(whole) - opening - len(plain)
     begin = tokenizer.bos_token_id
     begin = tokenizer.eos_token_id if begin is None else begin

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import attrgetter
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -241,6 +242,7 @@ def main() -> None:
     objective = TargetLoss(model, args.label_smoothing_factor)
     options = generation.to_diff_dict().items()
     shown = ", ".join(f"{name} {value}" for name, value in options if "version" not in name)
+    shown = shorten(shown, 400)
     facts = {"trained": trainable_share(trained), **facts, "texts are generated with": shown}
     training.prepare(
         objective,

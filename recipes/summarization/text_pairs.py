@@ -216,7 +216,8 @@ class PairEncoder:
         # a target, and what the tokenizer puts before and after the tokens of its text
         plain = tokenizer(text_target="a", add_special_tokens=False)["input_ids"]
         self.target = tokenizer(text_target="a")["input_ids"]
-        start = next(i for i in range(len(self.target)) if self.target[i:][: len(plain)] == plain)
+        places = range(len(self.target))
+        start = next((i for i in places if self.target[i:][: len(plain)] == plain), 0)
         self.opening, self.closing = self.target[:start], self.target[start + len(plain) :]
         self.adds_end = tokenizer.eos_token_id in self.closing
 

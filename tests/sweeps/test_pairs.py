@@ -476,3 +476,19 @@ def test_the_loss_is_the_model_s_own(model_type, record):
     assert float(nothing["loss"]) == 0
     if model_type != "prophetnet":
         record("seq2seq", model_type, loss="same")
+
+
+@pytest.mark.parametrize("model_type", [t for t in SWEPT if sampled(t) or t in ("fsmt", "m2m_100")])
+def test_every_encoder_decoder_writes_as_the_run_did(model_type, saved, summarize):
+    folder = saved("word pieces")
+    settings = {"disable_ngram_loss": True, "eps": 0.0} if model_type == "prophetnet" else {}
+    try:
+        model = sharpened(tiny_model("seq2seq", model_type, **settings))
+    except CannotBuild:
+        return
+    if not model.config.is_encoder_decoder:
+        return
+    model.save_pretrained(folder)
+    ended = summarize(folder)
+    assert ended.status == 0, ended.error
+    assert_card_writes_predictions(ended.folder)
