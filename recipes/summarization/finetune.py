@@ -199,6 +199,11 @@ def main() -> None:
     )
     if is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = tokenizer.pad_token_id  # as T5 has it
+    if getattr(config.get_text_config(decoder=True), "output_router_logits", False):
+        raise InputError(
+            f"model: {config.model_type} adds a loss of its router, which this recipe does not "
+            "train on: set output_router_logits to false in its config"
+        )
     tables = (args.train_data, args.validation_data, args.test_data)
     train_pairs, validation_pairs, test_pairs = (read_pairs(part, args) for part in tables)
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
