@@ -209,6 +209,11 @@ def main() -> None:
         if is_encoder_decoder
         else transformers.AutoModelForCausalLM
     )
+    if getattr(config.get_text_config(decoder=True), "output_router_logits", False):
+        raise InputError(
+            f"model: {config.model_type} adds a loss of its router, which this recipe does not "
+            "train on: set output_router_logits to false in its config"
+        )
     if is_encoder_decoder:
         tokenizer.model_max_length = args.max_source_length  # where the export is read
         settle_tokens(config, tokenizer, args)

@@ -356,6 +356,14 @@ def test_packed_padded_and_alone_are_the_same_loss_and_gradient(tiny_llama):
         assert objective.counts(collate(rows)) == {"loss": tokens}
 
 
+def test_an_adapter_that_trains_the_output_layer_as_a_whole(instruct):
+    lora = {**LORA, "modules_to_save": ["lm_head"]}
+    ended = instruct(lora=lora, max_steps=2)
+    assert ended.status == 0, ended.error
+    weights = load_file(ended.folder / "model" / "adapter_model.safetensors")
+    assert any("lm_head" in name for name in weights)
+
+
 def test_neftune_noise_has_the_size_of_the_paper_and_is_not_there_in_evaluation():
     torch.manual_seed(0)
     settings = TINY_RUN["model"] | {"vocab_size": 100}

@@ -462,6 +462,12 @@ def test_refusals(summarize, wordpiece_folder, tmp_path):
         "true, or take another",
         **{**decoder_settings(), "model": encoder},
     )
+    mixture = LLAMA | {"model_type": "mixtral", "output_router_logits": True}
+    refused(
+        "model: mixtral adds a loss of its router, which this recipe does not train on: set "
+        "output_router_logits to false in its config",
+        **{**decoder_settings(), "model": mixture | {"num_key_value_heads": 2}},
+    )
     refused("max_target_length must be at least 2, not 1", max_target_length=1)
     refused("num_beams must be at least 1, not 0", num_beams=0)
     refused(
