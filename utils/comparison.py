@@ -25,9 +25,9 @@ FILE = "reference.safetensors"
 ROWS, TOKENS, COLUMNS = 8, 128, 1024  # compared at most
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # ‖difference‖ / ‖logits‖ at most. In float32 sums in another order differ by 1e-6 to 1e-4, with
-# TF32 in convolutions by 1e-3. In bfloat16 logits of 180 tiny architectures change by 0.008 (the
-# median) to 0.13: mixtures of experts, whose routers choose others. A tensor that is lost, or of
-# another step, changes them by their own size.
+# TF32 in convolutions by 1e-3. In bfloat16 the logits of 180 tiny architectures change by 0.008
+# (the median) to 0.13: mixtures of experts, whose routers choose others. A tensor that is lost, or
+# of another step, changes them by their own size.
 TOLERANCES = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.3}
 
 

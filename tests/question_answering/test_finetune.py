@@ -285,6 +285,12 @@ def test_lora_trains_its_adapter_and_the_head(answer, reference, data):
     model = AutoModelForQuestionAnswering.from_pretrained(base)
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapted = PeftModel.from_pretrained(model, ended.folder / "model").eval()
+    run_code_of_card(ended.folder)
+    as_in_card = AutoModelForQuestionAnswering.from_pretrained(ended.folder / "model")
+    rows = {"input_ids": torch.arange(5, 25)[None]}
+    with torch.no_grad():
+        found, expected = (m.eval()(**rows).start_logits for m in (as_in_card, adapted))
+    assert torch.allclose(found, expected, atol=1e-6)
     head = adapted.get_base_model().qa_outputs.modules_to_save["default"].weight
     assert not torch.equal(head, before["qa_outputs.weight"])
     tokenizer = AutoTokenizer.from_pretrained(ended.folder / "model")
