@@ -287,9 +287,10 @@ def train_shared_padding(model: "transformers.PreTrainedModel") -> None:
     inputs = [getattr(config, name, None) for name in SPECIAL_TOKENS if name != "pad_token_id"]
     inputs = {t for value in inputs for t in (value if isinstance(value, list) else [value])}
     for name, module in model.named_modules():
-        # RoBERTa counts its positions from that of the padding
         padding = getattr(module, "padding_idx", None)
-        if padding is not None and padding in inputs and "position" not in name:
+        # RoBERTa counts its positions from that of the padding
+        is_of_words = hasattr(module, "weight") and "position" not in name
+        if padding is not None and padding in inputs and is_of_words:
             module.padding_idx = None
 
 

@@ -486,7 +486,7 @@ def test_another_suffix_is_another_run(summarize):
     summarize(**decoder_settings(max_steps=3))
     ended = summarize(**decoder_settings(source_suffix=":\n"))
     assert ended.status == 2
-    assert "source_suffix was \\nTL;DR:\\n and is :\\n" in ended.error
+    assert r"source_suffix was \nTL;DR:\n and is :\n" in ended.error
     assert len(checkpoints(ended.folder)) == 1
 
 
