@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from operator import itemgetter
@@ -82,9 +83,11 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
 
 
 def _config_beside(arguments: ModelArguments) -> Any:
-    """Of the type of the model; None where there is no such type, which `model_config` says."""
+    """Of the type of the model; None where there is none, which `model_config` says."""
     if arguments.model_name_or_path:
-        return transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
+        with suppress(OSError, ValueError, KeyError):
+            return transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
+        return None
     kind = arguments.model.get("model_type")
     return transformers.AutoConfig.for_model(kind) if kind in transformers.CONFIG_MAPPING else None
 
