@@ -22,11 +22,9 @@ from utils.comparison import reference_of_run
 from utils.config import read_yaml
 from utils.export import export, export_needs_base
 from utils.files import written_aside
-from utils.progress import say
 from utils.run_folder import RunFolder
 from utils.sources import FORMATS
-from utils.trackers import end_trackers
-from utils.usage import printable, spared
+from utils.usage import printable, say, spared
 
 if TYPE_CHECKING:
     from utils.training import Training
@@ -274,6 +272,6 @@ def conclude(
         lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]
         say("\n".join(lines))
     training.accelerator.wait_for_everyone()
-    end_trackers(training.accelerator)
+    training.progress.end()
     training.accelerator.end_training()
     training.ranks.release()

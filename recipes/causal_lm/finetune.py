@@ -29,10 +29,9 @@ from finetuning_plan import check_trained_part, finetuning_plan
 from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs, digest
-from utils.held_out import hold_out
-from utils.launch import launched_with_fsdp, launched_zero_stage
+from utils.epochs import Epochs, digest, hold_out
 from utils.model import load_tokenizer, model_config
+from utils.ranks import launched_with, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.tables import read_table
@@ -64,7 +63,7 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
         super().check()
         if self.load_in_4bit and not self.has_adapter:
             raise InputError("load_in_4bit: a 4-bit model cannot be trained: give lora too")
-        if self.load_in_4bit and (launched_zero_stage() == 3 or launched_with_fsdp()):
+        if self.load_in_4bit and (launched_zero_stage() == 3 or launched_with("FSDP")):
             raise InputError(
                 "load_in_4bit: ZeRO-3 and FSDP cannot split 4-bit weights over the processes: "
                 "launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"

@@ -41,16 +41,13 @@ from labelled_texts import LabelledTextArguments, class_weights, label_ids, read
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs, digest
-from utils.files import warn
-from utils.held_out import hold_out
+from utils.epochs import Epochs, digest, hold_out
 from utils.model import check_encoder, load_tokenizer, model_config
-from utils.progress import say
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
 from utils.training import Training
-from utils.usage import spared
+from utils.usage import say, spared, warn
 
 USAGE = """
 from transformers import pipeline

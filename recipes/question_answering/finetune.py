@@ -40,8 +40,7 @@ from squad_metrics import prediction_record, results_of
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs, digest
-from utils.held_out import hold_out
+from utils.epochs import Epochs, digest, hold_out
 from utils.loss import IGNORE_INDEX
 from utils.model import check_encoder, load_tokenizer, model_config, optional_inputs
 from utils.report import conclude
