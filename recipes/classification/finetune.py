@@ -55,6 +55,17 @@ from transformers import pipeline
 classify = pipeline("text-classification", "{model}", truncation=True, top_k=None)
 print(classify({text}))
 """
+USAGE_OF_ADAPTER = """
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+# by itself a pipeline takes the base model's tokenizer and labels
+model = AutoModelForSequenceClassification.from_pretrained("{model}", {labels})
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+classify = pipeline(
+    "text-classification", model, tokenizer=tokenizer, truncation=True, top_k=None
+)
+print(classify({text}))
+"""
 # what is learned from the texts: it must not change over the life of a run
 LEARNED = ("class_weights", "label_smoothing", "adversarial", "augmentation", "new_head")
 
@@ -318,9 +329,11 @@ def main() -> None:
                     facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
     text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
-    conclude(
-        training, "Text classifier", "text-classification", USAGE.replace("{text}", text), facts
-    )
+    usage = USAGE_OF_ADAPTER if args.has_adapter and not args.merge_adapter else USAGE
+    names_of = {name: getattr(model.config, name) for name in ("id2label", "problem_type")}
+    settings = ", ".join(f"{name}={value!r}" for name, value in names_of.items())
+    usage = usage.replace("{labels}", settings).replace("{text}", text)
+    conclude(training, "Text classifier", "text-classification", usage, facts)
 
 
 if __name__ == "__main__":
