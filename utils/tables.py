@@ -24,9 +24,8 @@ ABSENT = object()  # where null may stand, too
 class Table:
     """Where rows are read from."""
 
-    path: (
-        str  # a file or glob (.csv, .tsv, .jsonl, .json, .parquet), or a dataset's name on the Hub
-    )
+    # a file or glob (.csv, .tsv, .jsonl, .json, .parquet), or a dataset's name on the Hub
+    path: str
     name: str | None = None  # of the Hub dataset's configuration
     # as datasets has it: "train[:90%]", "train[100:200]+train[-10%:]"; files are all "train". Null:
     # train; of a Hub dataset in train_data alone
@@ -200,9 +199,7 @@ def _json(file: str) -> Iterator[tuple[int, Any]]:
     with open(file, encoding="utf-8-sig") as text:
         try:
             values = json.load(text)
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{file}: not JSON: {error}") from None
     if isinstance(values, dict):
         values = values.get("data")

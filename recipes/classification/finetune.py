@@ -42,7 +42,7 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest, hold_out
-from utils.model import check_encoder, load_tokenizer, model_config
+from utils.model import check_positions, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -268,7 +268,7 @@ def main() -> None:
     model, trained = task_model(
         args, config, transformers.AutoModelForSequenceClassification, "SEQ_CLS", folder.path
     )
-    check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
+    check_positions(model, args.sequence_length)
     objective = ClassificationLoss(
         model, args.problem_type, weights, args.label_smoothing, args.adversarial
     )

@@ -42,7 +42,7 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.loss import IGNORE_INDEX
-from utils.model import check_encoder, load_tokenizer, model_config, optional_inputs
+from utils.model import check_positions, load_tokenizer, model_config, optional_inputs
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -230,7 +230,7 @@ def main() -> None:
     model, trained = task_model(
         args, config, transformers.AutoModelForQuestionAnswering, "QUESTION_ANS", folder.path
     )
-    check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
+    check_positions(model, args.sequence_length)
     objective = SpanLoss(model)
     training.prepare(
         objective,
