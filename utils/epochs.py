@@ -99,13 +99,13 @@ def hold_out(
     train, validation, test = parts
     share = arguments.validation_split
     if share is not None:
-        is_held_out = [int(digest([given(row)]), 16) < share * 2**64 for row in train]
-        pairs = [*zip(train, is_held_out, strict=True)]
-        train = [row for row, is_out in pairs if not is_out]
-        validation = [row for row, is_out in pairs if is_out]
+        rows, train, validation = train, [], []
+        for row in rows:
+            is_held_out = int(digest([given(row)]), 16) < share * 2**64
+            (validation if is_held_out else train).append(row)
         if not train or not validation:
             raise InputError(
-                f"validation_split: {share} of {len(pairs)} rows, by their hashes, leaves "
+                f"validation_split: {share} of {len(rows)} rows, by their hashes, leaves "
                 f"{len(train)} to train on and {len(validation)} to validate on: give more rows, "
                 "or validation_data"
             )

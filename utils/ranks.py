@@ -74,8 +74,8 @@ def check_launch(arguments: Any) -> None:
         "optimizer.params.torch_adam": True,
         "scheduler.type": a.lr_scheduler_type,
     }
-    for name in ("optimizer.type", "scheduler.type"):
-        found |= {name: AS_HERE.get(found[name], found[name])} if name in found else {}
+    for name in {"optimizer.type", "scheduler.type"} & found.keys():
+        found[name] = AS_HERE.get(found[name], found[name])
     parts = [found.get(name) for name in BATCH_PARTS]
     if found.get("train_batch_size", "auto") == "auto" and {*map(type, parts)} == {int}:
         found["train_batch_size"] = launched_world_size() * math.prod(parts)

@@ -73,7 +73,9 @@ def write_card(
     ]
     for path, model in ((folder.path, "model"), (folder.path / "model", ".")):
         if path.is_dir():
-            parts = [*intro, *_pictures(path / "plots"), *_how_to_use(usage, model), *sections]
+            code = _fenced("python", usage.strip().replace("{model}", model))
+            use = ["## How to use", "In this folder:", code]
+            parts = [*intro, *_pictures(path / "plots"), *use, *sections]
             with written_aside(path / "README.md") as file:
                 file.write_text("\n\n".join(parts), encoding="utf-8")
     return folder.path / "README.md"
@@ -112,11 +114,6 @@ def _is_hub_name(path: str) -> bool:
 def _pictures(plots: Path) -> list[str]:
     names = [name for name in PLOTS if (plots / f"{name}.png").exists()]
     return [f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in names]
-
-
-def _how_to_use(usage: str, model: str) -> list[str]:
-    code = usage.strip().replace("{model}", model)
-    return ["## How to use", "In this folder:", _fenced("python", code)]
 
 
 def _results(results: dict[str, Any], held_out: str) -> list[str]:
