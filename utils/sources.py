@@ -103,24 +103,20 @@ def find_files(source: Source) -> list[str]:
     Raises:
         InputError: nothing matches, or a format that cannot be read.
     """
-    path, exists = source.path, os.path.exists(source.path)
-    is_pattern = path.endswith(FORMATS) or any(mark in path for mark in "*?[")
-    if "://" in path and not exists:
+    path, exists, is_of_the_hub = source.path, os.path.exists(source.path), False
+    is_pattern = not exists and (path.endswith(FORMATS) or any(mark in path for mark in "*?["))
+    if not exists and "://" in path:
         files = find_remote_files(path, FORMATS)
     elif exists or is_pattern or path.count("/") != 1:
         files = find_local_files(path, FORMATS)
     else:
-        return _hub_files(source)
-    for name in ("split", "config_name", "revision"):
-        if getattr(source, name) != getattr(Source, name):
+        files, is_of_the_hub = _hub_files(source), True
+    for name, nothing in {"split": "train", "config_name": None, "revision": None}.items():
+        if not is_of_the_hub and getattr(source, name) != nothing:
             raise InputError(
                 f"source {path!r}: {name} {getattr(source, name)!r} is for datasets of the Hub, "
                 "and these are files: leave it out"
             )
-    return _readable(path, files)
-
-
-def _readable(path: str, files: list[str]) -> list[str]:
     if not files:
         raise InputError(f"source {path!r}: no file matches (of {', '.join(FORMATS)})")
     for file in files:
@@ -148,7 +144,7 @@ def _hub_files(source: Source) -> list[str]:
         raise InputError(
             f"source {source.path!r} has no split {source.split!r} (it has: {has}){hint}"
         )
-    return _readable(source.path, [str(file) for file in splits[source.split]])
+    return [str(file) for file in splits[source.split]]
 
 
 def check_documents(
