@@ -3,17 +3,18 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 import transformers
 
 from utils.config import InputError, Settings
-from utils.launch import check_launch, launched_with_fsdp, launched_zero_stage
-from utils.ranks import launched_world_size
+from utils.ranks import check_launch, launched_with, launched_world_size, launched_zero_stage
 from utils.tables import Table
-from utils.trackers import is_installed, trackers
 
+# as Accelerate calls them, each like its package
+TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
 SchedulerType = Literal[
     "linear",
     "cosine",
@@ -22,6 +23,11 @@ SchedulerType = Literal[
     "constant",
     "constant_with_warmup",
 ]
+
+
+def is_installed(name: str) -> bool:
+    found = find_spec(name)
+    return found is not None and found.origin is not None  # a mere folder wandb/ is no package
 
 
 @dataclass
@@ -81,13 +87,13 @@ class TrainingArguments(Settings):
                 raise InputError(f"{name} must be at least 1, not {value}")
         if self.l1_decay < 0:
             raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")
-        is_split = launched_zero_stage() > 0 or launched_with_fsdp()
+        is_split = launched_zero_stage() > 0 or launched_with("FSDP")
         if self.optim == "adamw_bnb_8bit" and is_split:
             raise InputError(
                 "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
                 "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
             )
-        trackers(self.report_to)
+        _ = self.trackers
         check_launch(self)
         self.check_batch(self.per_device_batch_size)
         if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
@@ -136,6 +142,29 @@ class TrainingArguments(Settings):
     def has_length(self) -> bool:
         """Whether the settings say how long the run, and its learning-rate schedule, is."""
         return self.total_steps is not None
+
+    @property
+    def trackers(self) -> list[str]:
+        """Those that `report_to` means.
+
+        Raises:
+            InputError: no tracker of this name, or not installed.
+        """
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        if "all" in names:
+            return [name for name in TRACKERS.split(", ") if is_installed(name)]
+        names = [name for name in dict.fromkeys(names) if name != "none"]
+        for name in names:
+            if name not in TRACKERS.split(", "):
+                raise InputError(
+                    f"report_to: no tracker {name!r}: give all, none, or of {TRACKERS}"
+                )
+            if not is_installed(name):
+                raise InputError(
+                    f"report_to: {name} is not installed: pip install {name.replace('_', '-')}, "
+                    "or leave it out"
+                )
+        return names
 
     @property
     def eval_metric(self) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from utils.config import InputError
 from utils.files import written_aside
-from utils.ranks import launched_rank
+from utils.usage import launched_rank
 
 if TYPE_CHECKING:
     from utils.training import Training

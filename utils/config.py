@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from utils.usage import alternatives, default, plain, printable, spell, usage
+from utils.usage import alternatives, default, launched_rank, plain, printable, spell, usage
 
 AnySettings = typing.TypeVar("AnySettings")
 # seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
@@ -88,17 +88,14 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
 
     Ctrl-C where `main` does not handle it ends the program without a traceback; status 130.
     """
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # of text that is no Unicode, as stderr has it
+    # text that is no Unicode is shown as stderr has it
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
         sys.stdout.flush()
         os._exit(130)
     except InputError as error:
-        from utils.ranks import launched_rank  # with torch, which settings alone do not need
-
         if error.one_rank or launched_rank() == 0:
             print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         else:

@@ -16,9 +16,9 @@ import transformers
 from utils import checkpoint
 from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
-from utils.progress import say
 from utils.randomness import random_key
-from utils.trackers import trackers
+from utils.ranks import launched_with
+from utils.usage import say
 
 # variables of Accelerate in whose place the recipe has settings
 EXPORTED = {
@@ -42,7 +42,7 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
     warnings.filterwarnings("ignore", category=FutureWarning, module=renamed)
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     on_cpu = not torch.accelerator.is_available()
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    use_deepspeed = launched_with("DEEPSPEED")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it finds that out
     is_fp16_supported = not on_cpu  # Accelerate would train in fp32 without a word
@@ -66,7 +66,7 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
     return accelerate.Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=arguments.mixed_precision,
-        log_with=trackers(arguments.report_to) or None,
+        log_with=arguments.trackers or None,
         # settings of the recipe, whatever ACCELERATE_… variables are exported
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",

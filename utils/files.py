@@ -7,7 +7,6 @@ import io
 import os
 import re
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,21 +19,13 @@ import zstandard
 from fsspec.utils import glob_translate
 
 from utils.config import InputError
+from utils.usage import warn
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a read that failed is tried again
 REMOTE_BLOCK = 2**21  # bytes of a range that is fetched
 BUFFER = 2**18
 # of a file that cannot be read, or whose compression is damaged
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-
-
-def warn(message: str, each_rank: bool = False) -> None:
-    """A line on the screen, of the first rank alone unless each has to say it."""
-    from utils.ranks import launched_rank  # with torch, which files alone do not need
-
-    if each_rank or launched_rank() == 0:
-        start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
-        print(f"{start}warning: {message}", file=sys.stderr, flush=True)
 
 
 _warn_once = functools.cache(warn)
@@ -169,9 +160,7 @@ class _File(io.RawIOBase):
                 reason = f"{type(error).__name__}: {error}"
                 if wait is None:
                     raise OSError(f"{reason} ({1 + len(RETRY_SECONDS)} attempts)") from error
-            print(
-                f"warning: {self.address}: {reason}; again in {wait} s", file=sys.stderr, flush=True
-            )
+            warn(f"{self.address}: {reason}; again in {wait} s", each_rank=True)
             with suppress(Exception):
                 self.stream.close()
             self.stream = None

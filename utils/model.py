@@ -20,9 +20,8 @@ from transformers.utils import cached_file, logging
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
 from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
-from utils.progress import say
+from utils.usage import say
 
-PAIR_HEADS = {"seq_relationship", "sop_classifier"}
 FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # numbers, accents, lines and blanks: where tokenizers differ
@@ -316,20 +315,8 @@ def first_position(model: "transformers.PreTrainedModel") -> int:
     return 0 if padding is None else padding + 1
 
 
-def check_encoder(
-    model: "transformers.PreTrainedModel", sequence_length: int, with_pairs: bool, packing: bool
-) -> None:
-    """Raises InputError when the model lacks what the objective, the length or packing needs."""
-    kind = model.config.model_type
-    if packing and "position_ids" not in optional_inputs(model):
-        raise InputError(
-            f"model: {kind} takes no position_ids, which packed rows need: set packing: false"
-        )
-    heads = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if with_pairs and not heads & PAIR_HEADS:
-        raise InputError(
-            f"objective: {kind} has no head for pairs, as bert and albert have: set objective: mlm"
-        )
+def check_positions(model: "transformers.PreTrainedModel", sequence_length: int) -> None:
+    """Raises InputError when an encoder has fewer positions than a row tokens."""
     positions = getattr(model.config, "max_position_embeddings", math.inf)
     if first_position(model) + sequence_length > positions:
         raise InputError(

@@ -1,29 +1,26 @@
-"""What the screen shows of a run: bars, speed, utilization of the accelerator, time left."""
+"""What the screen and the trackers show of a run: bars, speed, utilization, time left."""
 
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from tqdm import tqdm
 
-from utils.ranks import launched_rank
+from utils.config import InputError
 from utils.run_state import RunState
-from utils.usage import printable
+from utils.usage import launched_rank, say, spared
+
+if TYPE_CHECKING:
+    import accelerate
 
 # dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 LINE = 120  # characters of an evaluation
 TOKENIZER_BATCH = 256  # texts at a time: a bar moves, and what the tokenizer makes of them is large
-
-
-def say(text: str) -> None:
-    """Lines on the screen, of the first rank."""
-    if text and launched_rank() == 0:
-        print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def told(record: dict[str, Any], metric: str) -> str:
@@ -58,28 +55,52 @@ def in_batches(items: Sequence[Any], unit: str) -> Iterator[tuple[int, Sequence[
 
 
 class Progress:
-    """Of one session: from a start or a resume at `step` on.
+    """What is shown of one session, from a start or a resume on: by the screen and the trackers.
 
     Args:
         state: where the run stands; it does not begin at 0 on a resume.
         flops_per_token: of the step with this number, 6 N + 12 L H S; 0 when it is not known.
+
+    Raises:
+        InputError: a tracker does not let itself be started.
     """
 
     def __init__(
         self,
+        accelerator: "accelerate.Accelerator",
         total_steps: int | None,
         state: RunState,
         flops_per_token: Callable[[int], float],
-        device: torch.device,
-        world_size: int,
     ):
+        self.accelerator = accelerator
         self.total_steps, self.first_step = total_steps, state.step
         self.tokens, self.seconds = state.tokens, state.seconds
         self.start = time.monotonic()
-        self.flops_per_token, self.peak_flops = flops_per_token, _peak_flops(device, world_size)
+        self.flops_per_token, self.peak_flops = flops_per_token, _peak_flops(accelerator)
+        try:
+            accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": state.step}})
+        except Exception as error:  # each has kinds of its own
+            raise InputError(f"report_to: {type(error).__name__}: {error}") from None
 
-    def line(self, record: dict[str, Any], seconds: float) -> str:
-        """The line of a training step; adds `tokens_per_second` and `mfu` to its record."""
+    def show(self, record: dict[str, Any], seconds: float, metric: str) -> None:
+        """A record of metrics.jsonl; adds `tokens_per_second` and `mfu` to that of a step."""
+        say(self._line(record, seconds) if "loss" in record else told(record, metric))
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        trackers = self.accelerator.trackers
+        for tracker in list(trackers):
+            trackers.remove(tracker)
+            with spared(f"report_to: {tracker.name} is left out from here on"):
+                tracker.log(numbers, step=record["step"])
+                trackers.append(tracker)
+
+    def end(self) -> None:
+        """Of the trackers."""
+        while self.accelerator.trackers:
+            tracker = self.accelerator.trackers.pop(0)
+            with spared(f"report_to: {tracker.name}"):
+                tracker.finish()
+
+    def _line(self, record: dict[str, Any], seconds: float) -> str:
         step = record["step"]
         rate = (record["tokens"] - self.tokens) / max(seconds - self.seconds, 1e-9)
         self.tokens, self.seconds = record["tokens"], seconds
@@ -121,9 +142,10 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-def _peak_flops(device: torch.device, world_size: int) -> float | None:
-    """Of all ranks together; None where the accelerator is not known."""
-    if device.type != "cuda":
+def _peak_flops(accelerator: "accelerate.Accelerator") -> float | None:
+    """Of all ranks together; None where the GPU is not known."""
+    if accelerator.device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * world_size for key, peak in PEAK_FLOPS.items() if key in name), None)
+    name = torch.cuda.get_device_name(accelerator.device)
+    ranks = accelerator.num_processes
+    return next((peak * ranks for key, peak in PEAK_FLOPS.items() if key in name), None)

@@ -20,22 +20,16 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from utils.comparison import reference_of_run
 from utils.config import read_yaml
-from utils.export import export, export_needs_base
+from utils.export import export
 from utils.files import written_aside
-from utils.progress import say
 from utils.run_folder import RunFolder
 from utils.sources import FORMATS
-from utils.trackers import end_trackers
-from utils.usage import printable, spared
+from utils.usage import printable, say, spared
 
 if TYPE_CHECKING:
     from utils.training import Training
 
 PLOTS = ("loss", "learning_rate", "throughput", "domains")  # in the order of the card
-LOADERS = {
-    "text-generation": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-}
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
@@ -46,7 +40,6 @@ def write_card(
     usage: str,
     facts: dict[str, Any],
     step: int | None = None,
-    **metadata,
 ) -> Path:
     """Write the model card: README.md of the run with its plots, and that of its model/ without.
 
@@ -56,7 +49,6 @@ def write_card(
         usage: Python that uses the model; "{model}" in it stands for the path of the export.
         facts: what else is to be said of the run, in the order in which it is shown.
         step: whose weights were exported; null: the last.
-        metadata: more of the Hub's metadata: tags, base_model, language, license.
     """
     settings = folder.path / "config.yaml"
     config, _ = read_yaml(str(settings))
@@ -69,7 +61,7 @@ def write_card(
         results, split = _scores(latest, "eval_"), "validation"
     held_out = printable(", ".join(_paths(config, split))) or split
     counted = {"steps": latest.get("step", 0), "tokens seen": latest.get("tokens", 0)}
-    header = _metadata(config, title, pipeline_tag, results, held_out, metadata)
+    header = _metadata(config, title, pipeline_tag, results, held_out)
     intro = [header, f"# {title}", markdown_table(["", ""], _escaped(counted | facts))]
     sections = [
         *_results(results, held_out),
@@ -81,7 +73,9 @@ def write_card(
     ]
     for path, model in ((folder.path, "model"), (folder.path / "model", ".")):
         if path.is_dir():
-            parts = [*intro, *_pictures(path / "plots"), *_how_to_use(usage, model), *sections]
+            code = _fenced("python", usage.strip().replace("{model}", model))
+            use = ["## How to use", "In this folder:", code]
+            parts = [*intro, *_pictures(path / "plots"), *use, *sections]
             with written_aside(path / "README.md") as file:
                 file.write_text("\n\n".join(parts), encoding="utf-8")
     return folder.path / "README.md"
@@ -96,9 +90,7 @@ def _paths(config: dict[str, Any], split: str) -> list[str]:
     return list(dict.fromkeys(source["path"] for source in sources))
 
 
-def _metadata(
-    config: dict, title: str, pipeline_tag: str, results: dict, held_out: str, more: dict
-) -> str:
+def _metadata(config: dict, title: str, pipeline_tag: str, results: dict, held_out: str) -> str:
     """What the Hub reads; https://huggingface.co/docs/hub/model-cards."""
     given = config.get("model_name_or_path")
     numbers = {k: v for k, v in results.items() if k != "tokens" and isinstance(v, int | float)}
@@ -110,7 +102,6 @@ def _metadata(
         base_model=given if given and _is_hub_name(given) else None,
         model_name=title if scores else None,
         eval_results=[EvalResult(pipeline_tag, held_out, held_out, *s) for s in scores] or None,
-        **more,
     )
     return f"---\n{data}\n---"
 
@@ -123,11 +114,6 @@ def _is_hub_name(path: str) -> bool:
 def _pictures(plots: Path) -> list[str]:
     names = [name for name in PLOTS if (plots / f"{name}.png").exists()]
     return [f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in names]
-
-
-def _how_to_use(usage: str, model: str) -> list[str]:
-    code = usage.strip().replace("{model}", model)
-    return ["## How to use", "In this folder:", _fenced("python", code)]
 
 
 def _results(results: dict[str, Any], held_out: str) -> list[str]:
@@ -214,27 +200,6 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _usage_of_adapter(usage: str, pipeline_tag: str, model: Any) -> str:
-    """The code that says what is otherwise taken from the base model: tokenizer, labels, ends."""
-    more, settings = "", ""
-    if model.can_generate():
-        settings = 'model.generation_config = GenerationConfig.from_pretrained("{model}")\n'
-        usage = usage.replace("import AutoModel", "import GenerationConfig, AutoModel")
-    if auto_model := LOADERS.get(pipeline_tag) if "pipeline(" in usage else None:
-        if pipeline_tag == "text-classification":
-            config = model.config
-            more = f", id2label={config.id2label!r}, problem_type={config.problem_type!r}"
-        load = (
-            f"from transformers import {auto_model}, AutoTokenizer, GenerationConfig, pipeline\n\n"
-            "# by itself a pipeline takes the base model's tokenizer and settings\n"
-            f'model = {auto_model}.from_pretrained("{{model}}"{more})\n{settings}'
-            'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
-        )
-        usage = usage.replace("from transformers import pipeline\n\n", load)
-        return usage.replace(', "{model}"', ", model, tokenizer=tokenizer")
-    return re.sub(r"(\nmodel = .*\n)", rf"\1{settings}", usage)
-
-
 def conclude(
     training: "Training", title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]
 ) -> None:
@@ -266,14 +231,12 @@ def conclude(
         plots: list[Path] = []
         with spared("no plots"):
             plots = write_plots(folder)
-        if export_needs_base(model):
-            usage = _usage_of_adapter(usage, pipeline_tag, training.engine.model)
         card = write_card(folder, title, pipeline_tag, usage, facts, best)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
         lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]
         say("\n".join(lines))
     training.accelerator.wait_for_everyone()
-    end_trackers(training.accelerator)
+    training.progress.end()
     training.accelerator.end_training()
     training.ranks.release()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from utils import checkpoint
 from utils.config import InputError, write_yaml
 from utils.files import written_aside
-from utils.ranks import launched_rank
+from utils.usage import say
 
 # settings that a finished run has no use for any more; what its data are, they say themselves
 FREE = {
@@ -90,8 +90,7 @@ class RunFolder:
             )
         if changed:
             return False
-        if launched_rank() == 0:
-            print(f"{self.path} is finished at step {end['step']}: {end['reason']}")
+        say(f"{self.path} is finished at step {end['step']}: {end['reason']}")
         return True
 
     def begin(self, settings: Any, metrics_size: int) -> None:

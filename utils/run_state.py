@@ -85,15 +85,8 @@ class RunState:
             )
 
     def note_evaluation(self, results: dict[str, Any], arguments: TrainingArguments) -> None:
-        """Compare an evaluation with the best one; the run ends when none was better for long.
-
-        Raises:
-            InputError: `metric_for_best_model` is not among the results.
-        """
+        """Compare an evaluation with the best one; the run ends when none was better for long."""
         name = arguments.eval_metric
-        arguments.check_metric(
-            [key for key, value in results.items() if not isinstance(value, dict)]
-        )
         value, sign = results[name], 1 if arguments.is_greater_better else -1
         best = -math.inf if self.best_metric is None else sign * self.best_metric
         if value is not None and sign * value > best:  # null: not defined, of this evaluation

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 
 from utils.config import InputError
-from utils.files import READ_ERRORS, find_local_files, find_remote_files, open_file, warn
+from utils.files import READ_ERRORS, find_local_files, find_remote_files, open_file
 from utils.tables import ABSENT, value_at
+from utils.usage import warn
 
 # .json.gz: JSON lines too, as C4 and Dolma name theirs
 FORMATS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")

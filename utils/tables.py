@@ -24,9 +24,8 @@ ABSENT = object()  # where null may stand, too
 class Table:
     """Where rows are read from."""
 
-    path: (
-        str  # a file or glob (.csv, .tsv, .jsonl, .json, .parquet), or a dataset's name on the Hub
-    )
+    # a file or glob (.csv, .tsv, .jsonl, .json, .parquet), or a dataset's name on the Hub
+    path: str
     name: str | None = None  # of the Hub dataset's configuration
     # as datasets has it: "train[:90%]", "train[100:200]+train[-10%:]"; files are all "train". Null:
     # train; of a Hub dataset in train_data alone
@@ -133,28 +132,19 @@ def naming_failures(encode: Callable) -> Callable:
     Its failures are bare exceptions or, where its Rust panics, no Exceptions at all.
     """
 
-    def is_failure(error: BaseException) -> bool:
-        return type(error) is Exception or type(error).__name__ == "PanicException"
-
     @functools.wraps(encode)
     def encode_or_name(rows: Sequence[Any], *arguments: Any, **options: Any) -> Any:
         try:
             return encode(rows, *arguments, **options)
         except BaseException as error:
-            if not is_failure(error):
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            for row in rows:
-                try:
-                    encode([row], *arguments, **options)
-                except InputError:
-                    continue
-                except BaseException as of_row:
-                    if not is_failure(of_row):
-                        raise
-                    place = getattr(row, "place", None) or shorten(str(row), 60)
-                    problem = f"{place}: the tokenizer fails on it: {of_row}"
-                    raise InputError(problem) from None
-            raise
+            if len(rows) != 1:
+                for row in rows:  # one that fails alone is named
+                    encode_or_name([row], *arguments, **options)
+                raise
+            place = getattr(rows[0], "place", None) or shorten(str(rows[0]), 60)
+            raise InputError(f"{place}: the tokenizer fails on it: {error}") from None
 
     return encode_or_name
 
@@ -212,9 +202,7 @@ def _json(file: str) -> Iterator[tuple[int, Any]]:
     with open(file, encoding="utf-8-sig") as text:
         try:
             values = json.load(text)
-        except UnicodeDecodeError:
-            raise
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{file}: not JSON: {error}") from None
     if isinstance(values, dict):
         values = values.get("data")

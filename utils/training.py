@@ -25,11 +25,11 @@ from utils.config import InputError
 from utils.engine import Data, Engine, Step, start_processes
 from utils.export import ModelFiles
 from utils.optimizer import adamw
-from utils.progress import Progress, command_line, say, seconds_since_command, told
+from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks
 from utils.run_folder import RunFolder, differences
 from utils.run_state import RunState, totals
-from utils.trackers import start_trackers, track
+from utils.usage import say
 
 
 class Training:
@@ -197,9 +197,7 @@ class Training:
         """A line in metrics.jsonl, numbers to the trackers, and lines on the screen."""
         if not self.is_main:
             return
-        is_step, metric = "loss" in record, self.arguments.eval_metric
-        say(self.progress.line(record, self.state.seconds) if is_step else told(record, metric))
-        track(self.accelerator, record)
+        self.progress.show(record, self.state.seconds, self.arguments.eval_metric)
         self._record(record)
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -214,9 +212,7 @@ class Training:
         if self.is_main:
             self.folder.begin(a, state.metrics_size)
         self.accelerator.wait_for_everyone()
-        start_trackers(self.accelerator, state.step)
-        device, processes = self.accelerator.device, self.ranks.world_size
-        self.progress = Progress(a.total_steps, state, self.flops_per_token, device, processes)
+        self.progress = Progress(self.accelerator, a.total_steps, state, self.flops_per_token)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""

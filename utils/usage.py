@@ -1,8 +1,9 @@
-"""Words for people: the `--help` text of a dataclass, its types, and what comes from elsewhere."""
+"""Words for people: what a run says on the screen, the `--help` text of a dataclass, its types."""
 
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
 import types
@@ -21,6 +22,24 @@ def printable(text: Any) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def launched_rank() -> int:
+    """Of this process among those that the launcher has started; before they have joined."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(text: str) -> None:
+    """Lines on the screen, of the first rank."""
+    if text and launched_rank() == 0:
+        print("\n".join(map(printable, text.split("\n"))), flush=True)
+
+
+def warn(message: str, each_rank: bool = False) -> None:
+    """A line on the screen, of the first rank alone unless each has to say it."""
+    if each_rank or launched_rank() == 0:
+        start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
+        print(f"{start}warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def spared(what: str) -> Iterator[None]:
     """Around what is worth less than the run: if it fails, a line says so and the run goes on."""
@@ -29,8 +48,7 @@ def spared(what: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what Rust raises is no Exception
-        reason = printable(f"{type(error).__name__}: {error}")
-        print(f"warning: {what}: {reason}", file=sys.stderr, flush=True)
+        warn(f"{what}: {type(error).__name__}: {error}", each_rank=True)
 
 
 def usage(settings: type) -> str:

@@ -32,11 +32,11 @@ from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
 from utils.loss import IGNORE_INDEX, amplified, check_packing
-from utils.memory import flops_per_token, parameter_count, plan
+from utils.memory import PAIR_HEADS, flops_per_token, parameter_count, plan
 from utils.model import (
     ModelArguments,
     build_model,
-    check_encoder,
+    check_positions,
     empty_model,
     first_position,
     load_tokenizer,
@@ -226,6 +226,21 @@ def position_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch
     return training.forward(batch, per_target=True)["mlm"][0].view(tokens.shape)
 
 
+def check_model(model: "transformers.PreTrainedModel", args: Arguments) -> None:
+    """Raises InputError when the model lacks what the objective, the length or packing needs."""
+    kind = model.config.model_type
+    if args.packing and "position_ids" not in optional_inputs(model):
+        raise InputError(
+            f"model: {kind} takes no position_ids, which packed rows need: set packing: false"
+        )
+    heads = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if args.objective != "mlm" and not heads & PAIR_HEADS:
+        raise InputError(
+            f"objective: {kind} has no head for pairs, as bert and albert have: set objective: mlm"
+        )
+    check_positions(model, args.row_length)
+
+
 def main() -> None:
     args = parse(Arguments)
     auto_model = (
@@ -234,10 +249,9 @@ def main() -> None:
         else transformers.AutoModelForPreTraining
     )
     predicted = args.mlm_probability
-    needs = (args.row_length, args.objective != "mlm", args.packing)
     if args.dry_run:
         config = model_config(args)
-        check_encoder(empty_model(config, auto_model), *needs)
+        check_model(empty_model(config, auto_model), args)
         phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
         print(plan(config, args, phases, auto_model, predicted))
         return
@@ -254,7 +268,7 @@ def main() -> None:
 
     training = Training(args, folder)
     model = build_model(args, config, auto_model)
-    check_encoder(model, *needs)
+    check_model(model, args)
     objective = MaskedLoss(model, args.objective, args.packing)
     phases, per_lane = args.all_phases(), args.global_batch_size // args.lanes
     flops = {

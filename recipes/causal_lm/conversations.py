@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from chat_rendering import Message, generation_header, turn_ends
 from chat_tokens import encode_conversations
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
-from utils.ranks import launched_rank
 from utils.tables import TableRow, naming_failures
+from utils.usage import warn
 
 # whom each role may follow; None: the beginning
 FOLLOWS = {
@@ -231,12 +230,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks are made of lengths, never of this token
     turn_ends(tokenizer, name)
-    if launched_rank() == 0 and generation_header(tokenizer) is None:
-        print(
-            f"warning: chat_template: {name} writes something else before an answer than with "
-            "add_generation_prompt: what clients ask is not what the model was trained on",
-            file=sys.stderr,
-            flush=True,
+    if generation_header(tokenizer) is None:
+        warn(
+            f"chat_template: {name} writes something else before an answer than with "
+            "add_generation_prompt: what clients ask is not what the model was trained on"
         )
 
 

@@ -29,19 +29,29 @@ from finetuning_plan import check_trained_part, finetuning_plan
 from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs, digest
-from utils.held_out import hold_out
-from utils.launch import launched_with_fsdp, launched_zero_stage
+from utils.epochs import Epochs, digest, hold_out
 from utils.model import load_tokenizer, model_config
+from utils.ranks import launched_with, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.tables import read_table
 from utils.training import Training
 
-USAGE = """
+LOADING = """
 from transformers import pipeline
 
 chat = pipeline("text-generation", "{model}")
+"""
+LOADING_ADAPTER = """
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+# by itself a pipeline takes the base model's tokenizer and settings
+model = AutoModelForCausalLM.from_pretrained("{model}")
+model.generation_config = GenerationConfig.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+chat = pipeline("text-generation", model, tokenizer=tokenizer)
+"""
+ASKING = """
 question = [{"role": "user", "content": "What is a list comprehension?"}]
 print(chat(question, max_new_tokens=60)[0]["generated_text"][-1]["content"])
 """
@@ -64,7 +74,7 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
         super().check()
         if self.load_in_4bit and not self.has_adapter:
             raise InputError("load_in_4bit: a 4-bit model cannot be trained: give lora too")
-        if self.load_in_4bit and (launched_zero_stage() == 3 or launched_with_fsdp()):
+        if self.load_in_4bit and (launched_zero_stage() == 3 or launched_with("FSDP")):
             raise InputError(
                 "load_in_4bit: ZeRO-3 and FSDP cannot split 4-bit weights over the processes: "
                 "launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
@@ -192,7 +202,8 @@ def main() -> None:
         training.record_test(results)
         for name in ("loss", "token_accuracy"):
             facts[f"{name.replace('_', ' ')} of the test"] = f"{results[f'eval_{name}']:.4f}"
-    conclude(training, "Assistant", "text-generation", USAGE, facts)
+    loading = LOADING_ADAPTER if args.has_adapter and not args.merge_adapter else LOADING
+    conclude(training, "Assistant", "text-generation", loading.rstrip() + ASKING, facts)
 
 
 if __name__ == "__main__":

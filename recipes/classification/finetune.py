@@ -41,21 +41,29 @@ from labelled_texts import LabelledTextArguments, class_weights, label_ids, read
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs, digest
-from utils.files import warn
-from utils.held_out import hold_out
-from utils.model import check_encoder, load_tokenizer, model_config
-from utils.progress import say
+from utils.epochs import Epochs, digest, hold_out
+from utils.model import check_positions, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
 from utils.training import Training
-from utils.usage import spared
+from utils.usage import say, spared, warn
 
 USAGE = """
 from transformers import pipeline
 
 classify = pipeline("text-classification", "{model}", truncation=True, top_k=None)
+print(classify({text}))
+"""
+USAGE_OF_ADAPTER = """
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+# by itself a pipeline takes the base model's tokenizer and labels
+model = AutoModelForSequenceClassification.from_pretrained("{model}", {labels})
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+classify = pipeline(
+    "text-classification", model, tokenizer=tokenizer, truncation=True, top_k=None
+)
 print(classify({text}))
 """
 # what is learned from the texts: it must not change over the life of a run
@@ -260,7 +268,7 @@ def main() -> None:
     model, trained = task_model(
         args, config, transformers.AutoModelForSequenceClassification, "SEQ_CLS", folder.path
     )
-    check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
+    check_positions(model, args.sequence_length)
     objective = ClassificationLoss(
         model, args.problem_type, weights, args.label_smoothing, args.adversarial
     )
@@ -321,9 +329,11 @@ def main() -> None:
                     facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
     text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
-    conclude(
-        training, "Text classifier", "text-classification", USAGE.replace("{text}", text), facts
-    )
+    usage = USAGE_OF_ADAPTER if args.has_adapter and not args.merge_adapter else USAGE
+    names_of = {name: getattr(model.config, name) for name in ("id2label", "problem_type")}
+    settings = ", ".join(f"{name}={value!r}" for name, value in names_of.items())
+    usage = usage.replace("{labels}", settings).replace("{text}", text)
+    conclude(training, "Text classifier", "text-classification", usage, facts)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,9 @@ from squad_metrics import prediction_record, results_of
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs, digest
-from utils.held_out import hold_out
+from utils.epochs import Epochs, digest, hold_out
 from utils.loss import IGNORE_INDEX
-from utils.model import check_encoder, load_tokenizer, model_config, optional_inputs
+from utils.model import check_positions, load_tokenizer, model_config, optional_inputs
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -231,7 +230,7 @@ def main() -> None:
     model, trained = task_model(
         args, config, transformers.AutoModelForQuestionAnswering, "QUESTION_ANS", folder.path
     )
-    check_encoder(model, args.sequence_length, with_pairs=False, packing=False)
+    check_positions(model, args.sequence_length)
     objective = SpanLoss(model)
     training.prepare(
         objective,

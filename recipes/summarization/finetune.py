@@ -45,8 +45,7 @@ from text_pairs import (
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs, digest
-from utils.held_out import hold_out
+from utils.epochs import Epochs, digest, hold_out
 from utils.loss import IGNORE_INDEX, LEAK, amplified
 from utils.model import empty_model, load_tokenizer, model_config
 from utils.report import conclude

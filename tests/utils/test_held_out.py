@@ -6,7 +6,7 @@ import pytest
 
 from utils.arguments import FinetuningArguments
 from utils.config import InputError
-from utils.held_out import hold_out
+from utils.epochs import hold_out
 from utils.tables import Table
 
 ROWS = [f"text {number}" for number in range(1000)]

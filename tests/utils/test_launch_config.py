@@ -6,7 +6,7 @@ import pytest
 
 from utils.arguments import TrainingArguments
 from utils.config import InputError
-from utils.launch import launched_zero_stage
+from utils.ranks import launched_zero_stage
 
 ARGUMENTS = {"max_steps": 5, "learning_rate": 1e-3, "mixed_precision": "bf16"}
 AUTO = {

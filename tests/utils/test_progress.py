@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from utils.progress import in_batches, progress_bar, say, told
+from utils.progress import in_batches, progress_bar, told
+from utils.usage import say
 
 
 class Terminal(io.StringIO):

@@ -330,15 +330,11 @@ def test_numbers_of_the_card_are_those_of_the_metrics(folder):
 
 def test_metadata_are_those_of_the_hub(folder):
     write_metrics(folder, whole_run())
-    path = write_card(
-        folder, "A tiny Llama", "text-generation", USAGE, {}, tags=["pretraining"], license="mit"
-    )
+    path = write_card(folder, "A tiny Llama", "text-generation", USAGE, {})
     assert path == Path("run/README.md")
     data = ModelCard.load(path).data
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
-    assert data.tags == ["pretraining"]
-    assert data.license == "mit"
     assert data.datasets == ["cerebras/SlimPajama-627B"]
     assert data.model_name == "A tiny Llama"
     results = {result.metric_type: result for result in data.eval_results}
