@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from utils.comparison import reference_of_run
 from utils.config import read_yaml
-from utils.export import export, export_needs_base
+from utils.export import export
 from utils.files import written_aside
 from utils.progress import say
 from utils.run_folder import RunFolder
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from utils.training import Training
 
 PLOTS = ("loss", "learning_rate", "throughput", "domains")  # in the order of the card
-LOADERS = {
-    "text-generation": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-}
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
@@ -214,27 +210,6 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _usage_of_adapter(usage: str, pipeline_tag: str, model: Any) -> str:
-    """The code that says what is otherwise taken from the base model: tokenizer, labels, ends."""
-    more, settings = "", ""
-    if model.can_generate():
-        settings = 'model.generation_config = GenerationConfig.from_pretrained("{model}")\n'
-        usage = usage.replace("import AutoModel", "import GenerationConfig, AutoModel")
-    if auto_model := LOADERS.get(pipeline_tag) if "pipeline(" in usage else None:
-        if pipeline_tag == "text-classification":
-            config = model.config
-            more = f", id2label={config.id2label!r}, problem_type={config.problem_type!r}"
-        load = (
-            f"from transformers import {auto_model}, AutoTokenizer, GenerationConfig, pipeline\n\n"
-            "# by itself a pipeline takes the base model's tokenizer and settings\n"
-            f'model = {auto_model}.from_pretrained("{{model}}"{more})\n{settings}'
-            'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
-        )
-        usage = usage.replace("from transformers import pipeline\n\n", load)
-        return usage.replace(', "{model}"', ", model, tokenizer=tokenizer")
-    return re.sub(r"(\nmodel = .*\n)", rf"\1{settings}", usage)
-
-
 def conclude(
     training: "Training", title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]
 ) -> None:
@@ -266,8 +241,6 @@ def conclude(
         plots: list[Path] = []
         with spared("no plots"):
             plots = write_plots(folder)
-        if export_needs_base(model):
-            usage = _usage_of_adapter(usage, pipeline_tag, training.engine.model)
         card = write_card(folder, title, pipeline_tag, usage, facts, best)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]

@@ -39,9 +39,13 @@ from utils.tables import read_table
 from utils.training import Training
 
 USAGE = """
-from transformers import pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-chat = pipeline("text-generation", "{model}")
+# an adapter's pipeline takes tokenizer and settings of its base model unless it is told
+model = AutoModelForCausalLM.from_pretrained("{model}")
+model.generation_config = GenerationConfig.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+chat = pipeline("text-generation", model, tokenizer=tokenizer)
 question = [{"role": "user", "content": "What is a list comprehension?"}]
 print(chat(question, max_new_tokens=60)[0]["generated_text"][-1]["content"])
 """

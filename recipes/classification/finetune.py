@@ -53,9 +53,11 @@ from utils.training import Training
 from utils.usage import spared
 
 USAGE = """
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-classify = pipeline("text-classification", "{model}", truncation=True, top_k=None)
+model = AutoModelForSequenceClassification.from_pretrained("{model}"{labels})
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+classify = pipeline("text-classification", model, tokenizer=tokenizer, truncation=True, top_k=None)
 print(classify({text}))
 """
 # what is learned from the texts: it must not change over the life of a run
@@ -321,9 +323,11 @@ def main() -> None:
                     facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
     text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
-    conclude(
-        training, "Text classifier", "text-classification", USAGE.replace("{text}", text), facts
-    )
+    # an adapter alone takes them from its base model
+    known = f", id2label={model.config.id2label}, problem_type={args.problem_type!r}"
+    is_adapter = args.has_adapter and not args.merge_adapter
+    usage = USAGE.replace("{text}", text).replace("{labels}", known if is_adapter else "")
+    conclude(training, "Text classifier", "text-classification", usage, facts)
 
 
 if __name__ == "__main__":
