@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from utils.config import InputError
+from utils.export import check_adapter
 from utils.files import written_aside
 from utils.model import (
     ModelArguments,
@@ -87,7 +88,7 @@ def task_model(
         options: of `from_pretrained`.
 
     Raises:
-        InputError: as `build_model`, `freeze` and `add_adapter` do.
+        InputError: as `build_model`, `freeze`, `add_adapter` and `check_adapter` do.
     """
     from accelerate.state import AcceleratorState
 
@@ -100,7 +101,11 @@ def task_model(
         a = replace(a, model_name_or_path=str(base))
     model = build_model(a, config, auto_model, dtype=base_dtype(a), **options)
     freeze(model, a.freeze)
-    return model, add_adapter(model, a, task_type, a.seed) if a.has_adapter else model
+    if not a.has_adapter:
+        return model, model
+    adapted = add_adapter(model, a, task_type, a.seed)
+    check_adapter(adapted, a.merge_adapter)
+    return model, adapted
 
 
 def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:

@@ -6,18 +6,24 @@ python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output
 import copy
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers.initialization import guard_torch_init_functions
+from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
 
 from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state
-from utils.comparison import Reference, read_reference
+from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
 
@@ -109,17 +115,13 @@ def export(
     Raises:
         InputError: not a whole checkpoint, no base model, no space left, or it is not the same.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # in a run under ZeRO-3 the model would be cut up as it is built
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     base = base_model_of(checkpoint)
-    is_adapter = (checkpoint / ADAPTER).exists() and not merge_adapter
+    has_adapter = (checkpoint / ADAPTER).exists()
+    is_adapter = has_adapter and not merge_adapter
     expected = read_reference(checkpoint)
+    rewritten: list[str] = []
     try:
-        with written_aside(output_dir) as folder:
+        with _by_itself(), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
             if is_adapter:
                 count = _write_adapter(checkpoint, base, folder, dtype)
@@ -127,9 +129,12 @@ def export(
                 model = _whole_model(checkpoint, base, dtype)
                 expected = expected or Reference.of(model)
                 model = _merged(model).to(dtype)
+                _keep_padding(model)
                 if model.can_generate():
                     model.generation_config = transformers.GenerationConfig()  # see below
                 model.save_pretrained(folder)
+                held = model.named_parameters() if has_adapter else _held(checkpoint, model)
+                rewritten = compare_tensors(output_dir, folder, held)
                 count = sum(parameter.numel() for parameter in model.parameters())
                 del model  # there may be no room for two
             if (checkpoint / GENERATION).exists():
@@ -137,12 +142,22 @@ def export(
             transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
             if expected is not None:
                 config = _config(checkpoint if is_adapter else folder)
-                expected.compare(output_dir, folder, config, dtype)
+                expected.compare(output_dir, folder, config, dtype, rewritten)
         return count
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None
-    finally:
-        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Models are whole, as under ZeRO-3 they would not be, and transformers and peft are silent."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    zero3 = patch.object(integration, "_hf_deepspeed_config_weak_ref", None)
+    with zero3, warnings.catch_warnings(action="ignore"):
+        yield
+    logging.set_verbosity(verbosity)
 
 
 def _config(folder: Path) -> Any:
@@ -157,13 +172,12 @@ def _whole_model(checkpoint: Path, base: str | None, dtype: Any) -> Any:
     is_adapter = (checkpoint / ADAPTER).exists()
     dtype = torch.float32 if is_adapter else dtype  # an adapter is merged in full precision
     config = _config(checkpoint)
-    architecture = getattr(transformers, config.architectures[0])
     missing: set[str] = set()
     if base is None:
-        model = architecture._from_config(config, dtype=dtype)
+        model = _architecture(config)._from_config(config, dtype=dtype)
     else:
         try:
-            model, loading = architecture.from_pretrained(
+            model, loading = _architecture(config).from_pretrained(
                 base,
                 config=config,
                 dtype=dtype,
@@ -177,18 +191,28 @@ def _whole_model(checkpoint: Path, base: str | None, dtype: Any) -> Any:
         import peft
 
         model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(checkpoint))
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    constants = {name: t for name, t in read_constants(checkpoint).items() if name in tensors}
-    held = parameter_names(checkpoint) | constants.keys()
+    tensors = _tensors(model)
     wanted = dict(model.named_parameters()).keys() if base is None else missing
-    if not is_adapter and wanted - held:
-        source = "" if base is None else f"nor its base model {base} "
-        raise InputError(f"neither {checkpoint} {source}has {min(wanted - held)}")
-    shapes = {n: tensors[n].shape for n in tensors.keys() & held - constants.keys()}
     with torch.no_grad():
-        for name, values in (*constants.items(), *read_parameters(checkpoint, shapes)):
+        for name, values in _held(checkpoint, model):
             tensors[name].copy_(values)
+            wanted = wanted - {name}
+    if wanted and not is_adapter:
+        source = "" if base is None else f"nor its base model {base} "
+        raise InputError(f"neither {checkpoint} {source}has {min(wanted)}")
     return model
+
+
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _held(checkpoint: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds of a model, one by one: what was trained is read as it comes."""
+    tensors, constants = _tensors(model), read_constants(checkpoint)
+    yield from ((name, constants[name]) for name in constants.keys() & tensors.keys())
+    trained = parameter_names(checkpoint) & tensors.keys() - constants.keys()
+    yield from read_parameters(checkpoint, {name: tensors[name].shape for name in trained})
 
 
 def _merged(model: Any) -> Any:
@@ -218,9 +242,71 @@ def _merged(model: Any) -> Any:
     return model
 
 
-def export_needs_base(folder: Path) -> bool:
-    """Whether there is an adapter alone in it."""
-    return (folder / ADAPTER).exists() and not (folder / "config.json").exists()
+def _keep_padding(model: Any) -> None:
+    """Of a tied embedding the pad token's row is trained as the head's. Where transformers sets it
+    to 0 whenever it reads it (Youtu), the configuration must name none."""
+    embedding = model.get_input_embeddings()
+    row = getattr(embedding, "padding_idx", None)
+    if row is not None and embedding.weight[row].any():
+        probe = torch.nn.Embedding.from_pretrained(torch.ones(2, 2), padding_idx=0)
+        probe.weight._is_hf_initialized = True
+        with guard_torch_init_functions():
+            model._init_weights(probe)
+        if not probe.weight.all():
+            model.config.pad_token_id = None
+
+
+def check_adapter(model: Any, merge: bool) -> None:
+    """Before training: whether the adapter of a peft.PeftModel can leave, merged or alone.
+
+    Raises:
+        InputError: an embedding to merge it into does more than to look up, and peft adds to what
+            comes out; or transformers changes a name when it reads the adapter again.
+    """
+    for name, layer in model.named_modules() if merge else ():
+        is_lookup = getattr(type(layer), "forward", None) is torch.nn.Embedding.forward
+        is_adapted = name.endswith(".base_layer") and isinstance(layer, torch.nn.Embedding)
+        if is_adapted and not is_lookup and not hasattr(layer, "embed_scale"):
+            raise InputError(
+                f"lora: {name.removeprefix('base_model.model.').removesuffix('.base_layer')} ({type(layer).__name__}) does more than to look up: an "
+                "adapter is not merged into it. Name other target_modules, or set "
+                "merge_adapter: false"
+            )
+    if merge:
+        return
+    adapter, config = copy.deepcopy(model.peft_config["default"]), copy.deepcopy(model.config)
+    adapter.init_lora_weights = True  # other ways look at the weights of the base
+    with _by_itself(), torch.device("meta"):
+        written = _as_written(_adapted(config, copy.deepcopy(adapter)))
+        client = _architecture(config)(config).to("meta")  # not all of XLNet is built there
+        report = client.load_adapter(peft_config=adapter, adapter_state_dict=written)
+    if lost := [*sorted(report.missing_keys), *sorted(report.unexpected_keys)]:
+        raise InputError(
+            f"lora: transformers would not read the adapter of {lost[0].partition('.lora_')[0]} "
+            "again: it changes the name. Set merge_adapter: true, or name other target_modules"
+        )
+
+
+def _architecture(config: Any) -> Any:
+    return getattr(transformers, config.architectures[0])
+
+
+def _adapted(config: Any, adapter: Any) -> Any:
+    """A peft.PeftModel without storage."""
+    import peft
+
+    with torch.device("meta"):
+        return peft.get_peft_model(_architecture(config)(config), adapter)
+
+
+def _as_written(adapted: Any, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """The tensors of an adapter as its file names them."""
+    import peft
+
+    found = peft.get_peft_model_state_dict(adapted, state_dict=tensors)
+    # DoRA's, which transformers overlooks without the ending, and peft reads with it, too
+    ends = {name: ".weight" if name.endswith("lora_magnitude_vector") else "" for name in found}
+    return {name + ends[name]: tensor.contiguous() for name, tensor in found.items()}
 
 
 def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype) -> int:
@@ -234,21 +320,16 @@ def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype
     config = _config(checkpoint)
     adapter = peft.PeftConfig.from_pretrained(checkpoint)
     adapter.base_model_name_or_path = config.name_or_path = base  # peft would take the checkpoint
-    with torch.device("meta"):
-        model = getattr(transformers, config.architectures[0])(config)
-        adapted = peft.get_peft_model(model, adapter)
-    held = parameter_names(checkpoint)
-    shapes = {name: p.shape for name, p in adapted.named_parameters() if name in held}
-    tensors = {name: t.to(dtype) for name, t in read_parameters(checkpoint, shapes)}
-    tensors = peft.get_peft_model_state_dict(adapted, state_dict=tensors)
+    adapted = _adapted(config, adapter)
+    held = {
+        n: t.to(dtype if t.is_floating_point() else t.dtype) for n, t in _held(checkpoint, adapted)
+    }
+    tensors = _as_written(adapted, held)
     if base == base_beside(checkpoint):
         shutil.copytree(base, folder, dirs_exist_ok=True)
         config.save_pretrained(folder)
     adapter.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
     adapter.inference_mode = True
-    # DoRA's, which transformers overlooks without the ending, and peft reads with it, too
-    ends = {name: ".weight" if name.endswith("lora_magnitude_vector") else "" for name in tensors}
-    tensors = {name + ends[name]: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS)
     adapter.save_pretrained(folder)
     return sum(tensor.numel() for tensor in tensors.values())

@@ -37,21 +37,14 @@ from utils.run_folder import RunFolder
 from utils.tables import read_table
 from utils.training import Training
 
-LOADING = """
-from transformers import pipeline
-
-chat = pipeline("text-generation", "{model}")
-"""
-LOADING_ADAPTER = """
+USAGE = """
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-# by itself a pipeline takes the base model's tokenizer and settings
+# an adapter's pipeline takes tokenizer and settings of its base model unless it is told
 model = AutoModelForCausalLM.from_pretrained("{model}")
 model.generation_config = GenerationConfig.from_pretrained("{model}")
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 chat = pipeline("text-generation", model, tokenizer=tokenizer)
-"""
-ASKING = """
 question = [{"role": "user", "content": "What is a list comprehension?"}]
 print(chat(question, max_new_tokens=60)[0]["generated_text"][-1]["content"])
 """
@@ -202,8 +195,7 @@ def main() -> None:
         training.record_test(results)
         for name in ("loss", "token_accuracy"):
             facts[f"{name.replace('_', ' ')} of the test"] = f"{results[f'eval_{name}']:.4f}"
-    loading = LOADING_ADAPTER if args.has_adapter and not args.merge_adapter else LOADING
-    conclude(training, "Assistant", "text-generation", loading.rstrip() + ASKING, facts)
+    conclude(training, "Assistant", "text-generation", USAGE, facts)
 
 
 if __name__ == "__main__":

@@ -50,20 +50,11 @@ from utils.training import Training
 from utils.usage import say, spared, warn
 
 USAGE = """
-from transformers import pipeline
-
-classify = pipeline("text-classification", "{model}", truncation=True, top_k=None)
-print(classify({text}))
-"""
-USAGE_OF_ADAPTER = """
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-# by itself a pipeline takes the base model's tokenizer and labels
-model = AutoModelForSequenceClassification.from_pretrained("{model}", {labels})
+model = AutoModelForSequenceClassification.from_pretrained("{model}"{labels})
 tokenizer = AutoTokenizer.from_pretrained("{model}")
-classify = pipeline(
-    "text-classification", model, tokenizer=tokenizer, truncation=True, top_k=None
-)
+classify = pipeline("text-classification", model, tokenizer=tokenizer, truncation=True, top_k=None)
 print(classify({text}))
 """
 # what is learned from the texts: it must not change over the life of a run
@@ -329,10 +320,10 @@ def main() -> None:
                     facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
     text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
-    usage = USAGE_OF_ADAPTER if args.has_adapter and not args.merge_adapter else USAGE
-    names_of = {name: getattr(model.config, name) for name in ("id2label", "problem_type")}
-    settings = ", ".join(f"{name}={value!r}" for name, value in names_of.items())
-    usage = usage.replace("{labels}", settings).replace("{text}", text)
+    # an adapter alone takes them from its base model
+    known = f", id2label={model.config.id2label}, problem_type={args.problem_type!r}"
+    is_adapter = args.has_adapter and not args.merge_adapter
+    usage = USAGE.replace("{text}", text).replace("{labels}", known if is_adapter else "")
     conclude(training, "Text classifier", "text-classification", usage, facts)
 
 

@@ -303,8 +303,7 @@ def main() -> None:
                 for pair, text in zip(test_pairs, texts, strict=True)
             )
             write_predictions(folder.path / "predictions.jsonl", records)
-    code = usage(auto_model, encode, args.has_adapter and not args.merge_adapter)
-    conclude(training, "Text to text", args.task, code, facts)
+    conclude(training, "Text to text", args.task, usage(auto_model, encode), facts)
 
 
 if __name__ == "__main__":

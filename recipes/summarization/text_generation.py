@@ -37,10 +37,11 @@ KEPT = (
 OF_BEAMS = ("early_stopping", "length_penalty")
 
 USAGE = """
-from transformers import {auto_model}, AutoTokenizer
+from transformers import {auto_model}, AutoTokenizer, GenerationConfig
 
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 model = {auto_model}.from_pretrained("{model}")
+model.generation_config = GenerationConfig.from_pretrained("{model}")  # of an adapter, too
 source = "The text that is to be read."
 inputs = tokenizer({prefix} + source, truncation=True, return_tensors="pt")
 tokens = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -48,10 +49,11 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
 """
 DECODER_USAGE = """
 import torch
-from transformers import {auto_model}, AutoTokenizer
+from transformers import {auto_model}, AutoTokenizer, GenerationConfig
 
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 model = {auto_model}.from_pretrained("{model}")
+model.generation_config = GenerationConfig.from_pretrained("{model}")  # of an adapter, too
 source = "The text that is to be read."
 tokens = tokenizer({prefix} + source + {suffix})["input_ids"]{without_end}
 if len(tokens) > {longest}:  # of a long source the beginning
@@ -62,10 +64,6 @@ prompt = torch.tensor([tokens])
 written = model.generate(prompt, attention_mask=torch.ones_like(prompt))[0, len(tokens) :]
 print(tokenizer.decode(written, skip_special_tokens=True).strip())
 """
-# transformers takes those of the base
-SETTINGS_OF_ADAPTER = """
-model.generation_config = GenerationConfig.from_pretrained("{model}")
-source ="""
 
 
 @dataclass
@@ -179,13 +177,10 @@ def _given_config(name: str | None) -> GenerationConfig | None:
     return None
 
 
-def usage(auto_model: Any, encode: PairEncoder, is_adapter: bool) -> str:
+def usage(auto_model: Any, encode: PairEncoder) -> str:
     """Code that generates a text with the exported folder, as the run did."""
     a, without_end = encode.arguments, "[:-1]" if encode.adds_end else ""
     code = USAGE if encode.is_encoder_decoder else DECODER_USAGE
-    if is_adapter:
-        code = code.replace("AutoTokenizer\n", "AutoTokenizer, GenerationConfig\n")
-        code = code.replace("\nsource =", SETTINGS_OF_ADAPTER)
     for name, value in {
         "auto_model": auto_model.__name__,
         "prefix": repr(encode.prefix),

@@ -1,6 +1,7 @@
 """What leaves is what was trained: exports are held against what the run itself computed."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -8,11 +9,24 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from launching import TINY_BERT, TINY_RUN, checkpoints
 from utils import comparison, export
 from utils.config import command
+
+MIXTRAL = TINY_RUN["model"] | {
+    "model_type": "mixtral",
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.0,
+}
 
 
 @pytest.fixture
@@ -45,7 +59,7 @@ def test_an_export_that_would_not_be_the_same_is_refused(
         (source,) = checkpoints(ended.folder)
         status, _, error = run_export("--checkpoint", source, "--output_dir", tmp_path / "out")
     assert (ended.status, status) == (2, 2)
-    message = "would not be what was trained: its logits differ by"
+    message = "would not be what was trained: model.layers.1.mlp.down_proj.weight has other numbers"
     assert f"error: {ended.folder}/model {message}" in ended.error
     assert ended.error.count("\n") == 1
     assert error == ended.error.replace(str(ended.folder / "model"), str(tmp_path / "out"))
@@ -87,12 +101,88 @@ def test_a_tokenizer_that_reads_otherwise_is_refused(pretrain, monkeypatch):
     assert not (ended.folder / "model").exists()
 
 
-def test_without_memory_for_a_second_model_it_is_said(pretrain, monkeypatch):
+@pytest.fixture
+def no_memory(monkeypatch):
     free = SimpleNamespace(available=1000)
     monkeypatch.setattr(comparison.psutil, "virtual_memory", lambda: free)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_memory_for_a_second_model_its_tensors_are_compared(
+    dtype, pretrain, run_export, no_memory, tmp_path
+):
     ended = pretrain(max_steps=1)
     assert ended.status == 0
-    assert "were not compared: a second model needs 0.0 GiB of memory" in ended.output
+    (source,) = checkpoints(ended.folder)
+    words = ("--checkpoint", source, "--output_dir", tmp_path / "out", "--dtype", dtype)
+    status, output, _ = run_export(*words)
+    assert status == 0
+    warning = "were not compared: a second model needs 0.0 GiB of memory. "
+    for written in (ended.output, output):
+        assert warning + "Its tensors are those of the run\n" in written
+
+
+def test_what_transformers_rewrites_is_counted_and_named(pretrain, no_memory):
+    """Experts are one tensor in its models, and one each in its files."""
+    ended = pretrain(max_steps=1, model=MIXTRAL)
+    assert ended.status == 0, ended.error
+    (line,) = (line for line in ended.output.splitlines() if "were not compared" in line)
+    assert "of the run, but for 6 that transformers rewrites: " in line
+    assert "model.layers.0.mlp.experts.gate_up_proj, " in line
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_tensor_that_is_written_with_other_numbers_is_refused(
+    size, pretrain, no_memory, monkeypatch
+):
+    """A single number in its last place, which no logits would show."""
+    save_pretrained = PreTrainedModel.save_pretrained
+    name = "model.layers.1.input_layernorm.weight"
+
+    def save(model, folder, **options):
+        save_pretrained(model, folder, max_shard_size=f"{size * 10}KB", **options)
+        (file,) = (f for f in folder.glob("*.safetensors") if name in load_file(f))
+        tensors = load_file(file)
+        tensors[name][3] = tensors[name][3].nextafter(torch.tensor(2.0))
+        save_file(tensors, file, {"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    ended = pretrain(max_steps=1)
+    assert ended.status == 2
+    assert f"would not be what was trained: {name} has other numbers" in ended.error
+    assert not (ended.folder / "model").exists()
+
+
+def test_what_reading_changes_is_refused(pretrain, monkeypatch):
+    from_pretrained = LlamaForCausalLM.from_pretrained.__func__
+
+    def read(cls, *args, **options):
+        model = from_pretrained(cls, *args, **options)
+        model.model.norm.weight.data[0] += 1e-6
+        return model
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(read))
+    ended = pretrain(max_steps=1)
+    assert ended.status == 2
+    assert "would not be what was trained: model.norm.weight has other numbers" in ended.error
+
+
+def test_a_run_whose_checkpoints_hold_no_constants_goes_on(pretrain):
+    """As they were written once: buffers, and a router's bias, are what the model begins with."""
+    whole = pretrain("whole", max_steps=4, save_steps=2)
+    ended = pretrain("part", max_steps=2, save_steps=2)
+    (source,) = checkpoints(ended.folder)
+    state = json.loads((source / "state.json").read_text())
+    if state["files"].pop("constants.safetensors", None):
+        (source / "constants.safetensors").unlink()
+    state["files"].pop("reference.safetensors", None)
+    (source / "reference.safetensors").unlink()
+    (source / "state.json").write_text(json.dumps(state))
+    shutil.rmtree(ended.folder / "model")
+    ended = pretrain("part", max_steps=4, save_steps=2)
+    assert ended.status == 0, ended.error
+    weights = [(e.folder / "model/model.safetensors").read_bytes() for e in (whole, ended)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("precision", ["bf16"])
