@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from utils.config import InputError
 from utils.files import written_aside
-from utils.usage import launched_rank
+from utils.usage import say
 
 if TYPE_CHECKING:
     from utils.training import Training
@@ -75,10 +75,9 @@ class Reference:
             reason = reason if self.logits else "there are none of the run's model"
             but = shorten(", ".join(rewritten), 300)
             but = f", but for {len(rewritten)} that transformers rewrites: {but}" if but else ""
-            print(
+            say(
                 f"warning: the logits of {name} were not compared: {reason}. Its tensors are those "
-                f"of the run{but}",
-                flush=True,
+                f"of the run{but}"
             )
             return
         dtype_of_client = torch.float32 if 4 * size < free else torch.bfloat16
@@ -168,8 +167,7 @@ def _logits_if_any(model: Any, config: Any, rows: torch.Tensor) -> dict[str, tor
     try:
         return _logits(model, config, rows)
     except Exception as error:  # not every model takes plain rows of tokens
-        if launched_rank() == 0:
-            print(f"warning: no logits to compare: {shorten(str(error), 200)}", flush=True)
+        say(f"warning: no logits to compare: {shorten(str(error), 200)}")
         return {}
 
 

@@ -267,8 +267,9 @@ def check_adapter(model: Any, merge: bool) -> None:
         is_lookup = getattr(type(layer), "forward", None) is torch.nn.Embedding.forward
         is_adapted = name.endswith(".base_layer") and isinstance(layer, torch.nn.Embedding)
         if is_adapted and not is_lookup and not hasattr(layer, "embed_scale"):
+            name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
             raise InputError(
-                f"lora: {name.removeprefix('base_model.model.').removesuffix('.base_layer')} ({type(layer).__name__}) does more than to look up: an "
+                f"lora: {name} ({type(layer).__name__}) does more than to look up: an "
                 "adapter is not merged into it. Name other target_modules, or set "
                 "merge_adapter: false"
             )

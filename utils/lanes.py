@@ -38,7 +38,7 @@ class StreamArguments(Settings):
     dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
 
     def check(self) -> None:
-        """Raises InputError when lanes do not fit the batch, or the processes the lanes."""
+        """Raises InputError when batch, processes or workers do not fit the lanes."""
         batch, processes = self.global_batch_size, launched_world_size()  # of TrainingArguments
         if self.lanes < 1 or batch % self.lanes:
             raise InputError(
@@ -50,6 +50,11 @@ class StreamArguments(Settings):
                 f"lanes: {self.lanes} cannot be dealt to {processes} processes: launch a number "
                 f"that divides {self.lanes}, or begin a run with lanes "
                 f"{math.lcm(self.lanes, processes)}"
+            )
+        workers, of_a_rank = self.dataloader_num_workers, self.lanes // processes
+        if workers > of_a_rank:
+            raise InputError(
+                f"dataloader_num_workers: {workers} is more than a rank's {of_a_rank} lanes"
             )
         super().check()
 

@@ -84,10 +84,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         }
 
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
-        return self._steps(self.rows(rank, world_size, states), step)
-
-    def _steps(self, rows_of_steps: Iterator[list[Row]], step: int) -> Iterator[Step]:
-        for rows in rows_of_steps:
+        for rows in self.rows(rank, world_size, states):
             size = self.arguments.micro_batch_size(step)
             features = [row.features for row in rows]
             batches = [collate(features[i : i + size]) for i in range(0, len(rows), size)]
@@ -100,18 +97,11 @@ class TrainingStream(torch.utils.data.IterableDataset):
     ) -> Iterator[list[Row]]:
         """The rank's rows of one step after the other, in an order that workers do not change."""
         workers, states = self.arguments.dataloader_num_workers, states or {}
-        part = copy.copy(self)
-        part.states = {i: states.get(i) for i in range(rank, self.arguments.lanes, world_size)}
-        if workers > len(part.states):
-            raise InputError(
-                f"dataloader_num_workers: {workers} is more than a rank's {len(part.states)} lanes"
-            )
-        return part._rows(workers)
-
-    def _rows(self, workers: int) -> Iterator[list[Row]]:
+        mine = copy.copy(self)
+        mine.states = {i: states.get(i) for i in range(rank, self.arguments.lanes, world_size)}
         parts = iter(
             torch.utils.data.DataLoader(
-                self,
+                mine,
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_as_it_is,

@@ -584,9 +584,9 @@ def test_the_fingerprint_tells_what_changes_the_order(tmp_path):
 
 
 def test_lanes_that_do_not_fit(monkeypatch):
-    def check(lanes: int, global_batch_size: int, processes: int) -> None:
+    def check(lanes: int, global_batch_size: int, processes: int, workers: int = 0) -> None:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        arguments = StreamArguments(lanes=lanes)
+        arguments = StreamArguments(lanes=lanes, dataloader_num_workers=workers)
         arguments.global_batch_size = global_batch_size  # of the TrainingArguments beside it
         arguments.check()
 
@@ -596,12 +596,9 @@ def test_lanes_that_do_not_fit(monkeypatch):
         check(lanes=64, global_batch_size=96, processes=8)
     with pytest.raises(InputError, match=r"lanes: 64 cannot be dealt to 24 processes: .* 192$"):
         check(lanes=64, global_batch_size=64, processes=24)
-
-
-def test_more_workers_than_lanes(mixture, tokenizer):
-    with pytest.raises(InputError) as error:
-        Run(mixture, tokenizer, dataloader_num_workers=3).steps(1, world_size=8)
-    assert str(error.value) == "dataloader_num_workers: 3 is more than a rank's 2 lanes"
+    check(lanes=16, global_batch_size=16, processes=8, workers=2)
+    with pytest.raises(InputError, match="workers: 3 is more than a rank's 2 lanes"):
+        check(lanes=16, global_batch_size=16, processes=8, workers=3)
 
 
 class PanicException(BaseException):
