@@ -12,6 +12,7 @@ from utils.model import empty_model
 from utils.report import markdown_table
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
+PAIR_MODULES = {"pooler", *PAIR_HEADS}
 # NF4 with its scales quantized too (Dettmers et al. 2023, QLoRA): 4 bits, for each 64 weights
 # 8 bits of scale, and for each 256 scales 32 bits
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -36,9 +37,7 @@ def parameter_count(config: Any, auto_model: Any = None) -> dict[str, int]:
     embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     lookups = embeddings - (set() if output is None else {output.weight})
     parameters = dict(model.named_parameters())
-    pair_head = {
-        w for name, w in parameters.items() if {*name.split(".")} & {"pooler", *PAIR_HEADS}
-    }
+    pair_head = {w for name, w in parameters.items() if {*name.split(".")} & PAIR_MODULES}
     head = {*parameters.values()} - {*model.base_model.parameters()} - pair_head
     head |= set() if output is None else {output.weight}  # may be tied to the base model
     total = count_parameters(parameters.values())

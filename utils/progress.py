@@ -4,6 +4,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -117,7 +118,8 @@ class Progress:
             parts.append(f"MFU {record['mfu']:.1%} of dense bf16")
         if self.total_steps:
             a_step = (time.monotonic() - self.start) / (step - self.first_step)
-            parts.append(f"{_clock(a_step * (self.total_steps - step))} left")
+            left = timedelta(seconds=int(a_step * (self.total_steps - step)))
+            parts.append(f"{left} left")
         return "  ".join(parts)
 
 
@@ -136,10 +138,6 @@ def _starting_process() -> psutil.Process:
     """The launcher, where there is one, or this process."""
     process = psutil.Process()
     return (process.parent() or process) if "RANK" in os.environ else process
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def _peak_flops(accelerator: "accelerate.Accelerator") -> float | None:

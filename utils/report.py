@@ -1,7 +1,4 @@
-"""What people look at after a run, made from the files of its folder alone: the model card.
-
-write_card(folder, "A small Llama", "text-generation", USAGE, {"parameters": 1_234_567})
-"""
+"""What people look at after a run, made from the files of its folder alone: the model card."""
 
 import datetime
 import html
