@@ -225,11 +225,14 @@ def held_out_documents(
 ) -> Iterator[Document]:
     """The documents of the sources in the order of their files: of each source at most `limit`."""
     for source in sources:
-        report = _held_out_records(on_bad_record).report
+        report = _held_out_records(source.path, on_bad_record).report
         yield from itertools.islice(documents(source, find_files(source), report), limit)
 
 
-_held_out_records = functools.cache(BadRecords)  # every evaluation meets them: named once
+@functools.cache
+def _held_out_records(path: str, on_bad_record: str) -> BadRecords:
+    """Every evaluation meets them; they are named once."""
+    return BadRecords(on_bad_record)
 
 
 def describe_position(file: str, position: int) -> str:
