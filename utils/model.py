@@ -276,10 +276,16 @@ def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:
 
 
 def first_position(model: "transformers.PreTrainedModel") -> int:
-    """The position id of a sequence's first token: RoBERTa's begin after that of the padding."""
-    embeddings = getattr(model.base_model, "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return 0 if padding is None else padding + 1
+    """The position id of a sequence's first token.
+
+    RoBERTa's begin after that of the padding; MRA's, Nyströmformer's and YOSO's leave out what
+    their tables have beyond max_position_embeddings.
+    """
+    table = _position_table(model)
+    padding = getattr(table, "padding_idx", None)
+    if padding is not None:
+        return padding + 1
+    return max(0, getattr(table, "num_embeddings", 0) - _most_positions(model))
 
 
 def check_encoder(
@@ -296,9 +302,19 @@ def check_encoder(
         raise InputError(
             f"objective: {kind} has no head for pairs, as bert and albert have: set objective: mlm"
         )
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    positions = getattr(_position_table(model), "num_embeddings", None) or _most_positions(model)
     if first_position(model) + sequence_length > positions:
         raise InputError(
             f"sequence_length: {sequence_length} and the model's first position "
             f"{first_position(model)} are more than its max_position_embeddings of {positions}"
         )
+
+
+def _position_table(model: "transformers.PreTrainedModel") -> Any:
+    embeddings = getattr(model.base_model, "embeddings", None)
+    return getattr(embeddings, "position_embeddings", None)
+
+
+def _most_positions(model: "transformers.PreTrainedModel") -> float:
+    most = getattr(model.config, "max_position_embeddings", None) or 0
+    return most if most > 0 else math.inf  # XLNet says -1
