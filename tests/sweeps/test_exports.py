@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from sweeps.architectures import KINDS, CannotBuild, model_types, sampled, tiny_model
@@ -31,6 +32,9 @@ ADAPTERS_REFUSED = {
     "inkling2_text": "its weights are renamed when they are loaded, those of an adapter are not",
 }
 MERGED_REFUSED = {"youtu": "loading sets the embedding of the pad token to 0"}
+
+
+TEXTS = ["A text.", "  two\n\nlines \t", "<|endoftext|>it's 1234 é 漢字 don't", ""]
 
 
 def save(model: torch.nn.Module, base: str | None, run: Path, tokenizer: object) -> Path:
@@ -70,6 +74,22 @@ def test_what_was_not_changed_leaves_as_it_came(kind, model_type, tokenizer, tmp
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
     record(kind, model_type, export="same")
+
+
+@pytest.mark.parametrize(("kind", "model_type"), CASES)
+def test_the_tokenizer_is_read_as_it_was_trained_with(
+    kind, model_type, tokenizer, tmp_path, record
+):
+    """Some types have a class of their own, which transformers takes for any tokenizer."""
+    try:
+        config = tiny_model(kind, model_type).config
+    except CannotBuild as error:
+        return record(kind, model_type, tokenizer=f"not built: {error}")
+    for part in (config, tokenizer):
+        part.save_pretrained(tmp_path)
+    client = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    differs = [text for text in TEXTS if client(text).input_ids != tokenizer(text).input_ids]
+    print("TOK", kind, model_type, type(client).__name__, len(differs))
 
 
 @pytest.mark.parametrize("of_embeddings", [False, True], ids=["all linear", "embeddings"])
