@@ -3,8 +3,10 @@
 import inspect
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from operator import itemgetter
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -17,10 +19,13 @@ from transformers.utils import cached_file, logging
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
 from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
+from utils.progress import say
 
 PAIR_HEADS = {"seq_relationship", "sop_classifier"}
 FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# numbers, accents, lines and blanks: where tokenizers differ
+READ_BY_BOTH = "The 12345 words, né e\u0301:\n\n    x = 1 \n"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
 
 
@@ -42,21 +47,46 @@ class ModelArguments(Settings):
 
 
 def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
-    """
+    """The tokenizer, as it will be read where the export is.
+
+    For some types of models (Qwen2) transformers takes a class of their own, whatever is in the
+    tokenizer's files.
+
     Args:
         options: more of `from_pretrained`, which are exported with the tokenizer.
 
     Raises:
-        InputError: there is none, or one without a vocabulary.
+        InputError: there is none, or one without a vocabulary, or not for that class.
     """
     name = arguments.tokenizer or arguments.model_name_or_path
     try:
+        options |= {"config": _config_beside(arguments)} if arguments.tokenizer else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # of any kind, if tokenizer.json is some other JSON
         raise InputError(f"tokenizer: cannot load {name}: {_what_is_wrong(name, error)}") from None
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise InputError(f"tokenizer: {name} has no vocabulary: special tokens are all it knows")
+    kind = type(tokenizer)
+    if arguments.tokenizer and kind is not transformers.PreTrainedTokenizerFast:
+        own = transformers.AutoTokenizer.from_pretrained(name)
+        ids = [each.encode(READ_BY_BOTH, add_special_tokens=False) for each in (own, tokenizer)]
+        texts = (each.decode(i) for each, i in zip((own, tokenizer), ids, strict=True))
+        if len({unicodedata.normalize("NFC", text) for text in texts}) > 1:
+            raise InputError(
+                f"tokenizer: for this type of model transformers reads {name} as {kind.__name__}, "
+                "which loses text: give a tokenizer of that kind, or another model_type"
+            )
+        if ids[0] != ids[1]:
+            say(f"{name} is read as {kind.__name__}, as transformers does for this type of model")
     return tokenizer
+
+
+def _config_beside(arguments: ModelArguments) -> Any:
+    """Of the type of the model; None where there is no such type, which `model_config` says."""
+    if arguments.model_name_or_path:
+        return transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
+    kind = arguments.model.get("model_type")
+    return transformers.AutoConfig.for_model(kind) if kind in transformers.CONFIG_MAPPING else None
 
 
 def _what_is_wrong(name: str, error: Exception) -> str:
@@ -144,7 +174,7 @@ def _check_vocabulary(tokenizer: Any, name: str, given: str) -> None:
         return
     own = transformers.AutoTokenizer.from_pretrained(given)
     special, known = {*own.added_tokens_decoder}, {i: t for t, i in own.get_vocab().items()}
-    for token, index in tokenizer.get_vocab().items():
+    for token, index in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
         was = known.get(index, token)
         if was != token and index not in special and not re.search("unused|reserved|extra", was):
             raise InputError(
@@ -257,9 +287,10 @@ def train_shared_padding(model: "transformers.PreTrainedModel") -> None:
     inputs = [getattr(config, name, None) for name in SPECIAL_TOKENS if name != "pad_token_id"]
     inputs = {t for value in inputs for t in (value if isinstance(value, list) else [value])}
     for name, module in model.named_modules():
-        # RoBERTa counts its positions from that of the padding
         padding = getattr(module, "padding_idx", None)
-        if padding is not None and padding in inputs and "position" not in name:
+        # RoBERTa counts its positions from that of the padding
+        is_of_words = hasattr(module, "weight") and "position" not in name
+        if padding is not None and padding in inputs and is_of_words:
             module.padding_idx = None
 
 

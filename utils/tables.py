@@ -58,13 +58,25 @@ class TableRow(NamedTuple):
         """
         value = value_at(self.values, column)
         if value is ABSENT:
-            known = ", ".join(map(str, self.values))
+            outer = column.partition(".")[0]
+            names: list[Any] = []
+            for name, inside in self.values.items():
+                is_meant = name == outer != column and isinstance(inside, dict)
+                names += [f"{outer}.{key}" for key in inside] if is_meant else [name]
+            known = ", ".join(map(str, dict.fromkeys(names)))
             raise InputError(f"{self.place}: no column {column!r}; there are: {known}")
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:  # half a surrogate pair: JSON can spell it
             raise InputError(f"{self.place}: {column} is not Unicode: {value!a:.60}") from None
         return value
+
+    def find(self, column: str) -> Any:
+        """As `get`; None where the row has no such column."""
+        return self.get(column) if self.has(column) else None
+
+    def has(self, column: str) -> bool:
+        return value_at(self.values, column) is not ABSENT
 
     def text(self, column: str) -> str:
         """Raises InputError where the column is not text, or empty."""

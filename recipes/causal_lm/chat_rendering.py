@@ -171,12 +171,6 @@ def checked_chat(
             if tools and not is_read(whole, filled):
                 raise _silent(place, "tools")
         written = write(messages, tools)
-        written.text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{place}: {error.object[error.start]!a} is half of a character (a lone surrogate), "
-            "and no Unicode"
-        ) from None
     except UNWRITABLE as error:
         problem = shorten(str(error), 200)
         raise InputError(

@@ -68,16 +68,16 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
         InputError: a missing column, an unknown role, an order of turns that is none, empty text,
             a weight that is neither 0 nor 1.
     """
-    a, values = arguments, row.values
-    if a.messages_column in values:
-        messages = values[a.messages_column]
-    elif a.prompt_column in values:
+    a = arguments
+    if row.has(a.messages_column):
+        messages = row.get(a.messages_column)
+    elif row.has(a.prompt_column):
         messages = [
             {"role": "user", "content": row.text(a.prompt_column)},
             {"role": "assistant", "content": row.text(a.completion_column)},
         ]
-    elif a.instruction_column in values:
-        given = values.get(a.input_column)
+    elif row.has(a.instruction_column):
+        given = row.find(a.input_column)
         if given is not None and not isinstance(given, str):
             raise InputError(f"{row.place}: {a.input_column} must be text, not {given!r}")
         parts = [row.text(a.instruction_column), given]
@@ -88,12 +88,12 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
         ]
     else:
         wanted = f"{a.messages_column!r}, {a.prompt_column!r} and {a.instruction_column!r}"
-        known = ", ".join(map(str, values))
+        known = ", ".join(map(str, row.values))
         raise InputError(f"{row.place}: none of the columns {wanted}; there are: {known}")
     if not isinstance(messages, list) or not messages:
         shown = shorten(repr(messages), 60)
         raise InputError(f"{row.place}: {a.messages_column} must be a list of turns, not {shown}")
-    system, first = values.get(a.system_column), messages[0]
+    system, first = row.find(a.system_column), messages[0]
     has_system = isinstance(first, dict) and first.get("role") == "system"
     if isinstance(system, str) and system.strip() and not has_system:
         messages = [{"role": "system", "content": system}, *messages]
@@ -119,7 +119,7 @@ def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Messa
 
 
 def _history(row: TableRow, column: str) -> list[Message]:
-    pairs = _parsed(row.values.get(column)) or []
+    pairs = _parsed(row.find(column)) or []
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         shown = shorten(repr(pairs), 60)
         raise InputError(f"{row.place}: {column} must be [[question, answer], …], not {shown}")
@@ -162,7 +162,7 @@ def read_tools(row: TableRow, arguments: ConversationArguments) -> list[dict[str
         InputError: no list of JSON schemas.
     """
     column = arguments.tools_column
-    tools = _parsed(row.values.get(column)) or None
+    tools = _parsed(row.find(column)) or None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         shown = shorten(repr(tools), 60)
         raise InputError(f"{row.place}: {column} must be a list of JSON schemas, not {shown}")

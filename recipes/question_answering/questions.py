@@ -118,15 +118,13 @@ def _question(row: TableRow, columns: QuestionColumns) -> Question:
                 f"{row.place}: the answer {shorten(text, 60)!r} does not stand at character "
                 f"{start} of {columns.context_column}, where there is {shorten(found, 60)!r}"
             )
-    id, text = str(row.get(columns.id_column)), row.text(columns.question_column).strip()
-    try:
-        f"{id}{text}{context}".encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{row.place}: {error.object[error.start]!a} is half of a character (a lone "
-            "surrogate), and no Unicode"
-        ) from None
-    return Question(id, text, context, answers, row.place)
+    return Question(
+        str(row.get(columns.id_column)),
+        row.text(columns.question_column).strip(),
+        context,
+        answers,
+        row.place,
+    )
 
 
 def _answers(row: TableRow, column: str) -> list[Answer]:

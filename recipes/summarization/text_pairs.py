@@ -16,7 +16,7 @@ from utils.config import InputError, Settings
 from utils.loss import IGNORE_INDEX
 from utils.model import first_position
 from utils.progress import in_batches
-from utils.tables import Table, TableRow, read_table
+from utils.tables import Table, read_table
 
 Example = dict[str, Any]
 
@@ -133,18 +133,10 @@ class Pair(NamedTuple):
 def read_pairs(tables: list[Table], columns: PairArguments) -> list[Pair]:
     """All pairs of the tables. Raises InputError for a missing column or an empty text."""
     return [
-        Pair(_text(row, columns.source_column), _text(row, columns.target_column))
+        Pair(row.text(columns.source_column), row.text(columns.target_column))
         for table in tables
         for row in read_table(table)
     ]
-
-
-def _text(row: TableRow, column: str) -> str:
-    outer = column.partition(".")[0]
-    if column not in row.values and isinstance(row.values.get(outer), dict):
-        inside = {f"{outer}.{name}": value for name, value in row.values[outer].items()}
-        row = row._replace(values=inside)
-    return row.text(column)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: PairArguments) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conftest import make_prose
 from killing import STAGES, partial_checkpoints, result, script_with
 from launching import BERT, TINY_BERT, Launch, checkpoints, metrics, run, state, steps, tiny_run
+from utils.sources import HELD_OUT_CHECKED
 
 SETTINGS = {  # 16 rows a step, the last ones in micro-batches of one
     **TINY_BERT,
@@ -139,8 +139,9 @@ def test_kills_leave_no_trace_in_metrics_and_weights(stage, tmp_path, launch, fi
 def test_a_broken_held_out_record_stops_all_processes_with_one_message(
     tmp_path, prose_folder, wordpiece_folder
 ):
-    """Though it is in the share of the second alone."""
-    records = [json.dumps(record) for record in make_prose("held out", 99)]
+    """Though it is in the share of the second alone, and beyond what is read before a run."""
+    count = HELD_OUT_CHECKED + 1
+    records = [json.dumps({"text": f"A sentence {number}."}) for number in range(count)]
     file = tmp_path / "broken.jsonl"
     file.write_text("\n".join([*records, "{"]))
     settings = {**TINY_BERT, "max_steps": 1, "validation_sources": [{"path": str(file)}]}
@@ -148,7 +149,7 @@ def test_a_broken_held_out_record_stops_all_processes_with_one_message(
     with Launch("multi_cpu", 2, words, tmp_path / "log.txt", BERT) as running:
         assert running.wait() == [2, 2], running.output()
     (error,) = (x for x in running.output().splitlines() if x.startswith("error: "))
-    assert error.startswith(f"error: {file}, line 100: not JSON")
+    assert error.startswith(f"error: {file}, line {count + 1}: not JSON")
     assert "Traceback" not in running.output()
 
 

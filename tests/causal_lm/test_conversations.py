@@ -261,13 +261,13 @@ def test_an_adapter_answers_by_its_card_with_its_own_template_and_ends(
     )
     generate, given = LlamaForCausalLM.generate, {}
 
-    def noted(*args, **options):
-        given.update(options)
-        return generate(*args, **options)
+    def noted(model, *args, **options):
+        given.update(options, ends=model.generation_config.eos_token_id)
+        return generate(model, *args, **options)
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
     run_code_of_card(run)
-    assert given["generation_config"].eos_token_id == ends
+    assert given["ends"] == ends
     question = [{"role": "user", "content": "What is a list comprehension?"}]
     set_chat_template(chat_tokenizer, arguments(chat_template="chatml"))
     expected = chat_tokenizer.apply_chat_template(question, add_generation_prompt=True)
@@ -480,8 +480,20 @@ def test_system_and_history_come_before_what_is_asked():
 def test_half_of_a_character_is_refused(chat_tokenizer):
     set_chat_template(chat_tokenizer, arguments(chat_template="chatml"))
     turns = [TURNS[0], TURNS[1] | {"content": json.loads('"so \\ud83d"')}]
-    message = "'\\ud83d' is half of a character (a lone surrogate), and no Unicode"
-    assert refused(chat_tokenizer, turns) == f"rows.jsonl, line 7: {message}"
+    assert refused(chat_tokenizer, turns).startswith(
+        "rows.jsonl, line 7: messages is not Unicode: "
+    )
+
+
+def test_columns_inside_of_columns():
+    values = {"chat": {"turns": TURNS, "tools": [], "rules": "Be brief."}, "a.b": None}
+    columns = {"messages_column": "chat.turns", "system_column": "chat.rules"}
+    assert read_messages(row(values), arguments(**columns))[0] == {
+        "role": "system",
+        "content": "Be brief.",
+    }
+    with pytest.raises(InputError, match=r"none of the columns 'chat.none', .* there are: chat, a"):
+        read_messages(row(values), arguments(messages_column="chat.none"))
 
 
 def test_a_slow_tokenizer_is_refused():

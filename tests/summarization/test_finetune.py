@@ -350,7 +350,9 @@ def test_the_card_of_an_adapter_writes_what_the_run_wrote(name, summarize, refer
     """With the settings of generation of the run, not those of the base model."""
     base = str(references[name] / "model")
     settings = {**REFERENCES[name], "model_name_or_path": base, "lora": {"r": 4}}
-    ended = summarize(**settings, max_steps=4, learning_rate=3e-2, max_new_tokens=7)
+    ended = summarize(
+        **settings, max_steps=4, learning_rate=3e-2, min_new_tokens=3, max_new_tokens=3
+    )
     assert ended.status == 0, ended.error
     card = (ended.folder / "model/README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
@@ -484,7 +486,7 @@ def test_another_suffix_is_another_run(summarize):
     summarize(**decoder_settings(max_steps=3))
     ended = summarize(**decoder_settings(source_suffix=":\n"))
     assert ended.status == 2
-    assert "source_suffix was \nTL;DR:\n and is :\n" in ended.error
+    assert r"source_suffix was \nTL;DR:\n and is :\n" in ended.error
     assert len(checkpoints(ended.folder)) == 1
 
 

@@ -376,7 +376,7 @@ def test_a_given_model_is_searched_as_it_says_unless_the_settings_say_more(given
     ended = summarize(kept.folder / "model", "on")
     assert "source_prefix: 'the '" in (ended.folder / "config.yaml").read_text()
     ended = summarize(folder, "refused", num_beams=1, length_penalty=2.0)
-    assert ended.error == (
+    assert ended.error.endswith(
         "error: length_penalty: it weighs beams against each other: raise num_beams\n"
     )
     assert not ended.folder.exists()
@@ -428,7 +428,7 @@ def test_a_model_from_scratch_begins_and_ends_with_our_tokens(saved, summarize, 
         assert (found.eos_token_id, found.pad_token_id) == (end, padding)
     byte_level("<s> $A </s>", pad_token="</s>").save_pretrained(tmp_path / "ours")
     ended = summarize(None, "refused", **scratch, model={"model_type": "mbart", **SMALL})
-    assert ended.error == (
+    assert ended.error.endswith(
         "error: tokenizer: mbart begins with the last token of a target that is no padding: give a "
         "tokenizer whose pad_token is not its eos_token\n"
     )

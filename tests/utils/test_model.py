@@ -7,10 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from utils.config import InputError
-from utils.model import build_model, load_tokenizer
+from utils.model import ModelArguments, build_model, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 123\n"
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -101,7 +107,7 @@ def test_a_tokenizer_json_of_another_kind_is_refused(kind, tokenizer_folder, tmp
     shutil.copytree(tokenizer_folder, tmp_path / "given")
     file = tmp_path / "given/tokenizer.json"
     file.write_text(TOKENIZERS[kind](file.read_text()))
-    arguments = SimpleNamespace(tokenizer=str(tmp_path / "given"), model_name_or_path=None)
+    arguments = ModelArguments(tokenizer=str(tmp_path / "given"))
     with pytest.raises(InputError, match=r"^tokenizer: .*given") as error:
         load_tokenizer(arguments)
     assert "\n" not in str(error.value)
@@ -113,6 +119,29 @@ def test_a_folder_without_a_vocabulary_is_no_tokenizer(wordpiece_folder, tmp_pat
     """transformers makes one of its special tokens alone."""
     shutil.copytree(wordpiece_folder, tmp_path / "given")
     (tmp_path / "given/tokenizer.json").unlink()
-    arguments = SimpleNamespace(tokenizer=None, model_name_or_path=str(tmp_path / "given"))
+    arguments = ModelArguments(model_name_or_path=str(tmp_path / "given"))
     with pytest.raises(InputError, match="has no vocabulary: special tokens are all it knows"):
+        load_tokenizer(arguments)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_5", "llama", "bert", "phi3"])
+def test_texts_are_read_as_they_will_be_where_the_export_is(
+    kind, tokenizer_folder, tmp_path, capsys
+):
+    """Of a Qwen2 model transformers reads any tokenizer as Qwen2Tokenizer."""
+    text = "The 12345 words, né e\u0301:\n\n    x = 1 \n"
+    tokenizer = load_tokenizer(
+        ModelArguments(tokenizer=str(tokenizer_folder), model={"model_type": kind})
+    )
+    for part in (AutoConfig.for_model(kind), tokenizer):
+        part.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == tokenizer.encode(text)
+    own = AutoTokenizer.from_pretrained(tokenizer_folder).encode(text)
+    said = f"{tokenizer_folder} is read as {type(tokenizer).__name__}, as transformers does"
+    assert (said in capsys.readouterr().out) == (tokenizer.encode(text) != own)
+
+
+def test_a_tokenizer_of_which_transformers_makes_another_is_refused(wordpiece_folder):
+    arguments = ModelArguments(tokenizer=str(wordpiece_folder), model={"model_type": "qwen2"})
+    with pytest.raises(InputError, match="as Qwen2Tokenizer, which loses text"):
         load_tokenizer(arguments)

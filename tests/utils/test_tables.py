@@ -206,7 +206,9 @@ def test_dots_are_in_names_or_lead_into_columns(tmp_path):
     assert found.get("doc.text") == "literal"
     assert found.get("doc.only") == "here"
     assert found.get("a.b.c.d") == 1
-    with pytest.raises(InputError, match=r"no column 'doc.none'; there are: doc.text, doc, a$"):
+    with pytest.raises(
+        InputError, match=r"no column 'doc.none'; there are: doc.text, doc.only, a$"
+    ):
         found.get("doc.none")
 
 

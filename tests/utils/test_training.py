@@ -487,7 +487,7 @@ def test_no_space_left(disturbed, undisturbed, monkeypatch):
 RAISED = {
     # (function, which of its calls, what it raises, the step that is saved by then)
     "in an evaluation": (causal_lm, "evaluate_by_domain", 2, SystemExit, 6),
-    "in a forward of one": (Training, "forward", 2 + 2, SystemExit, 3),
+    "in a forward of one": (Training, "forward", 4 + 2, SystemExit, 3),
     "while samples are written": (causal_lm, "write_samples", 3, InputError, 9),
     "by its results": (RunState, "note_evaluation", 1, InputError, 3),
     "by the next document": (stream, "collate", 4 * 7 + 2, SystemExit, 7),
