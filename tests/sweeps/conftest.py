@@ -19,14 +19,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 KINDS = {
     "causal": (
         "Causal language models",
-        ["packed", "unpacked", "further losses", "initialisation", "export", "adapter", "merged"],
+        [
+            *("packed", "unpacked", "further losses", "initialisation", "export", "tokenizer"),
+            *("adapter", "merged", "adapter of embeddings", "merged of embeddings"),
+        ],
     ),
     "masked": (
         "Masked language models",
-        ["packed", "unpacked", "pairs", "initialisation", "export"],
+        ["packed", "unpacked", "pairs", "initialisation", "export", "tokenizer"],
     ),
-    "seq2seq": ("Encoder-decoders", ["loss", "predictions", "initialisation", "export"]),
-    "classification": ("Classifiers", ["loss", "padding", "initialisation", "export"]),
+    "seq2seq": (
+        "Encoder-decoders",
+        ["loss", "predictions", "initialisation", "export", "tokenizer"],
+    ),
+    "classification": ("Classifiers", ["loss", "padding", "initialisation", "export", "tokenizer"]),
 }
 INTRODUCTION = """# Architectures
 
@@ -44,7 +50,10 @@ transformers itself does with it:
 - **initialisation**: from scratch every tensor has the mean and the spread `from_config` gives it,
   as a function of the seed
 - **export**: what was not changed leaves tensor by tensor as it came
-- **adapter**, **merged**: LoRA, alone and merged, gives when it is loaded what it gave in training
+- **tokenizer**: a client reads the exported folder's as the run did, and writes it to the byte; one
+  that was trained by itself, which transformers reads as a class of the type's own for some
+- **adapter**, **merged**: LoRA on all linear layers, or on the embeddings, alone and merged,
+  gives when it is loaded what it gave in training
 - **predictions**: the code of the model card writes what the run wrote
 
 "refused" is said by the recipe in these words, before a step is made. "not built" is said by

@@ -10,12 +10,20 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from sweeps.architectures import KINDS, CannotBuild, model_types, sampled, tiny_model
+from sweeps.architectures import (
+    KINDS,
+    CannotBuild,
+    model_types,
+    sampled,
+    tiny_config,
+    tiny_model,
+)
 from utils import checkpoint
 from utils.adapters import add_adapter
 from utils.comparison import Reference
 from utils.config import InputError
 from utils.export import ModelFiles, export
+from utils.model import ModelArguments, load_tokenizer
 
 TASKS = {"causal": "CAUSAL_LM", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
 TASKS["classification"] = "SEQ_CLS"
@@ -77,19 +85,25 @@ def test_what_was_not_changed_leaves_as_it_came(kind, model_type, tokenizer, tmp
 
 
 @pytest.mark.parametrize(("kind", "model_type"), CASES)
-def test_the_tokenizer_is_read_as_it_was_trained_with(
-    kind, model_type, tokenizer, tmp_path, record
-):
-    """Some types have a class of their own, which transformers takes for any tokenizer."""
+def test_the_tokenizer_is_read_as_in_the_run(kind, model_type, tokenizer_folder, tmp_path, record):
+    """For some types transformers takes a class of their own, whatever the tokenizer."""
     try:
-        config = tiny_model(kind, model_type).config
+        config = tiny_config(model_type)
+        settings = ModelArguments(tokenizer=str(tokenizer_folder), model={"model_type": model_type})
+        of_run = load_tokenizer(settings)
     except CannotBuild as error:
         return record(kind, model_type, tokenizer=f"not built: {error}")
-    for part in (config, tokenizer):
-        part.save_pretrained(tmp_path)
+    except InputError as error:
+        reason = str(error).replace(str(tokenizer_folder), "a tokenizer of another kind")
+        return record(kind, model_type, tokenizer=f"refused: {reason}")
+    config.save_pretrained(tmp_path)
+    of_run.save_pretrained(tmp_path)
     client = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    differs = [text for text in TEXTS if client(text).input_ids != tokenizer(text).input_ids]
-    print("TOK", kind, model_type, type(client).__name__, len(differs))
+    assert [client(text).input_ids for text in TEXTS] == [of_run(text).input_ids for text in TEXTS]
+    client.save_pretrained(tmp_path / "again")
+    files = [folder / "tokenizer.json" for folder in (tmp_path, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    record(kind, model_type, tokenizer="same")
 
 
 @pytest.mark.parametrize("of_embeddings", [False, True], ids=["all linear", "embeddings"])
