@@ -69,7 +69,7 @@ def amplified(model: torch.nn.Module) -> Iterator[None]:
                 norm = torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32)
                 norm = float(getattr(norm, "full_tensor", lambda norm=norm: norm)())
                 unit = parameter.shape[-1] ** -0.5
-                gain = norm / parameter.numel() ** 0.5 / unit
+                gain = norm / max(1, parameter.numel()) ** 0.5 / unit
                 factors[parameter] = 2.0 ** max(0, math.floor(-math.log2(gain))) if gain else 0.0
                 if gain:
                     parameter.data.mul_(factors[parameter])

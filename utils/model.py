@@ -83,12 +83,11 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
 
 def _config_beside(arguments: ModelArguments) -> Any:
     """Of the type of the model; None where there is none, which `model_config` says."""
-    if arguments.model_name_or_path:
-        with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError):
+        if arguments.model_name_or_path:
             return transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
-        return None
-    kind = arguments.model.get("model_type")
-    return transformers.AutoConfig.for_model(kind) if kind in transformers.CONFIG_MAPPING else None
+        return transformers.AutoConfig.for_model(arguments.model.get("model_type"))
+    return None
 
 
 def _what_is_wrong(name: str, error: Exception) -> str:
@@ -309,17 +308,33 @@ def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:
 
 
 def first_position(model: "transformers.PreTrainedModel") -> int:
-    """The position id of a sequence's first token: RoBERTa's begin after that of the padding."""
-    embeddings = getattr(model.base_model, "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return 0 if padding is None else padding + 1
+    """The position id of a sequence's first token.
+
+    RoBERTa's begin after that of the padding; MRA's, Nyströmformer's and YOSO's leave out what
+    their tables have beyond max_position_embeddings.
+    """
+    table = _position_table(model)
+    padding = getattr(table, "padding_idx", None)
+    if padding is not None:
+        return padding + 1
+    return max(0, getattr(table, "num_embeddings", 0) - _most_positions(model))
 
 
 def check_positions(model: "transformers.PreTrainedModel", sequence_length: int) -> None:
     """Raises InputError when an encoder has fewer positions than a row tokens."""
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    positions = getattr(_position_table(model), "num_embeddings", None) or _most_positions(model)
     if first_position(model) + sequence_length > positions:
         raise InputError(
             f"sequence_length: {sequence_length} and the model's first position "
             f"{first_position(model)} are more than its max_position_embeddings of {positions}"
         )
+
+
+def _position_table(model: "transformers.PreTrainedModel") -> Any:
+    embeddings = getattr(model.base_model, "embeddings", None)
+    return getattr(embeddings, "position_embeddings", None)
+
+
+def _most_positions(model: "transformers.PreTrainedModel") -> float:
+    most = getattr(model.config, "max_position_embeddings", None) or 0
+    return most if most > 0 else math.inf  # XLNet says -1

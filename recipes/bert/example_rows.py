@@ -172,6 +172,7 @@ def block_diagonal_mask(sequence_ids: torch.Tensor, config: Any, dtype: torch.dt
     blocks = sequence_ids[:, None, :, None] == sequence_ids[:, None, None, :]
     smallest = torch.finfo(dtype).min
     mask = torch.where(blocks, 0.0, smallest).to(dtype)
+    config = config.get_text_config()
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
         return mask
     place = torch.arange(blocks.shape[-1], device=blocks.device)

@@ -17,7 +17,6 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -25,13 +24,14 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from example_rows import block_diagonal_mask, check_examples, example_rows
+from masked_check import check_objective
 from masked_evaluation import MaskedEvaluation
 from masking import ExampleMaker, MaskingArguments
 from sentence_encoder import SentenceEncoder
 from utils.arguments import TrainingArguments
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
-from utils.loss import IGNORE_INDEX, amplified, check_packing
+from utils.loss import IGNORE_INDEX
 from utils.memory import PAIR_HEADS, flops_per_token, parameter_count, plan
 from utils.model import (
     ModelArguments,
@@ -153,6 +153,8 @@ class MaskedLoss(torch.nn.Module):
         self.terms = objective.split("_")  # mlm, and nsp or sop
         self.names = tuple(f"{term}_loss" for term in self.terms)
         self.optional, self.first_position = optional_inputs(model), first_position(model)
+        if not packing:  # a model that sees its padding counts it as its clients do
+            self.optional = [name for name in self.optional if name != "position_ids"]
         self.targets: torch.Tensor | None = None  # None: all hidden states are wanted
         model.base_model.register_forward_hook(self._keep_targets)
 
@@ -206,24 +208,12 @@ class MaskedLoss(torch.nn.Module):
         output.last_hidden_state = hidden[self.targets][None]
         if len(self.terms) > 1:
             firsts = hidden[self.firsts]
-            if hasattr(base_model, "pooler_activation"):  # ALBERT
-                output.pooler_output = base_model.pooler_activation(base_model.pooler(firsts))
+            if isinstance(base_model.pooler, torch.nn.Linear):  # ALBERT, BigBird
+                activation = getattr(base_model, "pooler_activation", None) or base_model.activation
+                output.pooler_output = activation(base_model.pooler(firsts))
             else:
                 output.pooler_output = base_model.pooler(firsts[:, None])
         return output
-
-
-def position_losses(training: Training, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss of every token of two sequences a row, none of them masked."""
-    tokens, places = batch["input_ids"], batch["position_ids"]
-    batch = {
-        **batch,
-        "labels": tokens,
-        "token_type_ids": torch.zeros_like(tokens),
-        "sequence_ids": 1 + (places == 0).cumsum(1),
-        "pair_labels": torch.full_like(tokens, IGNORE_INDEX),
-    }
-    return training.forward(batch, per_target=True)["mlm"][0].view(tokens.shape)
 
 
 def check_model(model: "transformers.PreTrainedModel", args: Arguments) -> None:
@@ -285,23 +275,9 @@ def main() -> None:
         TrainingStream(lanes, rows_of, args),
         flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
     )
-    if args.packing:
-        losses_of = partial(position_losses, training)
-        try:
-            with amplified(model):
-                for length in sorted(flops):
-                    # what a mask hides weighs exactly 0, in every precision
-                    check_packing(losses_of, (1, length), config.vocab_size)
-        except (torch.OutOfMemoryError, torch.distributed.DistBackendError):
-            raise
-        except Exception as error:  # models fail in ways of their own on a mask they do not expect
-            raise InputError(
-                f"model: {config.model_type} cannot be trained on packed rows "
-                f"({type(error).__name__}: {shorten(str(error), 100)}): set packing: false"
-            ) from None
-    evaluation = MaskedEvaluation(
-        training, encode, make_examples, partial(training.forward, per_target=True), args.packing
-    )
+    scores = partial(training.forward, per_target=True)
+    check_objective(objective, scores, {*flops})
+    evaluation = MaskedEvaluation(training, encode, make_examples, scores, args.packing)
     for step in training.steps():
         if training.evaluates():
             results: dict[str, Any] | None = {}

@@ -23,10 +23,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, sequence_le
     mask says, and decoders find a text's last token as the last that is no padding token.
 
     Raises:
-        InputError: nothing to pad with, or an encoder-decoder.
+        InputError: nothing to pad with, or a model that cannot read padded rows, or an
+            encoder-decoder.
     """
     if config.is_encoder_decoder:
         raise InputError(f"model: {config.model_type} is an encoder-decoder: take one of the two")
+    if getattr(config, "summary_type", None) == "last":
+        raise InputError(
+            f"model: {config.model_type} classifies by the last place of a row, padding or not: "
+            "take another model"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError("tokenizer: it has neither a padding nor an end token to pad with")

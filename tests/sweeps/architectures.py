@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -85,8 +86,12 @@ MORE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
     "mamba2": {"num_heads": 8},
+    "mobilebert": {"embedding_size": 16},
     "neomme": {"head_dim": 16},
     "qwen4_exp_text": INDEXER,
     "reformer": {"axial_pos_embds": False},
@@ -129,7 +134,7 @@ def tiny_config(model_type: str, **settings: Any) -> PreTrainedConfig:
         given = _tiny(defaults) | MORE.get(model_type, {}) | settings
         return type(defaults)(**given)
     except Exception as error:
-        raise CannotBuild(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise CannotBuild(shorten(f"{type(error).__name__}: {error}", 160)) from error
 
 
 def tiny_model(kind: str, model_type: str, **settings: Any) -> transformers.PreTrainedModel:
@@ -145,7 +150,7 @@ def tiny_model(kind: str, model_type: str, **settings: Any) -> transformers.PreT
         torch.manual_seed(0)
         return AUTO_MODELS[kind].from_config(config).eval()
     except Exception as error:
-        raise CannotBuild(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise CannotBuild(shorten(f"{type(error).__name__}: {error}", 160)) from error
 
 
 def sharpened(

@@ -6,25 +6,61 @@ In `make sweep` each test adds cells for its types; in `make test` the committed
 import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 # kind: heading, and the columns in their order
 KINDS = {
-    "causal": ("Causal language models", ["packed", "unpacked", "further losses"]),
-    "masked": ("Masked language models", []),
-    "seq2seq": ("Encoder-decoders", ["loss"]),
-    "classification": ("Classifiers", []),
+    "causal": (
+        "Causal language models",
+        [
+            *("packed", "unpacked", "further losses", "initialisation", "export", "tokenizer"),
+            *("adapter", "merged", "adapter of embeddings", "merged of embeddings"),
+        ],
+    ),
+    "masked": (
+        "Masked language models",
+        ["packed", "unpacked", "pairs", "initialisation", "export", "tokenizer"],
+    ),
+    "seq2seq": (
+        "Encoder-decoders",
+        ["loss", "predictions", "initialisation", "export", "tokenizer"],
+    ),
+    "classification": ("Classifiers", ["loss", "padding", "initialisation", "export", "tokenizer"]),
 }
 INTRODUCTION = """# Architectures
 
-Written by `make sweep`, which goes over every architecture of transformers that it maps to a kind
-of model, tiny and with random weights. What is here "same" is compared with transformers' own
-model on the same documents; what is not the same is refused by name, before anything is trained.
-Further losses are those that a config can ask for (output_router_logits).
+Which models of transformers the recipes train, and why they refuse the others. Each type that
+transformers maps to one of four kinds was made tiny, with random weights, and compared with what
+transformers itself does with it:
+
+- **packed**, **unpacked**, **loss**: the training loss is the model's own, of each document alone
+  where they are packed, and of a padded batch elsewhere
+- **further losses**: which a model adds to its own when its config asks for them
+  (`output_router_logits`), and the recipe does
+- **pairs**: next-sentence and sentence-order prediction beside the masked tokens
+- **padding**: of models that see it, whatever the attention mask says: a prediction depends on what
+  else is in its batch, here as in transformers
+- **initialisation**: from scratch every tensor has the mean and the spread `from_config` gives it,
+  as a function of the seed
+- **export**: what was not changed leaves tensor by tensor as it came
+- **tokenizer**: a client reads the exported folder's as the run did, and writes it to the byte; one
+  that was trained by itself, which transformers reads as a class of the type's own for some
+- **adapter**, **merged**: LoRA on all linear layers, or on the embeddings, alone and merged,
+  gives when it is loaded what it gave in training
+- **predictions**: the code of the model card writes what the run wrote
+
+"refused" is said by the recipe in these words, before a step is made. "not built" is said by
+transformers of the tiny model, or of a config without settings. A column is empty where it does not
+apply.
+
+Made by `make sweep` with torch {torch} and transformers {transformers}, {date}.
 """
 
 
@@ -58,7 +94,8 @@ def write(found: dict[str, dict[str, dict[str, str]]]) -> None:
         for model_type, cells in types.items():
             results.setdefault(kind, {}).setdefault(model_type, {}).update(cells)
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    lines = [INTRODUCTION]
+    made_with = {"torch": torch.__version__, "transformers": transformers.__version__}
+    lines = [INTRODUCTION.format(**made_with, date=date.today())]
     for kind, (heading, columns) in KINDS.items():
         if kind not in results:
             continue
@@ -73,8 +110,15 @@ def write(found: dict[str, dict[str, dict[str, str]]]) -> None:
 
 
 def summary(types: dict[str, dict[str, str]], columns: list[str]) -> list[str]:
-    """A line a column: how many types are the same there."""
-    same = {c: sum(cells.get(c) == "same" for cells in types.values()) for c in columns}
-    return [
-        f"- {column}: {n} of {len(types)} types are the same" for column, n in same.items() if n
-    ]
+    """A line a column of comparisons: how many types are the same, refused, or not built."""
+    lines = []
+    for column in columns:
+        cells = [cells.get(column, "") for cells in types.values()]
+        same = sum(cell == "same" for cell in cells)
+        if same:
+            counts = [f"{same} of {len([*filter(None, cells)])} types are the same"]
+            for what in ("refused", "not built"):
+                number = sum(cell.startswith(what) for cell in cells)
+                counts += [f"{number} {what}"] if number else []
+            lines.append(f"- {column}: {', '.join(counts)}")
+    return lines

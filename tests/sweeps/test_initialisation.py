@@ -29,12 +29,12 @@ def moments(models: list[torch.nn.Module]) -> dict[str, tuple[float, float, int]
 
 
 @pytest.mark.parametrize(("kind", "model_type"), CASES)
-def test_every_tensor_has_the_deviation_that_from_config_gives(kind, model_type):
+def test_every_tensor_has_the_deviation_that_from_config_gives(kind, model_type, record):
     try:
         config = tiny_model(kind, model_type).config
         usual = [AUTO_MODELS[kind].from_config(copy.deepcopy(config)) for _ in range(3)]
-    except (CannotBuild, ValueError) as error:
-        pytest.skip(str(error)[:100])
+    except CannotBuild as error:
+        return record(kind, model_type, initialisation=f"not built: {error}")
     models = [AUTO_MODELS[kind].from_config(copy.deepcopy(config)) for _ in range(4)]
     for model, seed in zip(models, (0, 0, 1, 2), strict=True):
         initialize_weights(model, seed)
@@ -49,6 +49,7 @@ def test_every_tensor_has_the_deviation_that_from_config_gives(kind, model_type)
         ):
             wrong.append(f"{name}: {found[name][:2]} for {(mean, deviation)}")
     assert wrong == []
+    record(kind, model_type, initialisation="same")
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "seq2seq"])

@@ -444,7 +444,7 @@ def test_the_loss_is_the_model_s_own(model_type, record):
     try:
         model = sharpened(tiny_model("seq2seq", model_type))
     except CannotBuild as error:
-        record("seq2seq", model_type, loss=f"cannot be built: {error}")
+        record("seq2seq", model_type, loss=f"not built: {error}")
         return
     config = model.config
     if not config.is_encoder_decoder:
@@ -479,7 +479,7 @@ def test_the_loss_is_the_model_s_own(model_type, record):
 
 
 @pytest.mark.parametrize("model_type", [t for t in SWEPT if sampled(t) or t in ("fsmt", "m2m_100")])
-def test_every_encoder_decoder_writes_as_the_run_did(model_type, saved, summarize):
+def test_every_encoder_decoder_writes_as_the_run_did(model_type, saved, summarize, record):
     folder = saved("word pieces")
     settings = {"disable_ngram_loss": True, "eps": 0.0} if model_type == "prophetnet" else {}
     try:
@@ -492,3 +492,4 @@ def test_every_encoder_decoder_writes_as_the_run_did(model_type, saved, summariz
     ended = summarize(folder)
     assert ended.status == 0, ended.error
     assert_card_writes_predictions(ended.folder)
+    record("seq2seq", model_type, predictions="same")
