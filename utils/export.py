@@ -19,7 +19,6 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.initialization import guard_torch_init_functions
-from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
 
 from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state
@@ -154,6 +153,8 @@ def _by_itself() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    from transformers.integrations import deepspeed as integration  # which takes Accelerate
+
     zero3 = patch.object(integration, "_hf_deepspeed_config_weak_ref", None)
     with zero3, warnings.catch_warnings(action="ignore"):
         yield

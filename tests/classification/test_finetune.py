@@ -552,7 +552,7 @@ def test_predictions_are_the_exports_and_the_card_tells_the_results(fine_tune: C
     card = (ended.folder / "README.md").read_text()
     assert f"| accuracy of the test data | {accuracy:.4f} |" in card
     assert "| examples | 90 train, 30 validation, 30 test |" in card
-    assert 'pipeline("text-classification", "model"' in card
+    assert 'from_pretrained("model")' in card
 
 
 def test_the_code_of_the_card_runs(fine_tune: Callable, monkeypatch: pytest.MonkeyPatch):
