@@ -74,7 +74,7 @@ class Labelled(NamedTuple):
 def read_labelled(pattern: str) -> Labelled:
     """The documents that belong to a package, without the names of packages."""
     source = Source(pattern, domain_field="meta.redpajama_set_name")
-    documents = list(held_out_documents([source], None, "fail"))
+    documents = list(held_out_documents([source], None))
     chosen = [document for document in documents if document.domain not in NOT_PACKAGES]
     texts = [NAMES.sub(" ", document.text) for document in chosen]
     return Labelled(texts, [document.domain for document in chosen])

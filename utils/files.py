@@ -24,6 +24,10 @@ from utils.usage import warn
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a read that failed is tried again
 REMOTE_BLOCK = 2**21  # bytes of a range that is fetched
 BUFFER = 2**18
+ZSTD_PIECE = 2**11  # compressed bytes: at most 2**26 come out of them
+ZSTD_WINDOW = 2**31  # as `zstd --long=31` writes; each open file takes that much memory
+# what a run leaves at the top of its folder that has the form of data
+WRITTEN = {*("metrics.jsonl", "predictions.jsonl", "finished.json", "checkpoints", "model")}
 # of a file that cannot be read, or whose compression is damaged
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
@@ -49,12 +53,52 @@ def find_local_files(path: str, formats: tuple[str, ...]) -> list[str]:
         found = [*filter(re.compile(glob_translate(pattern)).match, _walk(folder))]
     else:
         found = glob.glob(path)
-    found.sort(key=lambda file: (os.path.realpath(file) != os.path.abspath(file), file))
-    files = {_identity(file): file for file in reversed(found)}
+    if found != [path]:
+        found = _without_runs(path, found, os.path.exists)
+    real = functools.cache(os.path.realpath)  # of folders: of each file it would take long
+
+    def own_name(file: str) -> str:
+        folder, name = os.path.split(file)
+        return real(file) if os.path.islink(file) else os.path.join(real(folder), name)
+
+    found.sort(key=lambda file: (own_name(file) != os.path.abspath(file), file))
+    files = {_identity(file, own_name): file for file in reversed(found)}
     if len(files) < len(found):
         again = len(found) - len(files)
         _warn_once(f"{path}: {again} more names (links) of the same files are left out")
     return sorted(files.values())
+
+
+def _without_runs(path: str, files: list[str], exists: Callable[[str], bool]) -> list[str]:
+    """Without what runs have left where data are looked for: metrics are no text to train on.
+
+    Args:
+        path: a folder or a pattern, which may stand in a run's folder itself.
+    """
+    path = os.fspath(path)
+    top = re.match("[^*?[]*", path)[0]
+    top = (top if top == path else os.path.dirname(top)).rstrip("/")
+
+    @functools.cache
+    def is_run(folder: str) -> bool:
+        marks = ("metrics.jsonl", "checkpoints")
+        has = (exists(os.path.join(folder, name)) for name in ("config.yaml", *marks))
+        return next(has) and any(has)
+
+    @functools.cache
+    def is_in_run(folder: str) -> bool:
+        is_inside = len(folder.rstrip("/")) > len(top)
+        return is_inside and (is_run(folder) or is_in_run(os.path.dirname(folder)))
+
+    def is_written(file: str) -> bool:
+        first = file[len(top) :].strip("/").partition("/")[0]
+        return is_in_run(os.path.dirname(file)) or (first in WRITTEN and is_run(top))
+
+    kept = [file for file in files if not is_written(file)]
+    if len(kept) < len(files):
+        left_out = len(files) - len(kept)
+        _warn_once(f"{path}: {left_out} files that runs have written there are left out")
+    return kept
 
 
 def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -75,12 +119,12 @@ def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
             yield path
 
 
-def _identity(file: str) -> Any:
+def _identity(file: str, own_name: Callable[[str], str]) -> Any:
     """The same for all names of a file."""
     status = os.stat(file) if os.path.exists(file) else None
     # without hard links the numbers of files mean nothing on some file systems
     is_linked = status is not None and status.st_nlink > 1
-    return (status.st_dev, status.st_ino) if is_linked else os.path.realpath(file)
+    return (status.st_dev, status.st_ino) if is_linked else own_name(file)
 
 
 def find_remote_files(url: str, formats: tuple[str, ...]) -> list[str]:
@@ -94,6 +138,8 @@ def find_remote_files(url: str, formats: tuple[str, ...]) -> list[str]:
             found = [file for file in filesystem.find(pattern) if file.endswith(formats)]
         else:
             found = filesystem.glob(pattern)
+        if found != [pattern]:
+            found = _without_runs(pattern, found, filesystem.exists)
     except Exception as error:  # every file system has kinds of its own
         raise InputError(f"source {url!r}: {type(error).__name__}: {error}") from None
     return [filesystem.unstrip_protocol(file) for file in found]
@@ -178,13 +224,13 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self.plain:
-            self.compressed = self.compressed or self.stream.read(2**16)
+            self.compressed = self.compressed or self.stream.read(ZSTD_PIECE)
             if not self.compressed:
                 if self.frame is not None and not self.frame.eof:
                     raise EOFError("the compressed stream ends in the middle of a frame")
                 return 0
             if self.frame is None or self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                self.frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
             self.plain = memoryview(self.frame.decompress(self.compressed))
             self.compressed = self.frame.unused_data
         count = min(len(buffer), len(self.plain))

@@ -12,12 +12,21 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from utils.config import InputError, Settings
+from utils.config import InputError
 from utils.randomness import keyed_permutation
 from utils.ranks import launched_world_size
-from utils.sources import BadRecord, BadRecords, Document, Shard, Source, check_documents, read
+from utils.records import Shard
+from utils.sources import (
+    BadRecord,
+    BadRecords,
+    Document,
+    Source,
+    SourceArguments,
+    check_documents,
+    read,
+)
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
@@ -25,8 +34,8 @@ MAX_DOMAINS = 256  # each has a count in the state of every lane
 
 
 @dataclass
-class StreamArguments(Settings):
-    """How documents become an order. Fixed for a run, but for the last two."""
+class StreamArguments(SourceArguments):
+    """How documents become an order."""
 
     train_sources: list[Source] = field(default_factory=list)
     # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
@@ -34,7 +43,6 @@ class StreamArguments(Settings):
     lanes: int = 64
     shuffle_documents: int = 512  # a chunk of this many documents, or of …
     shuffle_bytes: int = 2**21  # … this many bytes, whichever comes first, is permuted
-    on_bad_record: Literal["fail", "skip"] = "fail"  # broken records and files; skip also counts
     dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
 
     def check(self) -> None:
@@ -97,7 +105,7 @@ class Corpus:
     def __init__(self, arguments: Any):
         self.arguments, self.sources, self.seed = arguments, arguments.train_sources, arguments.seed
         check_mixture(self.sources)
-        self.files = check_documents(self.sources, arguments.on_bad_record)
+        self.files = check_documents(self.sources, arguments)
         self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -227,7 +235,7 @@ class Cursor:
         index = corpus.shards_of(self.source, self.epoch, self.lane)[self.shard]
         if self.reader is None:
             shard, source = corpus.shards[self.source][index], corpus.sources[self.source]
-            self.reader = read(shard, source, self.start)
+            self.reader = read(shard, source, self.start, limits.max_document_bytes)
         self.lanes.opened(self)
         documents, size = [], 0
         self.bad_records, self.shard_ended = 0, True

@@ -6,26 +6,31 @@ ranges, never downloaded whole first.
 """
 
 import functools
-import io
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet
 
-from utils.config import InputError
-from utils.files import READ_ERRORS, find_local_files, find_remote_files, open_file
+from utils.config import InputError, Settings
+from utils.files import (
+    READ_ERRORS,
+    find_local_files,
+    find_remote_files,
+)
+from utils.records import Shard, records
 from utils.tables import ABSENT, value_at
-from utils.usage import warn
+from utils.usage import announced, warn
 
 # .json.gz: JSON lines too, as C4 and Dolma name theirs
 FORMATS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")
 BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
 HELD_OUT_CHECKED = 1000  # documents of a source that are read before the first step
+MAX_DOCUMENT_BYTES = 2**28  # the longest documents of published corpora are of some 2**26
 
 
 @dataclass
@@ -43,12 +48,21 @@ class Source:
     revision: str | None = None  # of a dataset on the Hub: a commit makes the run repeatable
 
 
-class Shard(NamedTuple):
-    """Part `part` of `parts` of a file: bytes of .jsonl, rows of .parquet, else every n-th line."""
+@dataclass
+class SourceArguments(Settings):
+    """What becomes of records that are none, wherever sources are read."""
 
-    file: str
-    part: int
-    parts: int
+    on_bad_record: Literal["fail", "skip"] = "fail"  # broken records and files; skip also counts
+    # of a line of JSON or a row of parquet; a longer one is a broken record, never whole in memory
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+
+    def check(self) -> None:
+        if self.max_document_bytes < 1:
+            raise InputError(f"max_document_bytes must be 1 or more, not {self.max_document_bytes}")
+        super().check()
+
+
+DEFAULTS = SourceArguments()
 
 
 class Document(NamedTuple):
@@ -148,42 +162,51 @@ def _hub_files(source: Source) -> list[str]:
 
 
 def check_documents(
-    sources: list[Source], on_bad_record: str = "fail", count: int = 1
+    sources: list[Source], arguments: SourceArguments = DEFAULTS, count: int = 1
 ) -> list[list[str]]:
     """The files of each source, after a look at its first `count` documents.
 
     Raises:
         InputError: as `find_files`; a source without a document; a broken record that stops.
     """
-    found = [find_files(source) for source in sources]
-    for source, files in zip(sources, found, strict=True):
-        if not _has_documents(source, files, on_bad_record, count):
+    found = []
+    for source in sources:
+        with announced(f"looking at the first documents of {source.path}", each_rank=True):
+            found.append(files := find_files(source))
+            has_documents = _has_documents(source, files, arguments, count)
+        if not has_documents:
             shown = ", ".join(files[:3])
             raise InputError(f"source {source.path!r} is empty: no document in {shown}")
     return found
 
 
-def check_held_out(sources: list[Source], limit: int | None, on_bad_record: str) -> None:
+def check_held_out(sources: list[Source], limit: int | None, arguments: SourceArguments) -> None:
     """`check_documents`, of the first documents that `held_out_documents` will give."""
-    check_documents(sources, on_bad_record, min(limit or HELD_OUT_CHECKED, HELD_OUT_CHECKED))
+    check_documents(sources, arguments, min(limit or HELD_OUT_CHECKED, HELD_OUT_CHECKED))
 
 
-def _has_documents(source: Source, files: list[str], on_bad_record: str, count: int) -> bool:
+def _has_documents(
+    source: Source, files: list[str], arguments: SourceArguments, count: int
+) -> bool:
     broken_records, found = itertools.count(1), False
 
     def report(problem: BadRecord | OSError) -> None:
         # so many are not a broken record here and there: the settings are wrong
         is_too_many = not found and isinstance(problem, BadRecord) and next(broken_records) == 1000
-        if on_bad_record == "fail" or is_too_many:
+        if arguments.on_bad_record == "fail" or is_too_many:
             raise InputError(f"source {source.path!r}: {problem}")
 
-    for _ in itertools.islice(documents(source, files, report), count):
+    limit = arguments.max_document_bytes
+    for _ in itertools.islice(documents(source, files, report, limit), count):
         found = True
     return found
 
 
 def read(
-    shard: Shard, source: Source, position: int | None = None
+    shard: Shard,
+    source: Source,
+    position: int | None = None,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
 ) -> Iterator[Document | BadRecord]:
     """The documents (and `BadRecord`s) of a shard, in the file's order, from a position in it.
 
@@ -192,10 +215,15 @@ def read(
     Raises:
         OSError: the file cannot be read, or is damaged.
     """
+    fields = (source.text_field, source.domain_field or "")
     try:
-        for record, start, end in _records(shard, source, position):
+        for record, start, end in records(shard, fields, position, max_document_bytes):
             position = end
-            item = _document(record, start, end, shard, source)
+            if isinstance(record, int):
+                problem = f"{record:,} bytes: more than max_document_bytes {max_document_bytes:,}"
+                item = BadRecord(problem, start, end, shard.file)
+            else:
+                item = _document(record, start, end, shard, source)
             if isinstance(item, BadRecord) or item.text.strip():
                 yield item
     except (*READ_ERRORS, pyarrow.ArrowException) as error:
@@ -205,12 +233,15 @@ def read(
 
 
 def documents(
-    source: Source, files: list[str], report: Callable[[BadRecord | OSError], None]
+    source: Source,
+    files: list[str],
+    report: Callable[[BadRecord | OSError], None],
+    max_document_bytes: int,
 ) -> Iterator[Document]:
     """The documents of whole files, one after the other; what is broken there is reported."""
     for file in files:
         try:
-            with closing(read(Shard(file, 0, 1), source)) as items:
+            with closing(read(Shard(file, 0, 1), source, None, max_document_bytes)) as items:
                 for item in items:
                     if isinstance(item, Document):
                         yield item
@@ -221,12 +252,13 @@ def documents(
 
 
 def held_out_documents(
-    sources: list[Source], limit: int | None, on_bad_record: str = "fail"
+    sources: list[Source], limit: int | None, arguments: SourceArguments = DEFAULTS
 ) -> Iterator[Document]:
     """The documents of the sources in the order of their files: of each source at most `limit`."""
     for source in sources:
-        report = _held_out_records(source.path, on_bad_record).report
-        yield from itertools.islice(documents(source, find_files(source), report), limit)
+        report = _held_out_records(source.path, arguments.on_bad_record).report
+        found = documents(source, find_files(source), report, arguments.max_document_bytes)
+        yield from itertools.islice(found, limit)
 
 
 @functools.cache
@@ -243,78 +275,10 @@ def describe_position(file: str, position: int) -> str:
         return f"{file}, line {position + 1}"
     if not os.path.exists(file):
         return f"{file}, byte {position}"  # counting lines would download all before it
-    with open(file, "rb") as stream:
+    with announced(f"counting the lines of {file}", each_rank=True), open(file, "rb") as stream:
         blocks = iter(lambda: stream.read(min(2**20, position - stream.tell())), b"")
-        lines = sum(block.count(b"\n") for block in blocks)
-    return f"{file}, line {lines + 1}"
-
-
-def _records(shard: Shard, source: Source, position: int | None) -> Iterator[tuple[Any, int, int]]:
-    """(a line's bytes or a pyarrow scalar, its position, the position after it)."""
-    with open_file(shard.file) as stream:
-        if shard.file.endswith(".parquet"):
-            yield from _parquet_rows(stream, shard, source, position)
-        elif shard.file.endswith(".jsonl"):
-            yield from _lines_by_byte(stream, shard, position)
-        else:
-            yield from _lines_by_number(stream, shard, position)
-
-
-def _lines_by_byte(
-    stream: io.BufferedIOBase, shard: Shard, position: int | None
-) -> Iterator[tuple[bytes, int, int]]:
-    size = stream.seek(0, io.SEEK_END)
-    start, stop = (size * part // shard.parts for part in (shard.part, shard.part + 1))
-    if position is None:
-        # a line belongs to the part in which its first byte stands
-        position = start
-        if start > 0:
-            stream.seek(start - 1)
-            position += len(stream.readline()) - 1
-    stream.seek(position)
-    while position < stop and (line := stream.readline()):
-        if not line.isspace():
-            yield line, position, position + len(line)
-        position += len(line)
-
-
-def _lines_by_number(
-    stream: io.BufferedIOBase, shard: Shard, position: int | None
-) -> Iterator[tuple[bytes, int, int]]:
-    for number, line in enumerate(stream):
-        mine = number % shard.parts == shard.part
-        if mine and number >= (position or 0) and not line.isspace():
-            yield line, number, number + 1
-
-
-def _parquet_rows(
-    stream: io.BufferedIOBase, shard: Shard, source: Source, position: int | None
-) -> Iterator[tuple[pyarrow.StructScalar, int, int]]:
-    with pyarrow.parquet.ParquetFile(stream) as table:
-        names = table.schema_arrow.names
-        text, domain = (
-            {name for name in names if f"{field}.".startswith(f"{name}.")}
-            for field in (source.text_field, source.domain_field or "")
-        )
-        # without its text field a row is reported with the names of the fields that it has
-        columns = [name for name in names if name in text | domain] if text else names
-        rows = table.metadata.num_rows
-        start, stop = (rows * part // shard.parts for part in (shard.part, shard.part + 1))
-        start = start if position is None else position
-        row = 0
-        for group in range(table.num_row_groups):
-            count = table.metadata.row_group(group).num_rows
-            if row + count <= start or row >= stop:
-                row += count
-                continue
-            for batch in table.iter_batches(64, [group], columns, use_threads=False):
-                if row >= stop:
-                    break
-                if row + batch.num_rows > start:
-                    for number, record in enumerate(batch.to_struct_array(), row):
-                        if start <= number < stop:
-                            yield record, number, number + 1
-                row += batch.num_rows
+        before = sum(block.count(b"\n") for block in blocks)
+    return f"{file}, line {before + 1}"
 
 
 def _document(

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import Any
 
+PATIENCE = 5  # seconds that a run is silent at most
 # what moves a terminal's cursor, turns the direction of writing, or is no character at all
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -38,6 +41,24 @@ def warn(message: str, each_rank: bool = False) -> None:
     if each_rank or launched_rank() == 0:
         start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
         print(f"{start}warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def announced(what: str | Callable[[], str], each_rank: bool = False) -> Iterator[None]:
+    """Around what may take long: every few seconds a line says that it goes on."""
+    end, start = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not end.wait(PATIENCE):
+            doing = what if isinstance(what, str) else what()
+            print(printable(f"{doing} … {time.monotonic() - start:.0f} s"), flush=True)
+
+    if each_rank or launched_rank() == 0:
+        threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        end.set()
 
 
 @contextmanager

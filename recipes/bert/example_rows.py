@@ -19,7 +19,7 @@ from utils.config import InputError
 from utils.lanes import Lane, Lanes, count_tokens, encode_documents
 from utils.loss import IGNORE_INDEX
 from utils.randomness import keyed_permutation
-from utils.sources import BadRecords, Source, held_out_documents
+from utils.sources import DEFAULTS, BadRecords, Source, SourceArguments, held_out_documents
 from utils.stream import Row
 
 WINDOW_TOKENS = 2**14
@@ -92,15 +92,18 @@ def example_rows(
 
 
 def check_examples(
-    sources: list[Source], encode: SentenceEncoder, objective: str, on_bad_record: str = "fail"
+    sources: list[Source],
+    encode: SentenceEncoder,
+    objective: str,
+    arguments: SourceArguments = DEFAULTS,
 ) -> None:
     """Raises InputError when the corpus has nothing that the objective could learn from.
 
     Looks at the first documents of each source, until there are two, and one makes a pair.
     """
     found, has_text, has_pair = 0, False, False
-    report = BadRecords(on_bad_record).report
-    for document in held_out_documents(sources, CHECKED_DOCUMENTS, on_bad_record):
+    report = BadRecords(arguments.on_bad_record).report
+    for document in held_out_documents(sources, CHECKED_DOCUMENTS, arguments):
         (sentences,) = encode_documents(encode, [document], report)
         if sentences is None:
             continue

@@ -249,9 +249,9 @@ def main() -> None:
     config = model_config(args, tokenizer)
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
     corpus = Corpus(args)
-    check_examples(args.train_sources, encode, args.objective, args.on_bad_record)
-    check_held_out(args.validation_sources, args.eval_documents, args.on_bad_record)
-    check_held_out(args.test_sources, None, args.on_bad_record)
+    check_examples(args.train_sources, encode, args.objective, args)
+    check_held_out(args.validation_sources, args.eval_documents, args)
+    check_held_out(args.test_sources, None, args)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return
@@ -283,9 +283,7 @@ def main() -> None:
             results: dict[str, Any] | None = {}
             if args.validation_sources:
                 length = args.phase_at(max(step - 1, 0)).sequence_length
-                documents = held_out_documents(
-                    args.validation_sources, args.eval_documents, args.on_bad_record
-                )
+                documents = held_out_documents(args.validation_sources, args.eval_documents, args)
                 results = evaluation.loss_and_accuracy(documents, length)
             training.record_evaluation(results)
         if args.phase_at(step) != args.phase_at(step - 1):
@@ -296,7 +294,7 @@ def main() -> None:
     facts = {"parameters": f"{parameter_count(config, auto_model)['total']:,}"}
     if args.test_sources:
         length = args.row_length
-        documents = partial(held_out_documents, args.test_sources, None, args.on_bad_record)
+        documents = partial(held_out_documents, args.test_sources, None, args)
         results = evaluation.loss_and_accuracy(documents(), length)
         if results is not None and args.pseudo_perplexity_documents:
             count = args.pseudo_perplexity_documents

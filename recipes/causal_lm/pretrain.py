@@ -118,7 +118,7 @@ def check_positions(model: torch.nn.Module) -> None:
 
 def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, Any] | None:
     """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
-    documents = held_out_documents(sources, args.eval_documents, args.on_bad_record)
+    documents = held_out_documents(sources, args.eval_documents, args)
     losses, size = partial(training.forward, per_token=True), args.per_device_batch_size
     return evaluate_by_domain(
         training.ranks,
@@ -162,7 +162,7 @@ def main() -> None:
     begin_as_documents(tokenizer, encode.begin)
     corpus = Corpus(args)
     sources = args.validation_sources + args.test_sources
-    check_held_out(sources, args.eval_documents, args.on_bad_record)
+    check_held_out(sources, args.eval_documents, args)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return
@@ -199,8 +199,8 @@ def main() -> None:
         training.record_test(results)
         facts["bits per byte of the test documents"] = f"{results['eval_bits_per_byte']:.4f}"
         if args.baselines and training.is_main:
-            test = held_out_documents(args.test_sources, args.eval_documents, args.on_bad_record)
-            train = held_out_documents(args.train_sources, 20_000, args.on_bad_record)
+            test = held_out_documents(args.test_sources, args.eval_documents, args)
+            train = held_out_documents(args.train_sources, 20_000, args)
             facts |= baselines(test, train, encode, len(tokenizer), args.on_bad_record)
     conclude(training, "Causal language model", "text-generation", USAGE, facts)
 

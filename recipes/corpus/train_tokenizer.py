@@ -14,10 +14,10 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate, islice
@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
-from utils.sources import BadRecords, Document, Source, check_documents, documents
+from utils.sources import BadRecords, Document, Source, SourceArguments, check_documents, documents
+from utils.usage import announced
 
 # Llama 3's pattern, GPT-4's in effect; no token crosses the borders that it draws. Contractions,
 # words with the one sign before them, up to three digits, signs with the line breaks after them,
@@ -50,8 +51,8 @@ PART = 2**22  # characters; regular expressions give up on ten million blanks
 PROGRESS_SECONDS = 5
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(SourceArguments):
     """Train a byte-level BPE or a WordPiece tokenizer."""
 
     output_dir: str  # the tokenizer's folder; a tokenizer already there is replaced at the end
@@ -68,9 +69,9 @@ class Arguments:
     lowercase: bool = False  # wordpiece only: uncased, and without accents, as in bert-base-uncased
     limit_alphabet: int = 1000  # wordpiece only: characters kept; a word with any other is [UNK]
     model_max_length: int | None = None  # tokens where truncation=True cuts; null: nowhere
-    on_bad_record: Literal["fail", "skip"] = "fail"  # what a broken record or file does
 
     def check(self) -> None:
+        super().check()
         for name in ("min_frequency", "limit_alphabet", "max_train_bytes", "model_max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -95,8 +96,8 @@ def main() -> None:
     args = parse(Arguments)
     output_dir = Path(args.output_dir)
     check_output(output_dir)
-    train_text = Text([s for s in args.train_sources if s.weight > 0], args.on_bad_record)
-    validation_text = Text(args.validation_sources, args.on_bad_record)
+    train_text = Text([s for s in args.train_sources if s.weight > 0], args)
+    validation_text = Text(args.validation_sources, args)
 
     train = {"bpe": train_bpe, "wordpiece": train_wordpiece}[args.algorithm]
     tokenizer = train(train_text, args)
@@ -192,30 +193,25 @@ def learn(backend: Tokenizer, trainer: trainers.Trainer, text: "Text", args: Arg
 
     Long words are learned from in pieces: the time is quadratic in their length.
     """
-    merging = threading.Event()
+    merging = ExitStack()
 
     def texts() -> Iterator[str]:
         for document in text.read("counting words", args.max_train_bytes):
             yield from in_parts(document.text)
         say(f"merging pairs into {args.vocab_size} tokens")
         if not sys.stderr.isatty():  # where the trainer draws a bar
-            threading.Thread(target=say_that_it_goes_on, args=(merging,), daemon=True).start()
+            merging.enter_context(announced("merging pairs"))
 
     whole = backend.pre_tokenizer
     pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{{LONGEST_WORD}}}"), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([whole, pieces])
-    backend.train_from_iterator(texts(), trainer)
-    merging.set()
+    with merging:
+        backend.train_from_iterator(texts(), trainer)
     backend.pre_tokenizer = whole
 
 
 def in_parts(text: str) -> Iterator[str]:
     return (text[start : start + PART] for start in range(0, len(text), PART))
-
-
-def say_that_it_goes_on(end: threading.Event) -> None:
-    while not end.wait(6 * PROGRESS_SECONDS):
-        say("merging pairs: still at it")
 
 
 def count_alphabet(text: "Text", backend: Tokenizer, args: Arguments) -> list[str]:
@@ -244,10 +240,11 @@ class Text:
         InputError: a source without any document; with on_bad_record "fail" a broken record.
     """
 
-    def __init__(self, sources: list[Source], on_bad_record: str):
-        self.bad_records = BadRecords(on_bad_record, shown=math.inf)
+    def __init__(self, sources: list[Source], arguments: SourceArguments):
+        self.bad_records = BadRecords(arguments.on_bad_record, shown=math.inf)
+        self.longest = arguments.max_document_bytes
         self.files: list[tuple[Source, str, float]] = []  # with their shares of the bytes
-        found = check_documents(sources, on_bad_record)
+        found = check_documents(sources, arguments)
         for source, files in zip(sources, found, strict=True):
             self.files += [(source, file, source.weight / len(files)) for file in files]
 
@@ -268,10 +265,12 @@ class Text:
             if text_bytes >= limit:
                 break
             stop = text_bytes + (limit - text_bytes) * share / left
-            for document in documents(source, [file], self.bad_records.report):
+            for document in documents(source, [file], self.bad_records.report, self.longest):
                 if text_bytes >= stop:
                     break
-                yield document
+                size_said = f"{doing}: {document.size / 1e6:.1f} MB of one document"
+                with announced(size_said) if document.size > PART else nullcontext():
+                    yield document
                 text_bytes += document.size
                 if time.monotonic() - shown > PROGRESS_SECONDS:
                     shown = time.monotonic()
@@ -328,7 +327,8 @@ def report(tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
     documents = text.read("held-out text")
     while batch := list(islice(documents, ENCODE_BATCH)):
         parts = [(d.domain, part) for d in batch for part in in_parts(d.text)]
-        encodings = backend.encode_batch_fast([t for _, t in parts], add_special_tokens=False)
+        with announced("reading held-out text"):
+            encodings = backend.encode_batch_fast([t for _, t in parts], add_special_tokens=False)
         for (domain, text), encoding in zip(parts, encodings, strict=True):
             count = counts.setdefault(domain, Counter())
             count["bytes"] += len(text.encode())

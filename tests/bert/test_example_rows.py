@@ -22,7 +22,7 @@ from sentence_encoder import SentenceEncoder
 from utils.config import InputError
 from utils.lanes import Corpus, Lane, Lanes
 from utils.loss import IGNORE_INDEX
-from utils.sources import Source, held_out_documents
+from utils.sources import Source, SourceArguments, held_out_documents
 from utils.stream import Row, TrainingStream
 
 OBJECTIVES = ["mlm_nsp", "mlm_sop", "mlm"]
@@ -592,6 +592,6 @@ def test_documents_on_which_the_tokenizer_fails(wordpiece, tmp_path):
             assert [len(s) for s in sentences] == [
                 len(s) for s in encode([d.text for d in documents])
             ]
-    check_examples([Source(path)], fail, "mlm_nsp", "skip")
+    check_examples([Source(path)], fail, "mlm_nsp", SourceArguments("skip"))
     with pytest.raises(InputError, match="line 2: the tokenizer fails"):
-        check_examples([Source(path)], fail, "mlm_nsp", "fail")
+        check_examples([Source(path)], fail, "mlm_nsp")

@@ -18,7 +18,7 @@ from launching import TINY_RUN, metrics
 from packing import DocumentEncoder
 from recipes.causal_lm.pretrain import NextTokenLoss
 from utils.config import InputError
-from utils.sources import Source, check_documents, held_out_documents
+from utils.sources import Source, SourceArguments, check_documents, held_out_documents
 
 DOMAIN = "meta.redpajama_set_name"
 LENGTH = 32  # shorter than most documents: they are scored in pieces
@@ -192,7 +192,8 @@ def test_broken_records_are_fatal_or_left_out(tmp_path):
     with pytest.raises(InputError) as error:
         list(held_out_documents([source], None))
     assert str(error.value).startswith(f"{file}, line 2: int, not text, in the field 'text'")
-    texts = [document.text for document in held_out_documents([source], None, "skip")]
+    skip = SourceArguments("skip")
+    texts = [document.text for document in held_out_documents([source], None, skip)]
     assert texts == ["a", "b"]
 
 
@@ -203,7 +204,8 @@ def test_a_damaged_file_is_fatal_or_left_out_where_it_is_damaged(tmp_path, capsy
     with pytest.raises(InputError, match=r"a\.jsonl\.gz, after line 9: Compressed file ended"):
         list(held_out_documents([source], None))
     for _ in range(2):
-        texts = [document.text for document in held_out_documents([source], None, "skip")]
+        found = held_out_documents([source], None, SourceArguments("skip"))
+        texts = [document.text for document in found]
         assert texts == ["a"] * 9 + ["b"]
     # every evaluation meets it; it is named once
     assert capsys.readouterr().err.count("warning: skipped ") == 1

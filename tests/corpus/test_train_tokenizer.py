@@ -28,7 +28,7 @@ from programs import ROOT, documented_commands
 from recipes.corpus import train_tokenizer
 from recipes.corpus.train_tokenizer import Arguments, Text
 from utils.config import InputError, parse
-from utils.sources import Source
+from utils.sources import Source, SourceArguments
 
 PROGRAM = "recipes/corpus/train_tokenizer.py"
 HELP_TEXTS = [topics[key] for key in sorted(topics)][:40]
@@ -313,7 +313,7 @@ def test_max_train_bytes_are_shared_by_weight_and_among_files(tmp_path):
         write_jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i:06d}" for i in range(count)])
     weights = {"a": 2.0, "b": 1.0}
     sources = [Source(str(tmp_path / name), weight=weight) for name, weight in weights.items()]
-    whole = Text(sources, "fail")
+    whole = Text(sources, SourceArguments())
 
     def read(max_bytes: int | None) -> dict[str, int]:
         texts = [document.text for document in whole.read("reading", max_bytes)]
@@ -358,7 +358,7 @@ def test_progress_tells_the_time_left(max_bytes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_tokenizer, "time", clock)
     monkeypatch.setattr(train_tokenizer, "PROGRESS_SECONDS", 0)
     source = Source(str(write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000] * 4)))
-    list(Text([source], "fail").read("reading", max_bytes))
+    list(Text([source], SourceArguments()).read("reading", max_bytes))
     lines = capsys.readouterr().err.splitlines()
     if max_bytes is None:
         assert lines == [

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from utils.sources import (
     Document,
     Shard,
     Source,
+    SourceArguments,
     check_documents,
     check_held_out,
     describe_position,
@@ -177,6 +180,96 @@ def test_a_zstd_window_of_two_gigabytes(tmp_path):
     data = compressor.compress(b'{"text": "far"}\n') + compressor.flush()
     (tmp_path / "data.jsonl.zst").write_bytes(data)
     assert texts(read_all(str(tmp_path / "data.jsonl.zst"))) == ["far"]
+
+
+def sized(path: Path, sizes: list[int]) -> str:
+    """A file with lines or values of so many bytes; those of 500 and more do not end it."""
+    format = next(f for f in sorted(FORMATS, key=len, reverse=True) if path.name.endswith(f))
+    if format == ".parquet":
+        pq.write_table(pa.table({"text": ["x" * (size - 4) for size in sizes]}), path)
+    else:
+        text = b"".join(b'{"text": "' + b"x" * (size - 13) + b'"}\n' for size in sizes)
+        text = text.removesuffix(b"\n")
+        pack = {"z": gzip.compress, "t": zstandard.compress}.get(format[-1], bytes)
+        path.write_bytes(zstandard.compress(text) if format.endswith(".zst") else pack(text))
+    return str(path)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 64])
+def test_a_record_longer_than_the_bound_is_named_and_passed(file, parts):
+    sizes = [80, 100, 101, 50, 900_000, 900_000, 60, 100, 3000]
+    file = sized(Path(file), sizes)
+    source, items = Source(file), []
+    for part in range(parts):
+        shard = Shard(file, part, parts)
+        found = list(read(shard, source, None, 100))
+        items += found
+        for index, item in enumerate(found):  # reading goes on after any of them
+            assert list(read(shard, source, item.end, 100)) == found[index + 1 :]
+    items.sort(key=lambda item: item.position)
+    is_long = [isinstance(item, BadRecord) for item in items]
+    assert is_long == [size > 100 for size in sizes]
+    unit = "row" if file.endswith(".parquet") else "line"
+    first = unit == "line"
+    for number, (item, size) in enumerate(zip(items, sizes, strict=True), first):
+        if size > 100:
+            size -= first and number == len(sizes)  # the last line has no end
+            problem = f"{size:,} bytes: more than max_document_bytes 100"
+            assert str(item) == f"{file}, {unit} {number}: {problem}"
+
+
+MEASURE = """
+import resource, sys
+from utils.sources import Shard, Source, read
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = list(read(Shard(sys.argv[1], 0, 1), Source(sys.argv[1]), None, 2**20))
+print([type(item).__name__ for item in found])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("format", [".jsonl.gz", ".jsonl.zst"])
+def test_little_that_becomes_much_takes_little_memory(tmp_path, format):
+    path = tmp_path / f"data{format}"
+    line = b'{"text": "' + b"a" * 600_000_000
+    if format.endswith(".gz"):
+        data = gzip.compress(line + b'"}\n{"text": "after"}\n', 1)
+    else:
+        data = zstandard.compress(line + b'"}\n{"text": "after"}\n')
+    path.write_bytes(data)
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    types, megabytes = subprocess.check_output(command, text=True).splitlines()
+    assert types == "['BadRecord', 'Document']"
+    assert int(megabytes) < 200
+
+
+def test_rows_of_parquet_that_are_large_come_one_by_one(tmp_path, monkeypatch):
+    """Also those of a dictionary, in which a long text stands once."""
+    counts = []
+    original = pq.ParquetFile.iter_batches
+
+    def iter_batches(self, size, *arguments, **settings):
+        counts.append(size)
+        return original(self, size, *arguments, **settings)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    path = tmp_path / "data.parquet"
+    texts = ["x" * 30_000_000] * 9
+    for settings in ({"use_dictionary": False}, {"dictionary_pagesize_limit": 2**30}):
+        pq.write_table(pa.table({"text": texts}), path, **settings)
+        found = list(read(Shard(str(path), 0, 1), Source(str(path))))
+        assert [item.size for item in found] == [30_000_000] * 9
+    assert counts == [63, 8]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path):
+    path = Path(write(tmp_path / "data.jsonl", random_records(9000)))
+    items = read(Shard(str(path), 0, 1), Source(str(path)))
+    next(items)
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size // 2)
+    with pytest.raises(OSError, match=r"after byte \d+: it has become shorter while it was read"):
+        list(items)
 
 
 def test_parquet_reads_only_the_row_groups_and_columns_it_needs(tmp_path, monkeypatch):
@@ -604,24 +697,24 @@ def test_a_source_must_hold_a_document(tmp_path, waits):
 
     def check(message: str, on_bad_record: str) -> None:
         with pytest.raises(InputError) as error:
-            check_documents([source], on_bad_record)
+            check_documents([source], SourceArguments(on_bad_record))
         assert str(error.value) == f"source {str(tmp_path)!r}{message}"
 
     check(f" is empty: no document in {empty}", "fail")
     good = write(tmp_path / "c.jsonl", [{"content": "x"}, {"text": "found"}])
     check(f": {good}, line 1: no field 'text' (it has: content)", "fail")
-    assert check_documents([source], "skip") == [[empty, good]]
+    assert check_documents([source], SourceArguments("skip")) == [[empty, good]]
     damaged = write(tmp_path / "b.jsonl.gz", RECORDS)
     Path(damaged).write_bytes(b"garbage")
     check(f": {damaged}: Not a gzipped file (b'ga')", "fail")
-    assert check_documents([source], "skip") == [[empty, damaged, good]]
+    assert check_documents([source], SourceArguments("skip")) == [[empty, damaged, good]]
     # of held-out data more than the first document is looked at, so far as it will be read
     late = write(tmp_path / "z.jsonl", [{"text": "x"}, {"text": None}])
     source.path = late
     for limit, is_met in ((None, True), (2, True), (1, False)):
         with pytest.raises(InputError, match="line 2: null in") if is_met else nullcontext():
-            check_held_out([source], limit, "fail")
-        check_held_out([source], limit, "skip")
+            check_held_out([source], limit, SourceArguments("fail"))
+        check_held_out([source], limit, SourceArguments("skip"))
     Path(late).unlink()
     source.path = str(tmp_path)
     # the field is misnamed, not a record broken here and there
