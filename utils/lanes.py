@@ -4,6 +4,7 @@ A lane reads its shards, shuffles them by chunk, mixes its sources by tokens and
 own. What it gives next depends on the data settings, the seed and its place alone.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +27,13 @@ from utils.sources import (
     Source,
     SourceArguments,
     check_documents,
+    describe_position,
     read,
 )
+from utils.usage import announced
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
+LONG_TEXT = 2**21  # bytes that a tokenizer may take seconds for
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
 MAX_DOMAINS = 256  # each has a count in the state of every lane
 
@@ -142,8 +147,16 @@ def encode_documents(
     report: Callable[[BadRecord], None],
 ) -> list:
     """As `encode` has their texts; None for one on which the tokenizer fails, which is reported."""
+    size = sum(document.size for document in documents)
+
+    @functools.cache
+    def doing() -> str:
+        first = describe_position(documents[0].file, documents[0].position)
+        return f"tokenizing {size / 1e6:.1f} MB from {first} on"
+
     try:
-        return list(encode([document.text for document in documents]))
+        with announced(doing, each_rank=True) if size > LONG_TEXT else nullcontext():
+            return list(encode([document.text for document in documents]))
     except BaseException as error:  # a panic in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
