@@ -23,6 +23,7 @@ from utils.model import (
     initialize_weights,
     train_shared_padding,
 )
+from utils.model_settings import check_not_pickled
 from utils.randomness import random_key
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
     base, given = config.base_model_name_or_path, model.name_or_path
+    check_not_pickled(path, f"peft.PeftModel.from_pretrained(base, {path!r})")
     beside, files = Path(path) / BASE, [Path(str(b)) / BASE for b in (base, given)]
     is_base = files[0].resolve() == files[1].resolve()  # there are two ways to write one folder
     if beside.exists() and files[1].exists():  # of a run from scratch, which may have moved

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from utils.config import InputError
 from utils.files import written_aside
+from utils.model_settings import architecture_of, load_pretrained
 from utils.usage import say
 
 if TYPE_CHECKING:
@@ -52,7 +53,13 @@ class Reference:
             save_file({"rows": self.rows, **self.logits}, file, metadata=more)
 
     def compare(
-        self, name: Path, folder: Path, config: Any, dtype: torch.dtype, rewritten: list[str]
+        self,
+        name: Path,
+        folder: Path,
+        config: Any,
+        dtype: torch.dtype,
+        rewritten: list[str],
+        trust_remote_code: bool = False,
     ) -> None:
         """Raises InputError unless what was exported to `folder` gives the same.
 
@@ -62,11 +69,11 @@ class Reference:
             dtype: in which the weights were written.
             rewritten: what `compare_tensors` could not compare.
         """
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_pretrained(transformers.AutoTokenizer, folder, trust_remote_code)
         for text, tokens in self.readings.items():
             if tokenizer(text).input_ids != tokens:
                 raise _differs(name, f"its tokenizer reads {text[:80]!r} otherwise than the run's")
-        architecture = getattr(transformers, config.architectures[0])
+        architecture = architecture_of(config)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in architecture(config).parameters())
         free = psutil.virtual_memory().available

@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import guard_torch_init_functions
 from transformers.utils import logging
 
@@ -25,6 +26,7 @@ from utils.checkpoint import parameter_names, read_constants, read_parameters, r
 from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
+from utils.model_settings import architecture_of, load_pretrained
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -52,9 +54,15 @@ class ModelFiles:
         is_whole = all(parameter.requires_grad for parameter in model.parameters())
         self.base_model = None if is_whole else _from_checkpoint(model.name_or_path, run)
         self.others = [copy.deepcopy(model.config)]
+        whole = model
         if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
+            whole = model.get_base_model()
             self.others.append(copy.copy(model.peft_config["default"]))
             self.others[-1].base_model_name_or_path = self.base_model
+        self.code = type(whole) if whole._auto_class else None  # that it brought with it
+        if self.code:
+            where = f"{self.code.__module__.rpartition('.')[2]}.{self.code.__name__}"
+            self.others[0].auto_map[whole._auto_class] = where
         self.generation_config = model.generation_config if model.can_generate() else None
 
     def write(self, folder: Path) -> None:
@@ -64,6 +72,8 @@ class ModelFiles:
             backend.no_padding()
         for part in (*self.others, self.tokenizer):
             part.save_pretrained(folder)
+        if self.code:
+            custom_object_save(self.code, folder)
         if self.generation_config is not None:
             # as it was given: save_pretrained refuses what published models have
             self.generation_config.to_json_file(folder / GENERATION)
@@ -97,6 +107,7 @@ class Arguments:
     output_dir: str  # written whole or not at all
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     merge_adapter: bool = False  # of a run with LoRA: the whole model, the adapter in its weights
+    trust_remote_code: bool = False  # run the Python that the checkpoint holds
 
 
 def export(
@@ -104,6 +115,7 @@ def export(
     output_dir: Path,
     dtype: torch.dtype = torch.float32,
     merge_adapter: bool = False,
+    trust_remote_code: bool = False,
 ) -> int:
     """Write weights, configuration and tokenizer; returns the number of parameters.
 
@@ -123,9 +135,9 @@ def export(
         with _by_itself(), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
             if is_adapter:
-                count = _write_adapter(checkpoint, base, folder, dtype)
+                count = _write_adapter(checkpoint, base, folder, dtype, trust_remote_code)
             else:
-                model = _whole_model(checkpoint, base, dtype)
+                model = _whole_model(checkpoint, base, dtype, trust_remote_code)
                 expected = expected or Reference.of(model)
                 model = _merged(model).to(dtype)
                 _keep_padding(model)
@@ -138,10 +150,12 @@ def export(
                 del model  # there may be no room for two
             if (checkpoint / GENERATION).exists():
                 shutil.copy(checkpoint / GENERATION, folder)
-            transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+            kind = transformers.AutoTokenizer
+            load_pretrained(kind, checkpoint, trust_remote_code).save_pretrained(folder)
             if expected is not None:
-                config = _config(checkpoint if is_adapter else folder)
-                expected.compare(output_dir, folder, config, dtype, rewritten)
+                config = _config(checkpoint if is_adapter else folder, trust_remote_code)
+                more = (dtype, rewritten, trust_remote_code)
+                expected.compare(output_dir, folder, config, *more)
         return count
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None
@@ -161,25 +175,27 @@ def _by_itself() -> Iterator[None]:
     logging.set_verbosity(verbosity)
 
 
-def _config(folder: Path) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    config = load_pretrained(transformers.AutoConfig, folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _whole_model(checkpoint: Path, base: str | None, dtype: Any) -> Any:
+def _whole_model(checkpoint: Path, base: str | None, dtype: Any, trust: bool) -> Any:
     """The model as it was trained, an adapter beside its weights."""
     is_adapter = (checkpoint / ADAPTER).exists()
     dtype = torch.float32 if is_adapter else dtype  # an adapter is merged in full precision
-    config = _config(checkpoint)
+    config = _config(checkpoint, trust)
     missing: set[str] = set()
     if base is None:
-        model = _architecture(config)._from_config(config, dtype=dtype)
+        model = architecture_of(config)._from_config(config, dtype=dtype)
     else:
         try:
-            model, loading = _architecture(config).from_pretrained(
+            model, loading = load_pretrained(
+                architecture_of(config),
                 base,
+                trust,
                 config=config,
                 dtype=dtype,
                 ignore_mismatched_sizes=True,
@@ -280,7 +296,7 @@ def check_adapter(model: Any, merge: bool) -> None:
     adapter.init_lora_weights = True  # other ways look at the weights of the base
     with _by_itself(), torch.device("meta"):
         written = _as_written(_adapted(config, copy.deepcopy(adapter)))
-        client = _architecture(config)(config).to("meta")  # not all of XLNet is built there
+        client = architecture_of(config)(config).to("meta")  # not all of XLNet is built there
         report = client.load_adapter(peft_config=adapter, adapter_state_dict=written)
     if lost := [*sorted(report.missing_keys), *sorted(report.unexpected_keys)]:
         raise InputError(
@@ -289,16 +305,12 @@ def check_adapter(model: Any, merge: bool) -> None:
         )
 
 
-def _architecture(config: Any) -> Any:
-    return getattr(transformers, config.architectures[0])
-
-
 def _adapted(config: Any, adapter: Any) -> Any:
     """A peft.PeftModel without storage."""
     import peft
 
     with torch.device("meta"):
-        return peft.get_peft_model(_architecture(config)(config), adapter)
+        return peft.get_peft_model(architecture_of(config)(config), adapter)
 
 
 def _as_written(adapted: Any, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
@@ -311,7 +323,9 @@ def _as_written(adapted: Any, tensors: dict[str, torch.Tensor] | None = None) ->
     return {name + ends[name]: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype) -> int:
+def _write_adapter(
+    checkpoint: Path, base: str, folder: Path, dtype: torch.dtype, trust: bool
+) -> int:
     """The base model's weights are not read for it.
 
     A base that began in the run comes along: with a config.json beside the adapter transformers
@@ -319,7 +333,7 @@ def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype
     """
     import peft
 
-    config = _config(checkpoint)
+    config = _config(checkpoint, trust)
     adapter = peft.PeftConfig.from_pretrained(checkpoint)
     adapter.base_model_name_or_path = config.name_or_path = base  # peft would take the checkpoint
     adapted = _adapted(config, adapter)
@@ -342,7 +356,8 @@ def main() -> None:
     if Path(args.output_dir).exists():
         raise InputError(f"output_dir: {args.output_dir} exists")
     dtype = getattr(torch, args.dtype)
-    count = export(Path(args.checkpoint), Path(args.output_dir), dtype, args.merge_adapter)
+    options = (dtype, args.merge_adapter, args.trust_remote_code)
+    count = export(Path(args.checkpoint), Path(args.output_dir), *options)
     print(f"{args.output_dir}: {count:,} parameters in {args.dtype}")
 
 

@@ -19,7 +19,14 @@ from transformers.utils import cached_file, logging
 
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
-from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
+from utils.model_settings import (
+    SIZES,
+    check_buildable,
+    class_of_its_own,
+    load_pretrained,
+    max_positions,
+    settings_read,
+)
 from utils.usage import say
 
 FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
@@ -39,6 +46,7 @@ class ModelArguments(Settings):
     # vocabulary and the special tokens come from the tokenizer unless they are given.
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
     attn_implementation: str | None = None  # sdpa, eager, flex_attention or flash_attention_2
+    trust_remote_code: bool = False  # run the Python that comes with a model or a tokenizer
 
     def check(self) -> None:
         if self.tokenizer is None and self.model_name_or_path is None:
@@ -58,17 +66,19 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
     Raises:
         InputError: there is none, or one without a vocabulary, or not for that class.
     """
-    name = arguments.tokenizer or arguments.model_name_or_path
+    name, trust = arguments.tokenizer or arguments.model_name_or_path, arguments.trust_remote_code
     try:
         options |= {"config": _config_beside(arguments)} if arguments.tokenizer else {}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = load_pretrained(transformers.AutoTokenizer, name, trust, **options)
+    except InputError:
+        raise
     except Exception as error:  # of any kind, if tokenizer.json is some other JSON
         raise InputError(f"tokenizer: cannot load {name}: {_what_is_wrong(name, error)}") from None
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise InputError(f"tokenizer: {name} has no vocabulary: special tokens are all it knows")
     kind = type(tokenizer)
     if arguments.tokenizer and kind is not transformers.PreTrainedTokenizerFast:
-        own = transformers.AutoTokenizer.from_pretrained(name)
+        own = load_pretrained(transformers.AutoTokenizer, name, trust)
         ids = [each.encode(READ_BY_BOTH, add_special_tokens=False) for each in (own, tokenizer)]
         texts = (each.decode(i) for each, i in zip((own, tokenizer), ids, strict=True))
         if len({unicodedata.normalize("NFC", text) for text in texts}) > 1:
@@ -85,7 +95,8 @@ def _config_beside(arguments: ModelArguments) -> Any:
     """Of the type of the model; None where there is none, which `model_config` says."""
     with suppress(OSError, ValueError, KeyError):
         if arguments.model_name_or_path:
-            return transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
+            given, trust = arguments.model_name_or_path, arguments.trust_remote_code
+            return load_pretrained(transformers.AutoConfig, given, trust)
         return transformers.AutoConfig.for_model(arguments.model.get("model_type"))
     return None
 
@@ -113,7 +124,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
         tokenizer = load_tokenizer(arguments)
     try:
         if given:
-            config = transformers.AutoConfig.from_pretrained(given)
+            config = load_pretrained(transformers.AutoConfig, given, arguments.trust_remote_code)
         else:
             if "model_type" not in settings:
                 raise InputError("model: model_type is missing: llama, bert or another")
@@ -137,6 +148,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
                 special["vocab_size"] = -(-len(tokenizer) // 64) * 64
                 settings = special | settings
             config = transformers.AutoConfig.for_model(**settings)
+            vars(config).pop("auto_map", None)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
     text = config.get_text_config(decoder=True)
@@ -147,7 +159,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             f"{len(tokenizer)} tokens"
         )
     if given and arguments.tokenizer:
-        _check_vocabulary(tokenizer, arguments.tokenizer, given)
+        _check_vocabulary(tokenizer, arguments)
     if not given:
         check_buildable(config)
     if arguments.attn_implementation == "flex_attention" and not (
@@ -164,16 +176,17 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
     return config
 
 
-def _check_vocabulary(tokenizer: Any, name: str, given: str) -> None:
+def _check_vocabulary(tokenizer: Any, arguments: ModelArguments) -> None:
     """Raises InputError where ids mean other tokens to the given model, as its own tokenizer tells.
 
     What that one knows as special or unused may have got another name.
     """
+    name, given = arguments.tokenizer, arguments.model_name_or_path
     file = "tokenizer_config.json"  # without files transformers makes up an empty tokenizer
     missing = {f"_raise_exceptions_for_{kind}": False for kind in FILE_ERRORS}
     if name == given or cached_file(given, file, **missing) is None:
         return
-    own = transformers.AutoTokenizer.from_pretrained(given)
+    own = load_pretrained(transformers.AutoTokenizer, given, arguments.trust_remote_code)
     special, known = {*own.added_tokens_decoder}, {i: t for t, i in own.get_vocab().items()}
     for token, index in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
         was = known.get(index, token)
@@ -212,8 +225,10 @@ def build_model(
     logging.disable_progress_bar()
     try:
         if name:
-            model, loading = auto_model.from_pretrained(
+            model, loading = load_pretrained(
+                auto_model,
                 name,
+                arguments.trust_remote_code,
                 config=config,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -221,7 +236,7 @@ def build_model(
             )
         else:
             model = auto_model.from_config(config, **options)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # of any kind, where the weights are some other file
         if name is None or isinstance(error, ImportError):
@@ -267,10 +282,11 @@ def empty_model(
     """
     auto_model = auto_model or transformers.AutoModelForCausalLM
     models = auto_model._model_mapping
-    if type(config) not in models:
+    model_class = class_of_its_own(config, auto_model.__name__)
+    if model_class is None and type(config) not in models:
         kind = auto_model.__name__.removeprefix("AutoModelFor")
         raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
-    model_class = models[type(config)]
+    model_class = model_class or models[type(config)]
     # of a composite config (Qwen3_5Config), as `from_config` does it
     if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()

@@ -224,10 +224,14 @@ def conclude(
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         merge = getattr(a, "merge_adapter", False)
         reference.write(training.best_checkpoint())
-        export(training.best_checkpoint(), model, dtype[a.mixed_precision], merge)
+        options = (dtype[a.mixed_precision], merge, a.trust_remote_code)
+        export(training.best_checkpoint(), model, *options)
         plots: list[Path] = []
         with spared("no plots"):
             plots = write_plots(folder)
+        if a.trust_remote_code:
+            loads = r'Auto\w+\.from_pretrained\("\{model}"'
+            usage = re.sub(loads, r"\g<0>, trust_remote_code=True", usage)
         card = write_card(folder, title, pipeline_tag, usage, facts, best)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])
         lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]

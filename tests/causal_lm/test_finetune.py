@@ -664,6 +664,14 @@ def test_an_adapter_goes_on_and_one_of_another_base_is_refused(instruct, tmp_pat
     )
     assert refused.status == 2
     assert f"is an adapter for {base}, not for {other.folder}/base_model" in refused.error
+    file = first.folder / "model" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    pickled = instruct(
+        "pickled", model_name_or_path=base, adapter_name_or_path=str(first.folder / "model")
+    )
+    assert pickled.status == 2
+    assert "has no weights but pickled ones (adapter_model.bin), which may hold" in pickled.error
 
 
 def code_of_card(folder: Path) -> dict[str, Any]:
