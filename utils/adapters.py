@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 
+from utils.comparison import PRECISIONS
 from utils.config import InputError
 from utils.export import check_adapter
 from utils.files import written_aside
@@ -66,9 +67,14 @@ class AdapterArguments(ModelArguments):
         super().check()
 
     def fixed(self) -> dict[str, Any]:
-        names = ("model_name_or_path", "freeze", "lora", "adapter_name_or_path")
-        own = {name: getattr(self, name) for name in (*names, "loraplus_lr_ratio")}
-        return super().fixed() | own
+        names = (
+            "model_name_or_path",
+            "freeze",
+            "lora",
+            "adapter_name_or_path",
+            "loraplus_lr_ratio",
+        )
+        return super().fixed() | {name: getattr(self, name) for name in names}
 
     @property
     def has_adapter(self) -> bool:
@@ -120,9 +126,7 @@ def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> Non
 
 def base_dtype(arguments: Any) -> torch.dtype:
     """What is not trained needs no more than the precision that it computes in."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    is_half = arguments.has_adapter and arguments.mixed_precision in half
-    return half[arguments.mixed_precision] if is_half else torch.float32
+    return PRECISIONS[arguments.mixed_precision] if arguments.has_adapter else torch.float32
 
 
 def freeze(model: "transformers.PreTrainedModel", what: str | int | None) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from utils.config import InputError
 from utils.files import written_aside
-from utils.model_settings import architecture_of, load_pretrained
+from utils.model_settings import architecture_of
 from utils.usage import say
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 FILE = "reference.safetensors"
 ROWS, TOKENS, COLUMNS = 8, 128, 1024  # compared at most
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # ‖difference‖ / ‖logits‖ at most. In float32 sums in another order differ by 1e-6 to 1e-4, with
 # TF32 in convolutions by 1e-3. In bfloat16 the logits of 180 tiny architectures change by 0.008
 # (the median) to 0.13: mixtures of experts, whose routers choose others. A tensor that is lost, or
 # of another step, changes them by their own size.
-TOLERANCES = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.3}
+TOLERANCES = {torch.float32: 5e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
 @dataclass
@@ -39,16 +39,16 @@ class Reference:
 
     rows: torch.Tensor
     logits: dict[str, torch.Tensor]
-    precision: str = "float32"  # in which they were computed
+    precision: torch.dtype = torch.float32  # in which they were computed
     readings: dict[str, list[int]] = field(default_factory=dict)  # text → token ids
 
     @classmethod
     def of(cls, model: "transformers.PreTrainedModel") -> "Reference":
         rows = _any_rows(model)
-        return cls(rows, _logits_if_any(model.eval(), model.config, rows), str(model.dtype)[6:])
+        return cls(rows, _logits_if_any(model.eval(), model.config, rows), model.dtype)
 
     def write(self, checkpoint: Path) -> None:
-        more = {"precision": self.precision, "readings": json.dumps(self.readings)}
+        more = {"precision": str(self.precision)[6:], "readings": json.dumps(self.readings)}
         with written_aside(checkpoint / FILE) as file:
             save_file({"rows": self.rows, **self.logits}, file, metadata=more)
 
@@ -57,19 +57,18 @@ class Reference:
         name: Path,
         folder: Path,
         config: Any,
+        tokenizer: Any,
         dtype: torch.dtype,
         rewritten: list[str],
-        trust_remote_code: bool = False,
     ) -> None:
         """Raises InputError unless what was exported to `folder` gives the same.
 
         Args:
             name: that the folder is to have.
-            config: of the model.
+            config, tokenizer: of the model.
             dtype: in which the weights were written.
             rewritten: what `compare_tensors` could not compare.
         """
-        tokenizer = load_pretrained(transformers.AutoTokenizer, folder, trust_remote_code)
         for text, tokens in self.readings.items():
             if tokenizer(text).input_ids != tokens:
                 raise _differs(name, f"its tokenizer reads {text[:80]!r} otherwise than the run's")
@@ -94,8 +93,7 @@ class Reference:
             found = _logits(client, client.config, self.rows)
         except Exception as error:  # what the run's model took
             raise _differs(name, f"it fails with {type(error).__name__}: {error}") from None
-        dtypes = (self.precision, *(str(d)[6:] for d in (dtype, dtype_of_client)))
-        tolerance = max(TOLERANCES[d] for d in dtypes)
+        tolerance = max(TOLERANCES[d] for d in (self.precision, dtype, dtype_of_client))
         for key, expected in self.logits.items():
             finite = expected.isfinite()
             difference = float((found[key] - expected)[finite].norm() / expected[finite].norm())
@@ -145,7 +143,7 @@ def read_reference(checkpoint: Path) -> Reference | None:
     with safe_open(checkpoint / FILE, framework="pt") as file:
         more, found = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     readings = json.loads(more["readings"])
-    return Reference(found.pop("rows"), found, more["precision"], readings)
+    return Reference(found.pop("rows"), found, getattr(torch, more["precision"]), readings)
 
 
 def reference_of_run(training: "Training") -> Reference:

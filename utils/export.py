@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -20,13 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import guard_torch_init_functions
-from transformers.utils import logging
 
 from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state
 from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
-from utils.model_settings import architecture_of, load_pretrained
+from utils.model_settings import architecture_of, load_model, load_pretrained, quiet
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -131,13 +131,18 @@ def export(
     is_adapter = has_adapter and not merge_adapter
     expected = read_reference(checkpoint)
     rewritten: list[str] = []
+    read_config = partial(_config, trust_remote_code=trust_remote_code)
+    read_tokenizer = partial(
+        load_pretrained, transformers.AutoTokenizer, trust_remote_code=trust_remote_code
+    )
     try:
         with _by_itself(), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
+            config = read_config(checkpoint)
             if is_adapter:
-                count = _write_adapter(checkpoint, base, folder, dtype, trust_remote_code)
+                count = _write_adapter(checkpoint, config, base, folder, dtype)
             else:
-                model = _whole_model(checkpoint, base, dtype, trust_remote_code)
+                model = _whole_model(checkpoint, config, base, dtype)
                 expected = expected or Reference.of(model)
                 model = _merged(model).to(dtype)
                 _keep_padding(model)
@@ -150,12 +155,11 @@ def export(
                 del model  # there may be no room for two
             if (checkpoint / GENERATION).exists():
                 shutil.copy(checkpoint / GENERATION, folder)
-            kind = transformers.AutoTokenizer
-            load_pretrained(kind, checkpoint, trust_remote_code).save_pretrained(folder)
+            read_tokenizer(checkpoint).save_pretrained(folder)
             if expected is not None:
-                config = _config(checkpoint if is_adapter else folder, trust_remote_code)
-                more = (dtype, rewritten, trust_remote_code)
-                expected.compare(output_dir, folder, config, *more)
+                config = read_config(checkpoint if is_adapter else folder)
+                tokenizer = read_tokenizer(folder)
+                expected.compare(output_dir, folder, config, tokenizer, dtype, rewritten)
         return count
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None
@@ -164,15 +168,11 @@ def export(
 @contextmanager
 def _by_itself() -> Iterator[None]:
     """Models are whole, as under ZeRO-3 they would not be, and transformers and peft are silent."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     from transformers.integrations import deepspeed as integration  # which takes Accelerate
 
     zero3 = patch.object(integration, "_hf_deepspeed_config_weak_ref", None)
-    with zero3, warnings.catch_warnings(action="ignore"):
+    with quiet(), zero3, warnings.catch_warnings(action="ignore"):
         yield
-    logging.set_verbosity(verbosity)
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
@@ -182,28 +182,18 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     return config
 
 
-def _whole_model(checkpoint: Path, base: str | None, dtype: Any, trust: bool) -> Any:
+def _whole_model(checkpoint: Path, config: Any, base: str | None, dtype: Any) -> Any:
     """The model as it was trained, an adapter beside its weights."""
     is_adapter = (checkpoint / ADAPTER).exists()
     dtype = torch.float32 if is_adapter else dtype  # an adapter is merged in full precision
-    config = _config(checkpoint, trust)
     missing: set[str] = set()
     if base is None:
         model = architecture_of(config)._from_config(config, dtype=dtype)
     else:
         try:
-            model, loading = load_pretrained(
-                architecture_of(config),
-                base,
-                trust,
-                config=config,
-                dtype=dtype,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            model, missing = load_model(architecture_of(config), base, config=config, dtype=dtype)
         except OSError as error:
             raise InputError(f"cannot load the base model {base}: {error}") from None
-        missing = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     if is_adapter:
         import peft
 
@@ -324,7 +314,7 @@ def _as_written(adapted: Any, tensors: dict[str, torch.Tensor] | None = None) ->
 
 
 def _write_adapter(
-    checkpoint: Path, base: str, folder: Path, dtype: torch.dtype, trust: bool
+    checkpoint: Path, config: Any, base: str, folder: Path, dtype: torch.dtype
 ) -> int:
     """The base model's weights are not read for it.
 
@@ -333,7 +323,6 @@ def _write_adapter(
     """
     import peft
 
-    config = _config(checkpoint, trust)
     adapter = peft.PeftConfig.from_pretrained(checkpoint)
     adapter.base_model_name_or_path = config.name_or_path = base  # peft would take the checkpoint
     adapted = _adapted(config, adapter)

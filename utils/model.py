@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
@@ -23,8 +23,10 @@ from utils.model_settings import (
     SIZES,
     check_buildable,
     class_of_its_own,
+    load_model,
     load_pretrained,
     max_positions,
+    quiet,
     settings_read,
 )
 from utils.usage import say
@@ -103,11 +105,10 @@ def _config_beside(arguments: ModelArguments) -> Any:
 
 def _what_is_wrong(name: str, error: Exception) -> str:
     """Why nothing could be loaded from a folder or a name of the Hub."""
-    for path in sorted(Path(name).glob("*")) if Path(name).is_dir() else ():
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
+    for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return kind + shorten(str(error), 300)
 
@@ -219,23 +220,14 @@ def build_model(
             "adapter_name_or_path, and its base here"
         )
     options |= {"dtype": dtype, "attn_implementation": arguments.attn_implementation}
-    name, loading = arguments.model_name_or_path, {}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is reported here, or meant to be
-    logging.disable_progress_bar()
+    name, new = arguments.model_name_or_path, set()
     try:
-        if name:
-            model, loading = load_pretrained(
-                auto_model,
-                name,
-                arguments.trust_remote_code,
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-        else:
-            model = auto_model.from_config(config, **options)
+        with quiet():
+            if name:
+                options |= {"config": config}
+                model, new = load_model(auto_model, name, arguments.trust_remote_code, **options)
+            else:
+                model = auto_model.from_config(config, **options)
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # of any kind, where the weights are some other file
@@ -243,12 +235,6 @@ def build_model(
             raise InputError(f"model: {shorten(str(error), 300)}") from None
         problem = _what_is_wrong(name, error)
         raise InputError(f"model_name_or_path: cannot load {name}: {problem}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    new = {
-        *loading.get("missing_keys", ()),
-        *(key for key, *_ in loading.get("mismatched_keys", ())),
-    }
     if getattr(arguments, "new_head", False):
         keys = (key for key, _ in model.named_parameters())
         new |= {key for key in keys if not key.startswith(f"{model.base_model_prefix}.")}
@@ -316,11 +302,8 @@ def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:
     takes = inspect.signature(model.base_model.forward).parameters
     # a model with one type only (RoBERTa) knows it
     has_types = getattr(model.config, "type_vocab_size", 0) > 1
-    return [
-        name
-        for name, is_known in {"position_ids": True, "token_type_ids": has_types}.items()
-        if is_known and name in takes
-    ]
+    names = ("position_ids", "token_type_ids") if has_types else ("position_ids",)
+    return [name for name in names if name in takes]
 
 
 def first_position(model: "transformers.PreTrainedModel") -> int:

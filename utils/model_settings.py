@@ -4,6 +4,8 @@ called, and which of them cannot be."""
 import copy
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging
 
 from utils.config import InputError
 
@@ -27,36 +30,51 @@ def load_pretrained(kind: Any, name: str, trust_remote_code: bool, **options: An
     """`kind.from_pretrained`, which asks nobody, and runs no code unless it is trusted.
 
     Raises:
-        InputError: it needs code of its own, or its weights are pickled.
+        InputError: it needs code of its own.
     """
-    if kind not in (transformers.AutoConfig, transformers.AutoTokenizer):
-        names = getattr(options.get("config"), "architectures", None) or [kind.__name__]
-        check_not_pickled(name, f"transformers.{names[0]}.from_pretrained({name!r})")
-        options["use_safetensors"] = True
+    code = ", ".join(sorted(path.name for path in Path(name).glob("*.py"))) or "auto_map"
+    refusal = InputError(
+        f"{name} needs code of its own ({code}): it is run only with trust_remote_code: true"
+    )
     try:
         found = kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-        needs_code = False
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        needs_code = True
-    if kind is transformers.AutoTokenizer and not needs_code and not trust_remote_code:
-        # beside a type of model that it knows, transformers takes another class in silence
-        names_code = found.init_kwargs.pop("auto_map", None)
-        own = names_code and get_tokenizer_config(name).get("tokenizer_class")
-        needs_code = bool(own) and not hasattr(transformers, own)
-    if needs_code:
-        code = ", ".join(sorted(path.name for path in Path(name).glob("*.py"))) or "auto_map"
-        raise InputError(
-            f"{name} needs code of its own ({code}): it is run only with trust_remote_code: true"
-        )
-    if kind is transformers.AutoConfig and not trust_remote_code:
-        vars(found).pop("auto_map", None)  # what is saved names no code that it did not run
+        raise (refusal if "trust_remote_code" in str(error) else error) from None
+    # what was read without its code names none where it is saved
+    if not trust_remote_code and kind is transformers.AutoConfig:
+        vars(found).pop("auto_map", None)
+    if (
+        not trust_remote_code
+        and kind is transformers.AutoTokenizer
+        and found.init_kwargs.pop("auto_map", None)
+    ):
+        # of a type of model that it knows, transformers takes another class in silence
+        if not hasattr(transformers, get_tokenizer_config(name).get("tokenizer_class") or "Auto"):
+            raise refusal
     return found
 
 
+def load_model(
+    kind: Any, name: str, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, set[str]]:
+    """(the model, the names of what its files do not hold, or in another shape).
+
+    Args:
+        kind: a class of models or an auto class, whose `from_pretrained` takes `options`.
+
+    Raises:
+        InputError: it needs code of its own, or its weights are pickled.
+    """
+    names = getattr(options.get("config"), "architectures", None) or [kind.__name__]
+    check_not_pickled(name, f"transformers.{names[0]}.from_pretrained({name!r})")
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= reported | {"use_safetensors": True}
+    model, loading = load_pretrained(kind, name, trust_remote_code, **options)
+    return model, loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}
+
+
 def check_not_pickled(folder: str, loading: str) -> None:
-    """Raises InputError for a folder with pickled weights alone; `loading`: Python that reads it."""
+    """Raises InputError for pickled weights alone; `loading`: the Python that reads them."""
     for pickled, safe in (("pytorch_model*.bin", "model*"), ("adapter_model.bin", "adapter_model")):
         found = min(Path(folder).glob(pickled), default=None)
         if found and not any(Path(folder).glob(f"{safe}.safetensors")):
@@ -64,6 +82,18 @@ def check_not_pickled(folder: str, loading: str) -> None:
                 f"{folder} has no weights but pickled ones ({found.name}), which may hold code: "
                 f"where they are trusted, write safetensors: {loading}.save_pretrained({folder!r})"
             )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing but errors: what is missing is reported here, or meant to be."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def class_of_its_own(config: Any, kind: str) -> Any:

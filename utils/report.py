@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from utils.comparison import reference_of_run
+from utils.comparison import PRECISIONS, reference_of_run
 from utils.config import read_yaml
 from utils.export import export
 from utils.files import written_aside
@@ -221,11 +221,9 @@ def conclude(
             "steps skipped": state.skipped_steps,
         }
         model = folder.path / "model"
-        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        merge = getattr(a, "merge_adapter", False)
+        dtype, merge = PRECISIONS[a.mixed_precision], getattr(a, "merge_adapter", False)
         reference.write(training.best_checkpoint())
-        options = (dtype[a.mixed_precision], merge, a.trust_remote_code)
-        export(training.best_checkpoint(), model, *options)
+        export(training.best_checkpoint(), model, dtype, merge, a.trust_remote_code)
         plots: list[Path] = []
         with spared("no plots"):
             plots = write_plots(folder)

@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
-from utils.model_settings import load_pretrained
+from utils.model_settings import load_model, load_pretrained
 
 
 @dataclass
@@ -196,18 +196,17 @@ def load(
     try:
         tokenizer = load_pretrained(transformers.AutoTokenizer, name, trust_remote_code)
         part = "causal language model"
-        options = {"dtype": dtype, "device_map": "auto", "output_loading_info": True}
-        auto_model = transformers.AutoModelForCausalLM
-        model, report = load_pretrained(auto_model, name, trust_remote_code, **options)
+        auto_model, options = transformers.AutoModelForCausalLM, {"device_map": "auto"}
+        model, missing = load_model(auto_model, name, trust_remote_code, dtype=dtype, **options)
     except InputError:
         raise
     except Exception as error:  # each file format and each kind of name fails in its own way
         where = name if Path(name).is_dir() else f"{name} (no such folder, so a name on the Hub)"
         reason = " ".join(str(error).split())
         raise InputError(f"{where} has no {part} that loads: {reason}") from None
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise InputError(f"{name} has no causal language model: it lacks the weights {missing}")
+    if missing:
+        named = ", ".join(sorted(missing)[:3])
+        raise InputError(f"{name} has no causal language model: it lacks the weights {named}")
     return tokenizer, model
 
 

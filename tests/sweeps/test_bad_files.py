@@ -417,7 +417,7 @@ def test_code_beside_a_model_or_tokenizer_is_not_run(
     )
     more = {part: str(bad)} | ({"model": {}} if part != "tokenizer" else {})
     if recipe in FINETUNING:
-        main, _, rows, settings = FINETUNING[recipe]
+        main, _, rows, _ = FINETUNING[recipe]
         good.write_bytes(lines(rows))
         data = {f"{p}_data": [{"path": str(good)}] for p in PARTS[:2]}
         words = finetuning_words(recipe, tmp_path / "run", data, *reversed(tokenizers.values()))
