@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -113,20 +114,16 @@ def compare_tensors(
         InputError: there are other numbers.
     """
     rewritten = []
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(path, framework="pt"))
-            for path in sorted(folder.glob("*.safetensors"))
-        ]
-        written = {key: file for file in files for key in file.keys()}  # noqa: SIM118
-        for key, values in expected:
-            found = written[key].get_tensor(key) if key in written else None
-            if found is None or found.shape != values.shape:
-                rewritten.append(key)
-                continue
-            dtype = min(found.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(found.to(dtype), values.to(dtype)):
-                raise _differs(name, f"{key} has other numbers")
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    written = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+    for key, values in expected:
+        found = written[key].get_tensor(key) if key in written else None
+        if found is None or found.shape != values.shape:
+            rewritten.append(key)
+            continue
+        dtype = min(found.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(found.to(dtype), values.to(dtype)):
+            raise _differs(name, f"{key} has other numbers")
     return rewritten
 
 
@@ -156,15 +153,14 @@ def reference_of_run(training: "Training") -> Reference:
     readings = {text: tokenizer(text).input_ids for text in texts}
     found: dict[str, torch.Tensor] = {}
     stance = torch.compiler.set_stance("force_eager") if a.torch_compile else nullcontext()
-    forward = objective.forward
     objective.eval()
-    objective.forward = lambda **inputs: model(**inputs)  # inside of whatever wraps the objective
+    # inside of whatever wraps the objective
+    plain = patch.object(objective, "forward", lambda **inputs: model(**inputs))
     # a base in 4 bits is another model than the one that an adapter is exported for
     if not getattr(a, "load_in_4bit", False):
-        with stance, training.accelerator.autocast():
+        with plain, stance, training.accelerator.autocast():
             rows_there = rows.to(training.accelerator.device)
             found = _logits_if_any(engine.module, model.config, rows_there)
-    objective.forward = forward
     return Reference(rows, found, PRECISIONS[a.mixed_precision], readings)
 
 
@@ -186,17 +182,12 @@ def _logits(model: Any, config: Any, rows: torch.Tensor) -> dict[str, torch.Tens
         }
     elif config.is_encoder_decoder:
         inputs["decoder_input_ids"] = rows
-    configs = [c for c in (config, config.get_text_config()) if hasattr(c, "use_cache")]
-    known = [c.use_cache for c in configs]
     torch.manual_seed(0)
-    try:
-        for c in configs:
-            c.use_cache = False  # not every model stands a cache where there is no mask
-        with torch.no_grad():
-            output = model(**inputs)
-    finally:
-        for c, value in zip(configs, known, strict=True):
-            c.use_cache = value
+    with torch.no_grad(), ExitStack() as stack:
+        for c in (config, config.get_text_config()):
+            if hasattr(c, "use_cache"):  # not every model stands a cache where there is no mask
+                stack.enter_context(patch.object(c, "use_cache", False))
+        output = model(**inputs)
     columns = rows.unique()
     found = {k: v for k, v in output.items() if k.endswith("logits") and torch.is_tensor(v)}
     return {

@@ -87,16 +87,11 @@ def _from_checkpoint(model: str, run: Path) -> str | None:
     return os.path.join("..", "..", os.path.relpath(path, run)) if is_inside else path
 
 
-def base_beside(checkpoint: Path) -> str | None:
-    """The base model that moves with the run, if there is one."""
-    base = read_state(checkpoint).get("base_model") or ""
-    beside = os.path.normpath(checkpoint / base)
-    return beside if base.startswith("..") and os.path.exists(beside) else None
-
-
 def base_model_of(checkpoint: Path) -> str | None:
     """Where the weights are that the checkpoint does not hold; raises InputError as read_state."""
-    return base_beside(checkpoint) or read_state(checkpoint).get("base_model")
+    base = read_state(checkpoint).get("base_model")
+    beside = os.path.abspath(checkpoint / (base or ""))
+    return beside if base and base.startswith("..") and os.path.exists(beside) else base
 
 
 @dataclass
@@ -131,14 +126,11 @@ def export(
     is_adapter = has_adapter and not merge_adapter
     expected = read_reference(checkpoint)
     rewritten: list[str] = []
-    read_config = partial(_config, trust_remote_code=trust_remote_code)
-    read_tokenizer = partial(
-        load_pretrained, transformers.AutoTokenizer, trust_remote_code=trust_remote_code
-    )
+    read = partial(load_pretrained, trust_remote_code=trust_remote_code)
     try:
         with _by_itself(), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
-            config = read_config(checkpoint)
+            config = _unquantized(read(transformers.AutoConfig, checkpoint))
             if is_adapter:
                 count = _write_adapter(checkpoint, config, base, folder, dtype)
             else:
@@ -155,11 +147,13 @@ def export(
                 del model  # there may be no room for two
             if (checkpoint / GENERATION).exists():
                 shutil.copy(checkpoint / GENERATION, folder)
-            read_tokenizer(checkpoint).save_pretrained(folder)
+            read(transformers.AutoTokenizer, checkpoint).save_pretrained(folder)
             if expected is not None:
-                config = read_config(checkpoint if is_adapter else folder)
-                tokenizer = read_tokenizer(folder)
-                expected.compare(output_dir, folder, config, tokenizer, dtype, rewritten)
+                config = read(transformers.AutoConfig, checkpoint if is_adapter else folder)
+                tokenizer = read(transformers.AutoTokenizer, folder)
+                expected.compare(
+                    output_dir, folder, _unquantized(config), tokenizer, dtype, rewritten
+                )
         return count
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None
@@ -175,8 +169,7 @@ def _by_itself() -> Iterator[None]:
         yield
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
-    config = load_pretrained(transformers.AutoConfig, folder, trust_remote_code)
+def _unquantized(config: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -330,7 +323,7 @@ def _write_adapter(
         n: t.to(dtype if t.is_floating_point() else t.dtype) for n, t in _held(checkpoint, adapted)
     }
     tensors = _as_written(adapted, held)
-    if base == base_beside(checkpoint):
+    if base != read_state(checkpoint)["base_model"]:  # it stands beside the checkpoint
         shutil.copytree(base, folder, dirs_exist_ok=True)
         config.save_pretrained(folder)
     adapter.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base

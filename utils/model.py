@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import cached_file
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
@@ -31,7 +31,6 @@ from utils.model_settings import (
 )
 from utils.usage import say
 
-FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # numbers, accents, lines and blanks: where tokenizers differ
 READ_BY_BOTH = "The 12345 words, né e\u0301:\n\n    x = 1 \n"
@@ -183,9 +182,8 @@ def _check_vocabulary(tokenizer: Any, arguments: ModelArguments) -> None:
     What that one knows as special or unused may have got another name.
     """
     name, given = arguments.tokenizer, arguments.model_name_or_path
-    file = "tokenizer_config.json"  # without files transformers makes up an empty tokenizer
-    missing = {f"_raise_exceptions_for_{kind}": False for kind in FILE_ERRORS}
-    if name == given or cached_file(given, file, **missing) is None:
+    # without files transformers makes up an empty tokenizer
+    if name == given or not get_tokenizer_config(given):
         return
     own = load_pretrained(transformers.AutoTokenizer, given, arguments.trust_remote_code)
     special, known = {*own.added_tokens_decoder}, {i: t for t, i in own.get_vocab().items()}
@@ -312,16 +310,17 @@ def first_position(model: "transformers.PreTrainedModel") -> int:
     RoBERTa's begin after that of the padding; MRA's, Nyströmformer's and YOSO's leave out what
     their tables have beyond max_position_embeddings.
     """
-    table = _position_table(model)
+    table, most = _positions(model)
     padding = getattr(table, "padding_idx", None)
     if padding is not None:
         return padding + 1
-    return max(0, getattr(table, "num_embeddings", 0) - _most_positions(model))
+    return max(0, getattr(table, "num_embeddings", 0) - most)
 
 
 def check_positions(model: "transformers.PreTrainedModel", sequence_length: int) -> None:
     """Raises InputError when an encoder has fewer positions than a row tokens."""
-    positions = getattr(_position_table(model), "num_embeddings", None) or _most_positions(model)
+    table, most = _positions(model)
+    positions = getattr(table, "num_embeddings", None) or most
     if first_position(model) + sequence_length > positions:
         raise InputError(
             f"sequence_length: {sequence_length} and the model's first position "
@@ -329,11 +328,8 @@ def check_positions(model: "transformers.PreTrainedModel", sequence_length: int)
         )
 
 
-def _position_table(model: "transformers.PreTrainedModel") -> Any:
-    embeddings = getattr(model.base_model, "embeddings", None)
-    return getattr(embeddings, "position_embeddings", None)
-
-
-def _most_positions(model: "transformers.PreTrainedModel") -> float:
+def _positions(model: "transformers.PreTrainedModel") -> tuple[Any, float]:
+    """(the table of an encoder's positions, if it has one; how many its configuration allows)"""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     most = getattr(model.config, "max_position_embeddings", None) or 0
-    return most if most > 0 else math.inf  # XLNet says -1
+    return table, most if most > 0 else math.inf  # XLNet says -1

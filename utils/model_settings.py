@@ -41,15 +41,12 @@ def load_pretrained(kind: Any, name: str, trust_remote_code: bool, **options: An
     except ValueError as error:
         raise (refusal if "trust_remote_code" in str(error) else error) from None
     # what was read without its code names none where it is saved
-    if not trust_remote_code and kind is transformers.AutoConfig:
+    if kind is transformers.AutoConfig and not trust_remote_code:
         vars(found).pop("auto_map", None)
-    if (
-        not trust_remote_code
-        and kind is transformers.AutoTokenizer
-        and found.init_kwargs.pop("auto_map", None)
-    ):
+    if kind is transformers.AutoTokenizer and not trust_remote_code:
         # of a type of model that it knows, transformers takes another class in silence
-        if not hasattr(transformers, get_tokenizer_config(name).get("tokenizer_class") or "Auto"):
+        own = get_tokenizer_config(name).get("tokenizer_class", "AutoTokenizer")
+        if found.init_kwargs.pop("auto_map", None) and not hasattr(transformers, str(own)):
             raise refusal
     return found
 
