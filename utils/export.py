@@ -62,7 +62,8 @@ class ModelFiles:
         self.code = type(whole) if whole._auto_class else None  # that it brought with it
         if self.code:
             where = f"{self.code.__module__.rpartition('.')[2]}.{self.code.__name__}"
-            self.others[0].auto_map[whole._auto_class] = where
+            known = getattr(self.others[0], "auto_map", None) or {}
+            self.others[0].auto_map = known | {whole._auto_class: where}
         self.generation_config = model.generation_config if model.can_generate() else None
 
     def write(self, folder: Path) -> None:

@@ -148,7 +148,6 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
                 special["vocab_size"] = -(-len(tokenizer) // 64) * 64
                 settings = special | settings
             config = transformers.AutoConfig.for_model(**settings)
-            vars(config).pop("auto_map", None)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"model: {shorten(str(error), 300)}") from None
     text = config.get_text_config(decoder=True)

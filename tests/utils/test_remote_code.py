@@ -89,12 +89,16 @@ def test_generate_refuses_code(own, marker, call, tmp_path):
     assert ended.error == f"error: {own} {NEEDED}trust_remote_code: true\n"
 
 
-def test_a_known_type_is_read_with_the_code_of_transformers(own, marker, pretrain):
+def test_a_known_type_is_read_with_the_code_of_transformers(own, marker, pretrain, call, tmp_path):
     """And what leaves does not name code that is not there."""
     edit(own / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
     edit(own / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    (own / "custom_generate").mkdir()
+    (own / "custom_generate" / "generate.py").write_text(f"open({str(marker)!r}, 'w')")
     ended = pretrain(max_steps=2, model_name_or_path=str(own), model={})
     assert ended.status == 0, ended.error
+    words = ["--model_name_or_path", str(own), "--prompt", "a"]
+    assert call(generate.main, words, tmp_path).status == 0
     assert not marker.exists()
     for folder in (ended.folder / "model", checkpoints(ended.folder)[-1]):
         for name in ("config.json", "tokenizer_config.json"):
@@ -177,3 +181,23 @@ def test_a_plan_of_trusted_code(own, marker, pretrain):
     settings = {"model_name_or_path": str(own), "model": {}, "trust_remote_code": True}
     ended = pretrain(tokenizer=str(own), max_steps=1, dry_run=True, **settings)
     assert ended.status == 0, ended.error
+
+
+def test_a_model_from_scratch_names_no_code(marker, pretrain):
+    code = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    ended = pretrain(max_steps=1, **{"model.auto_map": code})
+    assert ended.status == 2
+    assert "model: llama has no setting 'auto_map'" in ended.error
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])
+def test_generate_refuses_pickles(file, own, call, tmp_path):
+    edit(own / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    edit(own / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    (own / file).write_bytes((own / "model.safetensors").read_bytes())
+    if file == "pytorch_model.bin":
+        (own / "model.safetensors").unlink()
+    words = ["--model_name_or_path", str(own), "--prompt", "a"]
+    ended = call(generate.main, words, tmp_path)
+    assert ended.status == 2
+    assert f"has no weights but pickled ones ({file})" in ended.error
