@@ -208,8 +208,8 @@ def add_adapter(
     torch.manual_seed(random_key(seed, "lora"))  # ways to draw an adapter that are not named below
     try:
         config = peft.LoraConfig(**settings)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of names that transformers has changed
+        # of names that transformers has changed
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             adapted = peft.get_peft_model(model, config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise InputError(f"lora: {shorten(str(error), 300)}") from None

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
@@ -28,6 +27,7 @@ from utils.model_settings import (
     max_positions,
     quiet,
     settings_read,
+    tokenizer_settings,
 )
 from utils.usage import say
 
@@ -182,7 +182,7 @@ def _check_vocabulary(tokenizer: Any, arguments: ModelArguments) -> None:
     """
     name, given = arguments.tokenizer, arguments.model_name_or_path
     # without files transformers makes up an empty tokenizer
-    if name == given or not get_tokenizer_config(given):
+    if name == given or not tokenizer_settings(given):
         return
     own = load_pretrained(transformers.AutoTokenizer, given, arguments.trust_remote_code)
     special, known = {*own.added_tokens_decoder}, {i: t for t, i in own.get_vocab().items()}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from utils.config import InputError
@@ -45,10 +44,17 @@ def load_pretrained(kind: Any, name: str, trust_remote_code: bool, **options: An
         vars(found).pop("auto_map", None)
     if kind is transformers.AutoTokenizer and not trust_remote_code:
         # of a type of model that it knows, transformers takes another class in silence
-        own = get_tokenizer_config(name).get("tokenizer_class", "AutoTokenizer")
+        own = tokenizer_settings(name).get("tokenizer_class", "AutoTokenizer")
         if found.init_kwargs.pop("auto_map", None) and not hasattr(transformers, str(own)):
             raise refusal
     return found
+
+
+def tokenizer_settings(name: str) -> dict[str, Any]:
+    """What tokenizer_config.json says; nothing, where there is none."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config  # half a second
+
+    return get_tokenizer_config(name)
 
 
 def load_model(
