@@ -201,3 +201,9 @@ def test_generate_refuses_pickles(file, own, call, tmp_path):
     ended = call(generate.main, words, tmp_path)
     assert ended.status == 2
     assert f"has no weights but pickled ones ({file})" in ended.error
+
+
+def test_workers_know_a_tokenizer_of_trusted_code(own, marker, pretrain):
+    settings = {"model_name_or_path": str(own), "model": {}, "trust_remote_code": True}
+    ended = pretrain(max_steps=2, tokenizer=str(own), dataloader_num_workers=1, **settings)
+    assert ended.status == 0, ended.error
