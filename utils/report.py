@@ -228,7 +228,7 @@ def conclude(
         with spared("no plots"):
             plots = write_plots(folder)
         if a.trust_remote_code:
-            loads = r'Auto\w+\.from_pretrained\("\{model}"'
+            loads = r'(Auto\w+\.from_pretrained\(|pipeline\("[\w-]+", )"\{model}"'
             usage = re.sub(loads, r"\g<0>, trust_remote_code=True", usage)
         card = write_card(folder, title, pipeline_tag, usage, facts, best)
         folder.finish(state.step, state.ending, a, training.fixed["the training data"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from comparing import assert_same_run, copy_before_its_end
+from comparing import assert_same_run, copy_before_its_end, run_code_of_card
 from launching import checkpoints, command_line
 from recipes.causal_lm import finetune, generate
 from utils import export
@@ -119,8 +119,7 @@ def test_trusted_code_goes_the_whole_road(own, marker, pretrain, call, tmp_path)
     assert type(client).__name__ == "OwnForCausalLM"
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     assert type(tokenizer).__name__ == "OwnTokenizer"
-    card = (model / "README.md").read_text()
-    assert card.count("trust_remote_code=True") == card.count("from_pretrained(")
+    run_code_of_card(whole.folder)
 
     (whole.folder / "predictions.jsonl").touch()
     copy_before_its_end(whole.folder, tmp_path / "resumed")
@@ -170,6 +169,7 @@ def test_an_adapter_on_trusted_code(merge, own, marker, call, tmp_path):
     )
     assert type(model).__name__ == "OwnForCausalLM"
     assert any("lora_" in name for name, _ in model.named_parameters()) != merge
+    run_code_of_card(ended.folder)
     words = ["--model_name_or_path", str(ended.folder / "model"), "--prompt", "a"]
     marker.unlink()
     assert call(generate.main, words, tmp_path).status == 2
