@@ -25,6 +25,7 @@ from utils.checkpoint import parameter_names, read_constants, read_parameters, r
 from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
+from utils.integrity import locked
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -120,7 +121,7 @@ def export(
     expected = read_reference(checkpoint)
     rewritten: list[str] = []
     try:
-        with _by_itself(), written_aside(output_dir) as folder:
+        with _by_itself(), locked(output_dir), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
             if is_adapter:
                 count = _write_adapter(checkpoint, base, folder, dtype)
