@@ -15,8 +15,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from utils.checkpoint import added
 from utils.config import InputError
-from utils.files import written_aside
 from utils.usage import say
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Reference:
 
     def write(self, checkpoint: Path) -> None:
         more = {"precision": self.precision, "readings": json.dumps(self.readings)}
-        with written_aside(checkpoint / FILE) as file:
+        with added(checkpoint, FILE) as file:
             save_file({"rows": self.rows, **self.logits}, file, metadata=more)
 
     def compare(

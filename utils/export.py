@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from transformers.initialization import guard_torch_init_functions
 from transformers.utils import logging
 
-from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state
+from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state, verify
 from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
-from utils.integrity import locked
+from utils.integrity import check_weights, locked, write_checksums
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -115,7 +115,10 @@ def export(
     Raises:
         InputError: not a whole checkpoint, no base model, no space left, or it is not the same.
     """
+    verify(checkpoint)
     base = base_model_of(checkpoint)
+    if base:
+        check_weights(base)
     has_adapter = (checkpoint / ADAPTER).exists()
     is_adapter = has_adapter and not merge_adapter
     expected = read_reference(checkpoint)
@@ -143,6 +146,7 @@ def export(
             if expected is not None:
                 config = _config(checkpoint if is_adapter else folder)
                 expected.compare(output_dir, folder, config, dtype, rewritten)
+            write_checksums(folder)
         return count
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None

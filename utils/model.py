@@ -19,6 +19,7 @@ from transformers.utils import cached_file, logging
 
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
+from utils.integrity import check_weights
 from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
 from utils.usage import say
 
@@ -205,6 +206,8 @@ def build_model(
             f"model_name_or_path: {arguments.model_name_or_path} holds an adapter: give it as "
             "adapter_name_or_path, and its base here"
         )
+    if arguments.model_name_or_path:
+        check_weights(arguments.model_name_or_path)
     options |= {"dtype": dtype, "attn_implementation": arguments.attn_implementation}
     name, loading = arguments.model_name_or_path, {}
     verbosity = logging.get_verbosity()

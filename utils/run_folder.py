@@ -41,8 +41,8 @@ class RunFolder:
     Nothing is written yet but .lock, of the first rank: it is gone when the run ends.
 
     Raises:
-        InputError: not a folder, not writable, in use by another run (where there are several
-            ranks, `problem` says that), or with checkpoints although `resume` is "never".
+        InputError: not a folder, not writable, in use by another run (of several ranks `check`
+            says that), or with checkpoints although `resume` is "never".
     """
 
     def __init__(self, output_dir: str, resume: Literal["auto", "never"] = "auto"):
@@ -68,24 +68,17 @@ class RunFolder:
             if self.refusal and launched_world_size() == 1:
                 raise InputError(self.refusal)
         if resume == "never" and self.newest_checkpoint():
-            self.close()
             raise InputError(
                 f"{self.newest_checkpoint()} exists and resume is 'never': "
                 "choose another output_dir, or remove it"
             )
 
-    def close(self) -> None:
-        """Let others in."""
-        if self.lock:
-            self.lock.close()
-
-    def problem(self) -> str:
-        """On the first rank, why this run must not go on in the folder, or ""."""
-        return self.refusal or (self.lock.problem() if self.lock else "")
-
-    def check(self) -> None:
-        """Raises InputError for `problem`."""
-        if problem := self.problem():
+    def check(self, ranks: Any = None) -> None:
+        """Raises InputError, on all `ranks`, where another run is there or the folder another."""
+        problem = self.refusal or (self.lock.problem() if self.lock else "")
+        if ranks:
+            problem = ranks.gather([problem])[0]
+        if problem:
             raise InputError(problem)
 
     def newest_checkpoint(self) -> Path | None:

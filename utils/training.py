@@ -45,7 +45,7 @@ class Training:
         self.accelerator = start_processes(arguments, folder.path)
         self.ranks.join(self.accelerator.process_index, self.accelerator.num_processes)
         self.is_main = self.ranks.is_main
-        self._check_folder()
+        self.folder.check(self.ranks)
         self.state = RunState()
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
@@ -217,7 +217,7 @@ class Training:
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""
-        self._check_folder()
+        self.folder.check(self.ranks)
         self.state.metrics_size = self.folder.metrics_size()
         state = {
             "counters": asdict(self.state),
@@ -228,11 +228,6 @@ class Training:
             "stream": dict(self.ranks.gather(list(self.data_states.items()))),
         }
         return checkpoint.folder_of(self.folder.path, self.state.step), state
-
-    def _check_folder(self) -> None:
-        """Raises InputError on all ranks where another run is in the folder."""
-        if problem := self.ranks.gather([self.folder.problem()])[0]:
-            raise InputError(problem)
 
     def _update_checkpoint(self) -> None:
         """Of this step, if there is one: a resume does not evaluate again."""

@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
-from utils.integrity import locked
+from utils.integrity import check_weights, locked
 
 
 @dataclass
@@ -190,6 +190,7 @@ def prompt_of_json(place: str, line: str) -> str:
 
 def load(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase, "transformers.PreTrainedModel"]:
     """The tokenizer, and the model: on the GPU if there is one, spread over all if several."""
+    check_weights(name)
     part = "tokenizer"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

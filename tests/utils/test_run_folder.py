@@ -38,11 +38,11 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
     assert folder.metrics_size() == 0
     assert folder.records() == []
     assert [path.name for path in folder.path.iterdir()] == [".lock"]
-    folder.close()
+    folder.lock.close()
     assert not list(tmp_path.iterdir())
     folder = RunFolder(str(tmp_path / "a" / "run"))
     folder.begin(TrainingArguments(), 0)
-    folder.close()
+    folder.lock.close()
     assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "metrics.jsonl"}
 
 
@@ -279,7 +279,7 @@ def test_a_run_of_another_process_keeps_the_folder_until_it_dies(holder, tmp_pat
     process.wait()
     assert all(map(psutil.pid_exists, process.children))
     assert (path / ".lock").exists()
-    RunFolder(str(path)).close()
+    RunFolder(str(path)).lock.close()
     assert not list(path.iterdir())
 
 
@@ -295,8 +295,8 @@ def test_two_runs_of_one_process_come_after_each_other(tmp_path):
             RunFolder(str(name))
         assert f"{name} is in use by process {os.getpid()} on " in str(error.value)
     assert (path / ".lock").read_bytes() == before
-    assert first.problem() == ""
-    first.close()
+    first.check()
+    first.lock.close()
     second = RunFolder(str(path))
     second.itself = second  # what an error leaves: nobody closes it
     del second
@@ -334,7 +334,7 @@ def test_a_folder_that_was_replaced_is_seen_and_left_alone(holder, folder):
     ):
         with pytest.raises(InputError, match=f"{folder.path} was removed or replaced"):
             write()
-    folder.close()  # what is another run's stays
+    folder.lock.close()  # what is another run's stays
     assert [path.name for path in folder.path.iterdir()] == [".lock"]
     assert lock.read_bytes() == before
     with pytest.raises(InputError, match=f"in use by process {process.pid} on"):
@@ -353,7 +353,7 @@ def test_a_file_system_without_locks_is_warned_of_and_used(number, tmp_path, mon
     folder.record({"step": 1})
     told = f"{path}/.lock: {os.strerror(number)}: nothing keeps a second start out"
     assert capsys.readouterr().err == f"warning: {told}\n"
-    folder.close()
+    folder.lock.close()
     assert not (path / ".lock").exists()
 
 
@@ -406,7 +406,7 @@ def test_a_second_start_on_two_processes_is_one_message(
         assert launch.wait(60) == [2, 2], launch.output()
     (line,) = (line for line in launch.output().splitlines() if "error" in line.lower())
     assert re.fullmatch(f"error: {refusal(first.folder, os.getpid())}", line)
-    holding.close()
+    holding.lock.close()
     (tmp_path / "finished.json").rename(first.folder / "finished.json")
     assert {p: p.read_bytes() for p in first.folder.rglob("*") if p.is_file()} == before
 
