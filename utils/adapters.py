@@ -17,6 +17,7 @@ from utils.comparison import PRECISIONS
 from utils.config import InputError
 from utils.export import check_adapter
 from utils.files import written_aside
+from utils.integrity import check_weights, write_checksums
 from utils.model import (
     ModelArguments,
     build_model,
@@ -122,6 +123,7 @@ def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         model.save_pretrained(aside)
+        write_checksums(aside)
 
 
 def base_dtype(arguments: Any) -> torch.dtype:
@@ -233,6 +235,7 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
     except (ValueError, OSError) as error:
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
+    check_weights(path)
     base, given = config.base_model_name_or_path, model.name_or_path
     check_not_pickled(path, f"peft.PeftModel.from_pretrained(base, {path!r})")
     beside, files = Path(path) / BASE, [Path(str(b)) / BASE for b in (base, given)]

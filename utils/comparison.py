@@ -16,8 +16,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from utils.checkpoint import added
 from utils.config import InputError
-from utils.files import written_aside
 from utils.model_settings import architecture_of
 from utils.usage import say
 
@@ -50,7 +50,7 @@ class Reference:
 
     def write(self, checkpoint: Path) -> None:
         more = {"precision": str(self.precision)[6:], "readings": json.dumps(self.readings)}
-        with written_aside(checkpoint / FILE) as file:
+        with added(checkpoint, FILE) as file:
             save_file({"rows": self.rows, **self.logits}, file, metadata=more)
 
     def compare(

@@ -24,6 +24,7 @@ import time
 import types
 import typing
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ AnySettings = typing.TypeVar("AnySettings")
 # seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
 # rank 0 has to have its say
 SILENCE = 5.0
+at_end = ExitStack()  # what is given back when `main` ends, however it does
 
 
 class _Loader(yaml.SafeLoader):
@@ -91,7 +93,8 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
     # text that is no Unicode is shown as stderr has it
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with at_end:
+            main()
     except KeyboardInterrupt:
         sys.stdout.flush()
         os._exit(130)

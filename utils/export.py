@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import guard_torch_init_functions
 
-from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state
+from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state, verify
 from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
+from utils.integrity import check_weights, locked, write_checksums
 from utils.model_settings import architecture_of, load_model, load_pretrained, quiet
 
 ADAPTER = "adapter_config.json"
@@ -122,6 +123,7 @@ def export(
     Raises:
         InputError: not a whole checkpoint, no base model, no space left, or it is not the same.
     """
+    verify(checkpoint)
     base = base_model_of(checkpoint)
     has_adapter = (checkpoint / ADAPTER).exists()
     is_adapter = has_adapter and not merge_adapter
@@ -129,7 +131,7 @@ def export(
     rewritten: list[str] = []
     read = partial(load_pretrained, trust_remote_code=trust_remote_code)
     try:
-        with _by_itself(), written_aside(output_dir) as folder:
+        with _by_itself(), locked(output_dir), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
             config = _unquantized(read(transformers.AutoConfig, checkpoint))
             if is_adapter:
@@ -155,6 +157,7 @@ def export(
                 expected.compare(
                     output_dir, folder, _unquantized(config), tokenizer, dtype, rewritten
                 )
+            write_checksums(folder)
         return count
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None
@@ -325,6 +328,7 @@ def _write_adapter(
     }
     tensors = _as_written(adapted, held)
     if base != read_state(checkpoint)["base_model"]:  # it stands beside the checkpoint
+        check_weights(base)
         shutil.copytree(base, folder, dirs_exist_ok=True)
         config.save_pretrained(folder)
     adapter.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base

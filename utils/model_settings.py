@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 from utils.config import InputError
+from utils.integrity import check_weights
 
 # by what names configs call the same
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
@@ -66,9 +67,10 @@ def load_model(
         kind: a class of models or an auto class, whose `from_pretrained` takes `options`.
 
     Raises:
-        InputError: it needs code of its own, or its weights are pickled.
+        InputError: it needs code of its own, or its weights are pickled or not what was written.
     """
     names = getattr(options.get("config"), "architectures", None) or [kind.__name__]
+    check_weights(name)
     check_not_pickled(name, f"transformers.{names[0]}.from_pretrained({name!r})")
     reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= reported | {"use_safetensors": True}

@@ -207,6 +207,7 @@ def conclude(
     """
     training.load_best()
     reference = reference_of_run(training)
+    training.folder.check()
     if training.is_main:
         from utils.plots import write_plots  # whose imports take a second
 

@@ -1,6 +1,7 @@
 """The folder of a run: settings, metrics, checkpoints, export, card and plots.
 
 config.yaml  metrics.jsonl  checkpoints/  model/  README.md  plots/  finished.json
+and, as long as a process writes there, .lock
 """
 
 import dataclasses
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils import checkpoint
-from utils.config import InputError, write_yaml
+from utils.config import InputError, at_end, write_yaml
 from utils.files import written_aside
-from utils.usage import say
+from utils.integrity import Lock
+from utils.ranks import launched_world_size
+from utils.usage import launched_rank, say
 
 # settings that a finished run has no use for any more; what its data are, they say themselves
 FREE = {
@@ -33,10 +36,13 @@ DATA_ONCE = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
 
 
 class RunFolder:
-    """`output_dir`, to begin a run in or to continue the one that is there; writes nothing yet.
+    """`output_dir`, to begin a run in or to continue the one that is there.
+
+    Nothing is written yet but .lock, of the first rank: it is gone when the run ends.
 
     Raises:
-        InputError: not a folder, not writable, or with checkpoints although `resume` is "never".
+        InputError: not a folder, not writable, in use by another run (of several ranks `check`
+            says that), or with checkpoints although `resume` is "never".
     """
 
     def __init__(self, output_dir: str, resume: Literal["auto", "never"] = "auto"):
@@ -50,11 +56,30 @@ class RunFolder:
                 pass
         except OSError as error:
             raise InputError(f"output_dir: cannot write in {place}: {error.strerror}") from None
+        self.lock, self.refusal = None, ""
+        if launched_rank() == 0:
+            try:
+                self.lock = Lock(self.path / ".lock", self.path)
+                at_end.callback(self.lock.close)
+            except InputError as error:
+                self.refusal = str(error)
+            except OSError as error:
+                self.refusal = f"output_dir: cannot write {error.filename}: {error.strerror}"
+            if self.refusal and launched_world_size() == 1:
+                raise InputError(self.refusal)
         if resume == "never" and self.newest_checkpoint():
             raise InputError(
                 f"{self.newest_checkpoint()} exists and resume is 'never': "
                 "choose another output_dir, or remove it"
             )
+
+    def check(self, ranks: Any = None) -> None:
+        """Raises InputError, on all `ranks`, where another run is there or the folder another."""
+        problem = self.refusal or (self.lock.problem() if self.lock else "")
+        if ranks:
+            problem = ranks.gather([problem])[0]
+        if problem:
+            raise InputError(problem)
 
     def newest_checkpoint(self) -> Path | None:
         return checkpoint.newest(self.path)
@@ -95,7 +120,7 @@ class RunFolder:
 
     def begin(self, settings: Any, metrics_size: int) -> None:
         """Write the settings, and cut the metrics back to what the checkpoint has seen of them."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.check()
         with written_aside(self.path / "config.yaml") as file:
             write_yaml(settings, file)
         (self.path / "finished.json").unlink(missing_ok=True)
@@ -106,6 +131,7 @@ class RunFolder:
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; what is not finite is null there, as JSON has it."""
+        self.check()
         line = json.dumps({name: _finite(value) for name, value in values.items()})
         try:
             with self.metrics.open("a") as file:

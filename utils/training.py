@@ -45,6 +45,7 @@ class Training:
         self.accelerator = start_processes(arguments, folder.path)
         self.ranks.join(self.accelerator.process_index, self.accelerator.num_processes)
         self.is_main = self.ranks.is_main
+        self.folder.check(self.ranks)
         self.state = RunState()
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
@@ -216,6 +217,7 @@ class Training:
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""
+        self.folder.check(self.ranks)
         self.state.metrics_size = self.folder.metrics_size()
         state = {
             "counters": asdict(self.state),

@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
+from utils.integrity import locked
 from utils.model_settings import load_model, load_pretrained
 
 
@@ -146,7 +147,8 @@ def main() -> None:
     if args.output_file is not None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         try:
-            with written_aside(Path(args.output_file)) as aside:
+            path = Path(args.output_file)
+            with locked(path), written_aside(path) as aside:
                 aside.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write {args.output_file}: {error.strerror}") from None

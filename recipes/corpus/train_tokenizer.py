@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
+from utils.integrity import locked
 from utils.sources import BadRecords, Document, Source, check_documents, documents
 
 # Llama 3's pattern, GPT-4's in effect; no token crosses the borders that it draws. Contractions,
@@ -106,7 +107,7 @@ def main() -> None:
             f"seen {args.min_frequency} times; give more text, or a lower vocab_size"
         )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(output_dir) as folder:
+    with locked(output_dir), written_aside(output_dir) as folder:
         tokenizer.save_pretrained(folder)
     if args.validation_sources:
         report(tokenizer, validation_text)
