@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # of benchmarks, which is no
 
 from benchmarks.measurement import describe, write_results
 from killing import STAGES, STEPS, Runs, met, reach, result
-from launching import ROOT, Launch, checkpoints, command_line, steps
+from launching import ROOT, Launch, checkpoints, steps
 from utils.config import InputError, command, parse
 from utils.report import markdown_table
 
