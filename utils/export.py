@@ -127,8 +127,7 @@ def export(
     base = base_model_of(checkpoint)
     has_adapter = (checkpoint / ADAPTER).exists()
     is_adapter = has_adapter and not merge_adapter
-    expected = read_reference(checkpoint)
-    rewritten: list[str] = []
+    expected, rewritten = read_reference(checkpoint), []
     read = partial(load_pretrained, trust_remote_code=trust_remote_code)
     try:
         with _by_itself(), locked(output_dir), written_aside(output_dir) as folder:
@@ -152,11 +151,10 @@ def export(
                 shutil.copy(checkpoint / GENERATION, folder)
             read(transformers.AutoTokenizer, checkpoint).save_pretrained(folder)
             if expected is not None:
-                config = read(transformers.AutoConfig, checkpoint if is_adapter else folder)
+                if not is_adapter:
+                    config = _unquantized(read(transformers.AutoConfig, folder))
                 tokenizer = read(transformers.AutoTokenizer, folder)
-                expected.compare(
-                    output_dir, folder, _unquantized(config), tokenizer, dtype, rewritten
-                )
+                expected.compare(output_dir, folder, config, tokenizer, dtype, rewritten)
             write_checksums(folder)
         return count
     except (OSError, SafetensorError) as error:
