@@ -235,9 +235,9 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
     except (ValueError, OSError) as error:
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
-    check_weights(path)
     base, given = config.base_model_name_or_path, model.name_or_path
     check_not_pickled(path, f"peft.PeftModel.from_pretrained(base, {path!r})")
+    check_weights(path)
     beside, files = Path(path) / BASE, [Path(str(b)) / BASE for b in (base, given)]
     is_base = files[0].resolve() == files[1].resolve()  # there are two ways to write one folder
     if beside.exists() and files[1].exists():  # of a run from scratch, which may have moved

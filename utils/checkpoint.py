@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.config import InputError
-from utils.files import remove, written_aside
+from utils.files import remove, sync, written_aside
 from utils.fragments import (
     SCALES,
     constants,
@@ -109,9 +109,11 @@ def read_state(folder: Path) -> State:
 
 def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     """Raises InputError unless the files of a checkpoint, a rank's share, are what was written."""
-    share = sorted(read_state(folder)["files"].items())[rank::world_size]
+    kept = read_state(folder)["files"]
+    names = sorted(kept, key=lambda name: (not name.startswith("rank-"), name))  # first: its own
+    share = {n: kept[n][1] for n in names[rank::world_size] if isinstance(kept[n], list)}
     try:
-        changed = changed_file(folder, {n: kept[1] for n, kept in share if isinstance(kept, list)})
+        changed = changed_file(folder, share)
     except OSError as error:
         raise _damaged(folder, error) from None
     if changed:
@@ -139,7 +141,7 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
     rest = {key: value for key, value in state.items() if key != "checksum"}
     with written_aside(folder / STATE) as file:
         file.write_text(_sealed(json.dumps(rest)), encoding="utf-8")
-        _sync(file)
+        sync(file)
 
 
 def save(
@@ -177,7 +179,7 @@ def save(
             for kind, tensor in fragment.tensors.items():
                 tensors[f"{kind}/{fragment.name}"] = tensor.detach().cpu()
         save_file(tensors, file, metadata={"starts": json.dumps(starts)})
-        _sync(file)
+        sync(file)
         if kept:
             save_file(kept, partial / CONSTANTS)
         mine = {file.name: size_and_checksum(file)}
@@ -193,9 +195,9 @@ def save(
                     if path.name not in files:
                         files[str(path.relative_to(partial))] = size_and_checksum(path)
                 _write_state(partial, {**state, "files": files})
-                _sync(*partial.rglob("*"), partial)
+                sync(*partial.rglob("*"), partial)
                 partial.rename(folder)  # fails where there is one: none is ever replaced
-                _sync(folder.parent)
+                sync(folder.parent)
             except Exception as problem:  # tokenizers know no OSError
                 error = str(problem)
         _raise_together(error)
@@ -332,13 +334,6 @@ def _raise_together(error: str, found: Any = ()) -> dict[str, Any]:
     if any(errors):
         raise CheckpointError(next(filter(None, errors)))
     return {name: value for part in parts for name, value in part.items()}
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

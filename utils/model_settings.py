@@ -70,8 +70,8 @@ def load_model(
         InputError: it needs code of its own, or its weights are pickled or not what was written.
     """
     names = getattr(options.get("config"), "architectures", None) or [kind.__name__]
-    check_weights(name)
     check_not_pickled(name, f"transformers.{names[0]}.from_pretrained({name!r})")
+    check_weights(name)
     reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= reported | {"use_safetensors": True}
     model, loading = load_pretrained(kind, name, trust_remote_code, **options)
