@@ -100,7 +100,7 @@ MOMENTS = {
     "in an evaluation at a checkpoint": (causal_lm, "evaluate_by_domain", 4, 12),
     "while samples are written": (causal_lm, "write_samples", 2, 6),
     "in a save": (checkpoint, "save_file", 4, 8),
-    "before the rename of a save": (checkpoint, "_sync", 6, 4),
+    "before the rename of a save": (checkpoint, "sync", 6, 4),
     "while a checkpoint is brought up to date": (checkpoint, "update", 3, 6),
     "while old checkpoints are pruned": (checkpoint, "prune", 11, 12),
     "in the last evaluation of all": (causal_lm, "evaluate_by_domain", 5, 12),
