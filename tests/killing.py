@@ -27,17 +27,13 @@ def partial_checkpoints(output_dir: Path) -> list[str]:
     return [path.name for path in output_dir.glob("checkpoints/.step-*.partial")]
 
 
-def kill(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usual: float) -> str:
-    """Send SIGKILL to all ranks.
+def reach(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usual: float) -> bool:
+    """Wait for a moment of a run; whether it has not come to its end before.
 
     Args:
         moment: "before the first checkpoint", "in a save", "at the end" (of the run, whose last
             checkpoint is complete, and whose export is not) or "at any time".
         usual: seconds from start to end of an undisturbed run.
-
-    Returns:
-        What it met: "in a save", "before the first checkpoint", "later", or "" when the run had
-        come to its end.
     """
     last = int(checkpoints(output_dir)[-1].name[5:]) if checkpoints(output_dir) else 0
     if moment == "in a save" and last < STEPS:
@@ -51,13 +47,21 @@ def kill(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usu
     else:
         end = time.monotonic() + draw.uniform(0, usual)
         launch.wait_until(lambda: time.monotonic() > end)
-    alive = launch.is_alive()
-    launch.kill()
-    if not alive:
-        return ""
+    return launch.is_alive()
+
+
+def met(output_dir: Path) -> str:
+    """Where a run stands: "in a save", "before the first checkpoint" or "later"."""
     if partial_checkpoints(output_dir):
         return "in a save"
     return "later" if checkpoints(output_dir) else "before the first checkpoint"
+
+
+def kill(launch: Launch, output_dir: Path, moment: str, draw: random.Random, usual: float) -> str:
+    """Send SIGKILL to all ranks at a moment (see `reach`); what it met, "" when all had ended."""
+    is_alive = reach(launch, output_dir, moment, draw, usual)
+    launch.kill()
+    return met(output_dir) if is_alive else ""
 
 
 def result(output_dir: Path) -> tuple[list[dict], bytes]:
@@ -78,9 +82,11 @@ class Runs:
         self.finish(self.reference)
         self.seconds = time.monotonic() - start
 
-    def start(self, output_dir: Path, script: str = CAUSAL_LM, **settings) -> Launch:
-        arguments = tiny_run(output_dir, *self.data, **self.settings, **settings)
-        return Launch(self.config, self.processes, arguments, self.log, script)
+    def start(
+        self, output_dir: Path, script: str = CAUSAL_LM, log: Path | None = None, **settings
+    ) -> Launch:
+        arguments = tiny_run(output_dir, *self.data, **{**self.settings, **settings})
+        return Launch(self.config, self.processes, arguments, log or self.log, script)
 
     def finish(self, output_dir: Path) -> str:
         arguments = tiny_run(output_dir, *self.data, **self.settings)

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 
+from utils.comparison import PRECISIONS
 from utils.config import InputError
 from utils.export import check_adapter
 from utils.files import written_aside
+from utils.integrity import check_weights, write_checksums
 from utils.model import (
     ModelArguments,
     build_model,
@@ -23,6 +25,7 @@ from utils.model import (
     initialize_weights,
     train_shared_padding,
 )
+from utils.model_settings import check_not_pickled
 from utils.randomness import random_key
 
 if TYPE_CHECKING:
@@ -65,9 +68,14 @@ class AdapterArguments(ModelArguments):
         super().check()
 
     def fixed(self) -> dict[str, Any]:
-        names = ("model_name_or_path", "freeze", "lora", "adapter_name_or_path")
-        own = {name: getattr(self, name) for name in (*names, "loraplus_lr_ratio")}
-        return super().fixed() | own
+        names = (
+            "model_name_or_path",
+            "freeze",
+            "lora",
+            "adapter_name_or_path",
+            "loraplus_lr_ratio",
+        )
+        return super().fixed() | {name: getattr(self, name) for name in names}
 
     @property
     def has_adapter(self) -> bool:
@@ -115,13 +123,12 @@ def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         model.save_pretrained(aside)
+        write_checksums(aside)
 
 
 def base_dtype(arguments: Any) -> torch.dtype:
     """What is not trained needs no more than the precision that it computes in."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    is_half = arguments.has_adapter and arguments.mixed_precision in half
-    return half[arguments.mixed_precision] if is_half else torch.float32
+    return PRECISIONS[arguments.mixed_precision] if arguments.has_adapter else torch.float32
 
 
 def freeze(model: "transformers.PreTrainedModel", what: str | int | None) -> None:
@@ -203,8 +210,8 @@ def add_adapter(
     torch.manual_seed(random_key(seed, "lora"))  # ways to draw an adapter that are not named below
     try:
         config = peft.LoraConfig(**settings)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of names that transformers has changed
+        # of names that transformers has changed
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             adapted = peft.get_peft_model(model, config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise InputError(f"lora: {shorten(str(error), 300)}") from None
@@ -229,6 +236,8 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
         problem = shorten(str(error), 200)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
     base, given = config.base_model_name_or_path, model.name_or_path
+    check_not_pickled(path, f"peft.PeftModel.from_pretrained(base, {path!r})")
+    check_weights(path)
     beside, files = Path(path) / BASE, [Path(str(b)) / BASE for b in (base, given)]
     is_base = files[0].resolve() == files[1].resolve()  # there are two ways to write one folder
     if beside.exists() and files[1].exists():  # of a run from scratch, which may have moved

@@ -9,7 +9,8 @@ were cut when they were written. There is no conversion and no rank holds a whol
         rank-00000-of-00002.safetensors   "exp_avg/model.norm.weight": the fragment
         constants.safetensors             what no gradient changes: buffers, and parameters that
                                           stay as they are where no base model holds them
-        state.json                        counters, stream state, loss scale, sizes of the files
+        state.json                        counters, stream state, loss scale, sizes and checksums
+                                          (xxh3_64) of the files, and of itself
         config.json, tokenizer.json …     the model's configuration and its tokenizer
 
 A folder is written under another name, synced and renamed: with its name it is complete.
@@ -20,21 +21,24 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.config import InputError
-from utils.files import written_aside
+from utils.files import remove, sync, written_aside
 from utils.fragments import (
     SCALES,
     constants,
+    fill,
     fragments,
+    gather,
     gathered,
     get_rank,
     get_world_size,
@@ -42,7 +46,10 @@ from utils.fragments import (
     refresh_model,
     spread_like,
     trainable,
+    whole_constants,
 )
+from utils.integrity import changed_file, size_and_checksum
+from utils.usage import warn
 
 CONSTANTS = "constants.safetensors"
 STATE = "state.json"
@@ -53,8 +60,12 @@ class CheckpointError(Exception):
 
 
 def newest(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    return max(_checkpoints(output_dir), key=_step, default=None)
+    """The newest complete checkpoint; raises InputError where one's name is that of a file."""
+    found = sorted(_checkpoints(Path(output_dir, "checkpoints")), key=_step)
+    for path in found:
+        if not path.is_dir():
+            raise InputError(f"{path} is no folder, as checkpoints are: remove it")
+    return found[-1] if found else None
 
 
 def folder_of(output_dir: str | Path, step: int) -> Path:
@@ -62,29 +73,75 @@ def folder_of(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir, "checkpoints", f"step-{step:08d}")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint, after checking that every file of it is whole.
+class State(dict):
+    """Of a checkpoint; a key that it lacks raises InputError."""
 
-    Raises:
-        InputError: no checkpoint; a file is missing or has another size than when it was written.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no checkpoint {folder}")
+    folder: Path
+
+    def __missing__(self, key: str) -> None:
+        raise _damaged(self.folder, f"{STATE} has no {key!r}")
+
+
+def read_state(folder: Path) -> State:
+    """The state of a checkpoint, which is whole; raises InputError unless its files are there,
+    can be read, and have their sizes."""
     try:
-        state = json.loads((folder / STATE).read_text())
-        for name, size in state["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes, not {size}")
-    except (OSError, ValueError, KeyError) as error:
+        if not folder.is_dir():
+            raise InputError(f"no checkpoint {folder}")
+        text = (folder / STATE).read_text(encoding="utf-8")
+        state = State(json.loads(text))
+        state.folder = folder
+        # earlier there were sizes alone
+        is_sealed = any(isinstance(kept, list) for kept in state["files"].values())
+        if is_sealed and text != _sealed("{" + text[len(_sealed("")) :]):
+            raise ValueError("it is not what was written")
+        for name, kept in state["files"].items():
+            with (folder / name).open("rb") as file:
+                found = file.seek(0, os.SEEK_END)
+            if found != (size := kept[0] if isinstance(kept, list) else kept):
+                raise _damaged(folder, f"{name} has {found} bytes, not {size}")
+    except OSError as error:
         raise _damaged(folder, error) from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, f"{STATE}: {error}") from None
     return state
 
 
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Raises InputError unless the files of a checkpoint, a rank's share, are what was written."""
+    kept = read_state(folder)["files"]
+    names = sorted(kept, key=lambda name: (not name.startswith("rank-"), name))  # first: its own
+    share = {n: kept[n][1] for n in names[rank::world_size] if isinstance(kept[n], list)}
+    try:
+        changed = changed_file(folder, share)
+    except OSError as error:
+        raise _damaged(folder, error) from None
+    if changed:
+        raise _damaged(folder, f"{changed} is not what was written")
+
+
 def _damaged(folder: Path, problem: Any) -> InputError:
-    return InputError(
-        f"{folder} is damaged: {problem}. Remove it to resume from the checkpoint before it"
-    )
+    if isinstance(problem, PermissionError):
+        return InputError(f"cannot read {problem.filename}: {problem.strerror}: ask its owner")
+    if isinstance(problem, OSError):
+        problem = f"{Path(problem.filename or '').name}: {problem.strerror}"
+    step = _step(folder) or 0
+    earlier = [path for path in _checkpoints(folder.parent) if _step(path) < step]
+    before = max(earlier, key=_step, default=None)
+    remedy = f"go on from {before}" if before else "begin again: there is none before it"
+    return InputError(f"{folder} is damaged: {problem}. Remove it to {remedy}")
+
+
+def _sealed(text: str) -> str:
+    """A JSON object with its checksum before its first key."""
+    return f'{{"checksum": "{xxhash.xxh3_64_hexdigest(text.encode())}", {text[1:]}'
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    rest = {key: value for key, value in state.items() if key != "checksum"}
+    with written_aside(folder / STATE) as file:
+        file.write_text(_sealed(json.dumps(rest)), encoding="utf-8")
+        sync(file)
 
 
 def save(
@@ -107,12 +164,13 @@ def save(
     error = ""
     if rank == 0:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir(parents=True)
         except OSError as problem:
             error = str(problem)
     _raise_together(error)
-    kept = _whole_constants(model, state.get("base_model") is None)
+    mine: dict[str, list] = {}
+    kept = whole_constants(model, state.get("base_model") is None)
     file = partial / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
     try:
         tensors, starts = {}, {}
@@ -121,22 +179,25 @@ def save(
             for kind, tensor in fragment.tensors.items():
                 tensors[f"{kind}/{fragment.name}"] = tensor.detach().cpu()
         save_file(tensors, file, metadata={"starts": json.dumps(starts)})
-        _sync(file)
+        sync(file)
         if kept:
             save_file(kept, partial / CONSTANTS)
+        mine = {file.name: size_and_checksum(file)}
     except (OSError, SafetensorError) as problem:
         error = str(problem)
     try:
-        _raise_together(error)
+        files = _raise_together(error, mine)
         if rank == 0:
             try:
                 if write_more is not None:
                     write_more(partial)
-                state = {**state, "files": {f.name: f.stat().st_size for f in partial.iterdir()}}
-                (partial / STATE).write_text(json.dumps(state))
-                _sync(*partial.iterdir(), partial)
+                for path in filter(Path.is_file, partial.rglob("*")):
+                    if path.name not in files:
+                        files[str(path.relative_to(partial))] = size_and_checksum(path)
+                _write_state(partial, {**state, "files": files})
+                sync(*partial.rglob("*"), partial)
                 partial.rename(folder)  # fails where there is one: none is ever replaced
-                _sync(folder.parent)
+                sync(folder.parent)
             except Exception as problem:  # tokenizers know no OSError
                 error = str(problem)
         _raise_together(error)
@@ -148,53 +209,59 @@ def save(
 
 def update(folder: Path, state: dict[str, Any]) -> None:
     """Write what has become known of a step after its checkpoint; one process calls this."""
-    with suppress(OSError), written_aside(folder / STATE) as file:  # no space: it stays as it is
-        file.write_text(json.dumps(json.loads((folder / STATE).read_text()) | state))
-        _sync(file)
+    try:
+        _write_state(folder, read_state(folder) | state)
+    except (OSError, InputError) as error:  # it stays as it is: what is damaged, too
+        warn(str(error))
 
 
-def _whole_constants(model: torch.nn.Module, parameters: bool) -> dict[str, torch.Tensor]:
-    """On rank 0; all ranks call it."""
-    whole = {}
-    for name, tensor in constants(model, parameters):
-        with gathered([tensor]):
-            values = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if get_rank() == 0:
-                whole[name] = values.detach().cpu().clone()
-    return whole
+@contextmanager
+def added(folder: Path, name: str) -> Iterator[Path]:
+    """Where to write a file that comes to a checkpoint later, which is whole at any moment."""
+    state = read_state(folder)
+    files = {file: kept for file, kept in state["files"].items() if file != name}
+    _write_state(folder, state | {"files": files})
+    with written_aside(folder / name) as file:
+        yield file
+    files[name] = size_and_checksum(folder / name)
+    _write_state(folder, state | {"files": files})
 
 
 def prune(
     output_dir: str | Path, keep_last: int, keep_every: int | None, best_step: int | None = None
 ) -> None:
     """Remove all but the newest checkpoints, the best and those whose step `keep_every` divides."""
-    for folder in sorted(_checkpoints(output_dir), key=_step)[:-keep_last]:
+    found = filter(Path.is_dir, _checkpoints(Path(output_dir, "checkpoints")))
+    for folder in sorted(found, key=_step)[:-keep_last]:
         is_kept = keep_every and _step(folder) % keep_every == 0
         if not is_kept and _step(folder) != best_step:
             # renamed first: a kill while it is being removed leaves no half checkpoint
             doomed = folder.with_name(f".{folder.name}.partial")
             folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            with suppress(OSError):
+                remove(doomed)
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: int) -> None:
     """Fill the fragments of this rank from a checkpoint of any world size and ZeRO stage.
 
+    All ranks call it. While they read, they verify the files, each its share.
+
     Raises:
-        InputError: a parameter of the model is missing there, or has another size.
+        InputError: on every rank, when any found that a file is damaged or cannot be read, or that
+            a parameter of the model is missing there, or has another size.
     """
-    make_optimizer_state(optimizer, optimizer_step)
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trainable(model)}
-    with _opened(folder) as pieces:
-        updated = {key.partition("/")[2] for key in pieces if not key.startswith("parameter/")}
-        for name, start, tensors in fragments(model, optimizer, every_rank=True):
-            for kind, tensor in tensors.items():
-                held = pieces.get(f"{kind}/{name}", [])
-                if kind != "parameter" and name not in updated:
-                    continue  # zeros: it never had a gradient, or all steps so far were skipped
-                size = tensor.numel() if kind in SCALES else sizes[name]
-                if not _fill(tensor, start, held, size):
-                    raise InputError(f"{folder} does not hold {kind} of {name} in this size")
+    failure: Exception | None = None
+    with ThreadPoolExecutor() as pool:
+        verified = pool.submit(verify, folder, get_rank(), get_world_size())
+        try:
+            _fill_fragments(folder, model, optimizer, optimizer_step)
+        except Exception as error:  # a damaged file may raise anything
+            failure = error
+        failure = verified.exception() or failure
+    problems = gather(failure and (str(failure) or repr(failure)))
+    if any(problems):
+        raise failure or InputError(next(filter(None, problems)))
     refresh_model(optimizer)
     held = read_constants(folder)
     for name, tensor in constants(model, parameters=True):
@@ -205,11 +272,26 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Any, optimizer_step: i
                 tensor.copy_(spread_like(tensor, held[name]))
 
 
+def _fill_fragments(folder: Path, model: torch.nn.Module, optimizer: Any, step: int) -> None:
+    make_optimizer_state(optimizer, step)
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trainable(model)}
+    with _opened(folder) as pieces:
+        updated = {key.partition("/")[2] for key in pieces if not key.startswith("parameter/")}
+        for name, start, tensors in fragments(model, optimizer, every_rank=True):
+            for kind, tensor in tensors.items():
+                held = pieces.get(f"{kind}/{name}", [])
+                if kind != "parameter" and name not in updated:
+                    continue  # zeros: it never had a gradient, or all steps so far were skipped
+                size = tensor.numel() if kind in SCALES else sizes[name]
+                if not fill(tensor, start, held, size):
+                    raise InputError(f"{folder} does not hold {kind} of {name} in this size")
+
+
 def read_constants(folder: Path) -> dict[str, torch.Tensor]:
     """By name, what a checkpoint holds beside what was trained; on the CPU."""
     try:
         return load_file(folder / CONSTANTS) if (folder / CONSTANTS).exists() else {}
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise _damaged(folder, f"{CONSTANTS}: {error}") from None
 
 
@@ -218,7 +300,7 @@ def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tup
     with _opened(folder) as pieces:
         for name, shape in shapes.items():
             tensor = torch.empty(shape.numel())
-            if not _fill(tensor, 0, pieces.get(f"parameter/{name}", []), tensor.numel()):
+            if not fill(tensor, 0, pieces.get(f"parameter/{name}", []), tensor.numel()):
                 raise InputError(f"{folder} does not hold {name} in the shape {tuple(shape)}")
             yield name, tensor.view(shape)
 
@@ -237,47 +319,25 @@ def _opened(folder: Path) -> Iterator[dict[str, list[tuple[int, Any]]]]:
     for path in sorted(folder.glob("rank-*.safetensors")):
         try:
             file = safe_open(path, framework="pt")
-        except SafetensorError as error:
+            starts = json.loads(file.metadata()["starts"])
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                start = starts[key.partition("/")[2]]
+                pieces.setdefault(key, []).append((start, file.get_slice(key)))
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
             raise _damaged(folder, f"{path.name}: {error}") from None
-        starts = json.loads(file.metadata()["starts"])
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            start = starts[key.partition("/")[2]]
-            pieces.setdefault(key, []).append((start, file.get_slice(key)))
     yield pieces
 
 
-def _fill(target: torch.Tensor, start: int, pieces: list[tuple[int, Any]], size: int) -> bool:
-    """Copy [start, start + length) into the target; whether the pieces hold it and are `size`."""
-    copied = held = 0
-    for piece_start, piece in pieces:
-        length = piece.get_shape()[0]
-        held += length
-        first, last = max(start, piece_start), min(start + target.numel(), piece_start + length)
-        if first < last:
-            values = piece[first - piece_start : last - piece_start]
-            target[first - start : last - start].copy_(values)
-            copied += last - first
-    return copied == target.numel() and held == size
-
-
-def _raise_together(error: str) -> None:
-    errors = [error]
-    if get_world_size() > 1:
-        errors = [""] * get_world_size()
-        dist.all_gather_object(errors, error)
+def _raise_together(error: str, found: Any = ()) -> dict[str, Any]:
+    """What all ranks have found, together."""
+    errors, parts = zip(*gather((error, dict(found))), strict=True)
     if any(errors):
-        raise CheckpointError(next(e for e in errors if e))
+        raise CheckpointError(next(filter(None, errors)))
+    return {name: value for part in parts for name, value in part.items()}
 
 
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _checkpoints(output_dir: str | Path) -> list[Path]:
-    return [f for f in Path(output_dir, "checkpoints").glob("step-*") if _step(f) is not None]
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if _step(path) is not None]
 
 
 def _step(folder: Path) -> int | None:

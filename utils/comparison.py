@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -15,8 +16,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from utils.checkpoint import added
 from utils.config import InputError
-from utils.files import written_aside
+from utils.model_settings import architecture_of
 from utils.usage import say
 
 if TYPE_CHECKING:
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
 
 FILE = "reference.safetensors"
 ROWS, TOKENS, COLUMNS = 8, 128, 1024  # compared at most
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # ‖difference‖ / ‖logits‖ at most. In float32 sums in another order differ by 1e-6 to 1e-4, with
 # TF32 in convolutions by 1e-3. In bfloat16 the logits of 180 tiny architectures change by 0.008
 # (the median) to 0.13: mixtures of experts, whose routers choose others. A tensor that is lost, or
 # of another step, changes them by their own size.
-TOLERANCES = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.3}
+TOLERANCES = {torch.float32: 5e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
 @dataclass
@@ -38,35 +40,40 @@ class Reference:
 
     rows: torch.Tensor
     logits: dict[str, torch.Tensor]
-    precision: str = "float32"  # in which they were computed
+    precision: torch.dtype = torch.float32  # in which they were computed
     readings: dict[str, list[int]] = field(default_factory=dict)  # text → token ids
 
     @classmethod
     def of(cls, model: "transformers.PreTrainedModel") -> "Reference":
         rows = _any_rows(model)
-        return cls(rows, _logits_if_any(model.eval(), model.config, rows), str(model.dtype)[6:])
+        return cls(rows, _logits_if_any(model.eval(), model.config, rows), model.dtype)
 
     def write(self, checkpoint: Path) -> None:
-        more = {"precision": self.precision, "readings": json.dumps(self.readings)}
-        with written_aside(checkpoint / FILE) as file:
+        more = {"precision": str(self.precision)[6:], "readings": json.dumps(self.readings)}
+        with added(checkpoint, FILE) as file:
             save_file({"rows": self.rows, **self.logits}, file, metadata=more)
 
     def compare(
-        self, name: Path, folder: Path, config: Any, dtype: torch.dtype, rewritten: list[str]
+        self,
+        name: Path,
+        folder: Path,
+        config: Any,
+        tokenizer: Any,
+        dtype: torch.dtype,
+        rewritten: list[str],
     ) -> None:
         """Raises InputError unless what was exported to `folder` gives the same.
 
         Args:
             name: that the folder is to have.
-            config: of the model.
+            config, tokenizer: of the model.
             dtype: in which the weights were written.
             rewritten: what `compare_tensors` could not compare.
         """
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         for text, tokens in self.readings.items():
             if tokenizer(text).input_ids != tokens:
                 raise _differs(name, f"its tokenizer reads {text[:80]!r} otherwise than the run's")
-        architecture = getattr(transformers, config.architectures[0])
+        architecture = architecture_of(config)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in architecture(config).parameters())
         free = psutil.virtual_memory().available
@@ -87,8 +94,7 @@ class Reference:
             found = _logits(client, client.config, self.rows)
         except Exception as error:  # what the run's model took
             raise _differs(name, f"it fails with {type(error).__name__}: {error}") from None
-        dtypes = (self.precision, *(str(d)[6:] for d in (dtype, dtype_of_client)))
-        tolerance = max(TOLERANCES[d] for d in dtypes)
+        tolerance = max(TOLERANCES[d] for d in (self.precision, dtype, dtype_of_client))
         for key, expected in self.logits.items():
             finite = expected.isfinite()
             difference = float((found[key] - expected)[finite].norm() / expected[finite].norm())
@@ -108,20 +114,16 @@ def compare_tensors(
         InputError: there are other numbers.
     """
     rewritten = []
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(path, framework="pt"))
-            for path in sorted(folder.glob("*.safetensors"))
-        ]
-        written = {key: file for file in files for key in file.keys()}  # noqa: SIM118
-        for key, values in expected:
-            found = written[key].get_tensor(key) if key in written else None
-            if found is None or found.shape != values.shape:
-                rewritten.append(key)
-                continue
-            dtype = min(found.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(found.to(dtype), values.to(dtype)):
-                raise _differs(name, f"{key} has other numbers")
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    written = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+    for key, values in expected:
+        found = written[key].get_tensor(key) if key in written else None
+        if found is None or found.shape != values.shape:
+            rewritten.append(key)
+            continue
+        dtype = min(found.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(found.to(dtype), values.to(dtype)):
+            raise _differs(name, f"{key} has other numbers")
     return rewritten
 
 
@@ -138,7 +140,7 @@ def read_reference(checkpoint: Path) -> Reference | None:
     with safe_open(checkpoint / FILE, framework="pt") as file:
         more, found = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     readings = json.loads(more["readings"])
-    return Reference(found.pop("rows"), found, more["precision"], readings)
+    return Reference(found.pop("rows"), found, getattr(torch, more["precision"]), readings)
 
 
 def reference_of_run(training: "Training") -> Reference:
@@ -151,15 +153,14 @@ def reference_of_run(training: "Training") -> Reference:
     readings = {text: tokenizer(text).input_ids for text in texts}
     found: dict[str, torch.Tensor] = {}
     stance = torch.compiler.set_stance("force_eager") if a.torch_compile else nullcontext()
-    forward = objective.forward
     objective.eval()
-    objective.forward = lambda **inputs: model(**inputs)  # inside of whatever wraps the objective
+    # inside of whatever wraps the objective
+    plain = patch.object(objective, "forward", lambda **inputs: model(**inputs))
     # a base in 4 bits is another model than the one that an adapter is exported for
     if not getattr(a, "load_in_4bit", False):
-        with stance, training.accelerator.autocast():
+        with plain, stance, training.accelerator.autocast():
             rows_there = rows.to(training.accelerator.device)
             found = _logits_if_any(engine.module, model.config, rows_there)
-    objective.forward = forward
     return Reference(rows, found, PRECISIONS[a.mixed_precision], readings)
 
 
@@ -181,17 +182,12 @@ def _logits(model: Any, config: Any, rows: torch.Tensor) -> dict[str, torch.Tens
         }
     elif config.is_encoder_decoder:
         inputs["decoder_input_ids"] = rows
-    configs = [c for c in (config, config.get_text_config()) if hasattr(c, "use_cache")]
-    known = [c.use_cache for c in configs]
     torch.manual_seed(0)
-    try:
-        for c in configs:
-            c.use_cache = False  # not every model stands a cache where there is no mask
-        with torch.no_grad():
-            output = model(**inputs)
-    finally:
-        for c, value in zip(configs, known, strict=True):
-            c.use_cache = value
+    with torch.no_grad(), ExitStack() as stack:
+        for c in (config, config.get_text_config()):
+            if hasattr(c, "use_cache"):  # not every model stands a cache where there is no mask
+                stack.enter_context(patch.object(c, "use_cache", False))
+        output = model(**inputs)
     columns = rows.unique()
     found = {k: v for k, v in output.items() if k.endswith("logits") and torch.is_tensor(v)}
     return {

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -18,13 +19,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import guard_torch_init_functions
-from transformers.utils import logging
 
-from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state
+from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state, verify
 from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
+from utils.integrity import check_weights, locked, write_checksums
+from utils.model_settings import architecture_of, load_model, load_pretrained, quiet
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -52,9 +55,16 @@ class ModelFiles:
         is_whole = all(parameter.requires_grad for parameter in model.parameters())
         self.base_model = None if is_whole else _from_checkpoint(model.name_or_path, run)
         self.others = [copy.deepcopy(model.config)]
+        whole = model
         if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
+            whole = model.get_base_model()
             self.others.append(copy.copy(model.peft_config["default"]))
             self.others[-1].base_model_name_or_path = self.base_model
+        self.code = type(whole) if whole._auto_class else None  # that it brought with it
+        if self.code:
+            where = f"{self.code.__module__.rpartition('.')[2]}.{self.code.__name__}"
+            known = getattr(self.others[0], "auto_map", None) or {}
+            self.others[0].auto_map = known | {whole._auto_class: where}
         self.generation_config = model.generation_config if model.can_generate() else None
 
     def write(self, folder: Path) -> None:
@@ -64,6 +74,8 @@ class ModelFiles:
             backend.no_padding()
         for part in (*self.others, self.tokenizer):
             part.save_pretrained(folder)
+        if self.code:
+            custom_object_save(self.code, folder)
         if self.generation_config is not None:
             # as it was given: save_pretrained refuses what published models have
             self.generation_config.to_json_file(folder / GENERATION)
@@ -77,16 +89,11 @@ def _from_checkpoint(model: str, run: Path) -> str | None:
     return os.path.join("..", "..", os.path.relpath(path, run)) if is_inside else path
 
 
-def base_beside(checkpoint: Path) -> str | None:
-    """The base model that moves with the run, if there is one."""
-    base = read_state(checkpoint).get("base_model") or ""
-    beside = os.path.normpath(checkpoint / base)
-    return beside if base.startswith("..") and os.path.exists(beside) else None
-
-
 def base_model_of(checkpoint: Path) -> str | None:
     """Where the weights are that the checkpoint does not hold; raises InputError as read_state."""
-    return base_beside(checkpoint) or read_state(checkpoint).get("base_model")
+    base = read_state(checkpoint).get("base_model")
+    beside = os.path.abspath(checkpoint / (base or ""))
+    return beside if base and base.startswith("..") and os.path.exists(beside) else base
 
 
 @dataclass
@@ -97,6 +104,7 @@ class Arguments:
     output_dir: str  # written whole or not at all
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     merge_adapter: bool = False  # of a run with LoRA: the whole model, the adapter in its weights
+    trust_remote_code: bool = False  # run the Python that the checkpoint holds
 
 
 def export(
@@ -104,6 +112,7 @@ def export(
     output_dir: Path,
     dtype: torch.dtype = torch.float32,
     merge_adapter: bool = False,
+    trust_remote_code: bool = False,
 ) -> int:
     """Write weights, configuration and tokenizer; returns the number of parameters.
 
@@ -114,18 +123,20 @@ def export(
     Raises:
         InputError: not a whole checkpoint, no base model, no space left, or it is not the same.
     """
+    verify(checkpoint)
     base = base_model_of(checkpoint)
     has_adapter = (checkpoint / ADAPTER).exists()
     is_adapter = has_adapter and not merge_adapter
-    expected = read_reference(checkpoint)
-    rewritten: list[str] = []
+    expected, rewritten = read_reference(checkpoint), []
+    read = partial(load_pretrained, trust_remote_code=trust_remote_code)
     try:
-        with _by_itself(), written_aside(output_dir) as folder:
+        with _by_itself(), locked(output_dir), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
+            config = _unquantized(read(transformers.AutoConfig, checkpoint))
             if is_adapter:
-                count = _write_adapter(checkpoint, base, folder, dtype)
+                count = _write_adapter(checkpoint, config, base, folder, dtype)
             else:
-                model = _whole_model(checkpoint, base, dtype)
+                model = _whole_model(checkpoint, config, base, dtype)
                 expected = expected or Reference.of(model)
                 model = _merged(model).to(dtype)
                 _keep_padding(model)
@@ -138,10 +149,13 @@ def export(
                 del model  # there may be no room for two
             if (checkpoint / GENERATION).exists():
                 shutil.copy(checkpoint / GENERATION, folder)
-            transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+            read(transformers.AutoTokenizer, checkpoint).save_pretrained(folder)
             if expected is not None:
-                config = _config(checkpoint if is_adapter else folder)
-                expected.compare(output_dir, folder, config, dtype, rewritten)
+                if not is_adapter:
+                    config = _unquantized(read(transformers.AutoConfig, folder))
+                tokenizer = read(transformers.AutoTokenizer, folder)
+                expected.compare(output_dir, folder, config, tokenizer, dtype, rewritten)
+            write_checksums(folder)
         return count
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {output_dir}: {error}") from None
@@ -150,44 +164,31 @@ def export(
 @contextmanager
 def _by_itself() -> Iterator[None]:
     """Models are whole, as under ZeRO-3 they would not be, and transformers and peft are silent."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     from transformers.integrations import deepspeed as integration  # which takes Accelerate
 
     zero3 = patch.object(integration, "_hf_deepspeed_config_weak_ref", None)
-    with zero3, warnings.catch_warnings(action="ignore"):
+    with quiet(), zero3, warnings.catch_warnings(action="ignore"):
         yield
-    logging.set_verbosity(verbosity)
 
 
-def _config(folder: Path) -> Any:
-    config = transformers.AutoConfig.from_pretrained(folder)
+def _unquantized(config: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _whole_model(checkpoint: Path, base: str | None, dtype: Any) -> Any:
+def _whole_model(checkpoint: Path, config: Any, base: str | None, dtype: Any) -> Any:
     """The model as it was trained, an adapter beside its weights."""
     is_adapter = (checkpoint / ADAPTER).exists()
     dtype = torch.float32 if is_adapter else dtype  # an adapter is merged in full precision
-    config = _config(checkpoint)
     missing: set[str] = set()
     if base is None:
-        model = _architecture(config)._from_config(config, dtype=dtype)
+        model = architecture_of(config)._from_config(config, dtype=dtype)
     else:
         try:
-            model, loading = _architecture(config).from_pretrained(
-                base,
-                config=config,
-                dtype=dtype,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            model, missing = load_model(architecture_of(config), base, config=config, dtype=dtype)
         except OSError as error:
             raise InputError(f"cannot load the base model {base}: {error}") from None
-        missing = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     if is_adapter:
         import peft
 
@@ -280,7 +281,7 @@ def check_adapter(model: Any, merge: bool) -> None:
     adapter.init_lora_weights = True  # other ways look at the weights of the base
     with _by_itself(), torch.device("meta"):
         written = _as_written(_adapted(config, copy.deepcopy(adapter)))
-        client = _architecture(config)(config).to("meta")  # not all of XLNet is built there
+        client = architecture_of(config)(config).to("meta")  # not all of XLNet is built there
         report = client.load_adapter(peft_config=adapter, adapter_state_dict=written)
     if lost := [*sorted(report.missing_keys), *sorted(report.unexpected_keys)]:
         raise InputError(
@@ -289,16 +290,12 @@ def check_adapter(model: Any, merge: bool) -> None:
         )
 
 
-def _architecture(config: Any) -> Any:
-    return getattr(transformers, config.architectures[0])
-
-
 def _adapted(config: Any, adapter: Any) -> Any:
     """A peft.PeftModel without storage."""
     import peft
 
     with torch.device("meta"):
-        return peft.get_peft_model(_architecture(config)(config), adapter)
+        return peft.get_peft_model(architecture_of(config)(config), adapter)
 
 
 def _as_written(adapted: Any, tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
@@ -311,7 +308,9 @@ def _as_written(adapted: Any, tensors: dict[str, torch.Tensor] | None = None) ->
     return {name + ends[name]: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype) -> int:
+def _write_adapter(
+    checkpoint: Path, config: Any, base: str, folder: Path, dtype: torch.dtype
+) -> int:
     """The base model's weights are not read for it.
 
     A base that began in the run comes along: with a config.json beside the adapter transformers
@@ -319,7 +318,6 @@ def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype
     """
     import peft
 
-    config = _config(checkpoint)
     adapter = peft.PeftConfig.from_pretrained(checkpoint)
     adapter.base_model_name_or_path = config.name_or_path = base  # peft would take the checkpoint
     adapted = _adapted(config, adapter)
@@ -327,7 +325,8 @@ def _write_adapter(checkpoint: Path, base: str, folder: Path, dtype: torch.dtype
         n: t.to(dtype if t.is_floating_point() else t.dtype) for n, t in _held(checkpoint, adapted)
     }
     tensors = _as_written(adapted, held)
-    if base == base_beside(checkpoint):
+    if base != read_state(checkpoint)["base_model"]:  # it stands beside the checkpoint
+        check_weights(base)
         shutil.copytree(base, folder, dirs_exist_ok=True)
         config.save_pretrained(folder)
     adapter.base_model_name_or_path = os.path.abspath(base) if os.path.exists(base) else base
@@ -342,7 +341,8 @@ def main() -> None:
     if Path(args.output_dir).exists():
         raise InputError(f"output_dir: {args.output_dir} exists")
     dtype = getattr(torch, args.dtype)
-    count = export(Path(args.checkpoint), Path(args.output_dir), dtype, args.merge_adapter)
+    options = (dtype, args.merge_adapter, args.trust_remote_code)
+    count = export(Path(args.checkpoint), Path(args.output_dir), *options)
     print(f"{args.output_dir}: {count:,} parameters in {args.dtype}")
 
 

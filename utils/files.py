@@ -245,22 +245,30 @@ def written_aside(path: Path) -> Iterator[Path]:
     A folder that is replaced is kept beside until the new one stands in its place.
     """
     aside, previous = (path.with_name(f".{path.name}.{end}") for end in ("partial", "previous"))
-    _remove(aside)
+    remove(aside)
     try:
         yield aside
         if aside.is_dir() and os.path.lexists(path):
-            _remove(previous)
+            remove(previous)
             os.replace(path, previous)  # a folder takes no name that is in use
         os.replace(aside, path)
-        _remove(previous)
+        remove(previous)
     finally:
         if os.path.lexists(previous) and not os.path.lexists(path):
             os.replace(previous, path)
-        _remove(aside)
+        remove(aside)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sync(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

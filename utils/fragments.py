@@ -86,6 +86,17 @@ def constants(model: torch.nn.Module, parameters: bool) -> Iterator[tuple[str, t
         yield from ((name, p) for name, p in model.named_parameters() if not p.requires_grad)
 
 
+def whole_constants(model: torch.nn.Module, parameters: bool) -> dict[str, torch.Tensor]:
+    """On rank 0; all ranks call it."""
+    whole = {}
+    for name, tensor in constants(model, parameters):
+        with gathered([tensor]):
+            values = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if get_rank() == 0:
+                whole[name] = values.detach().cpu().clone()
+    return whole
+
+
 def spread_like(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Whole values, as FSDP2 spreads the target over the ranks if it does."""
     if not hasattr(target, "device_mesh"):
@@ -168,6 +179,28 @@ def optimizer_step_count(optimizer: Any) -> int:
     """Updates that the optimizer has made: skipped steps are not among them."""
     states = _torch_optimizer(optimizer).state.values()
     return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def fill(target: torch.Tensor, start: int, pieces: list[tuple[int, Any]], size: int) -> bool:
+    """Copy [start, start + length) into the target; whether the pieces hold it and are `size`."""
+    copied = held = 0
+    for piece_start, piece in pieces:
+        length = piece.get_shape()[0]
+        held += length
+        first, last = max(start, piece_start), min(start + target.numel(), piece_start + length)
+        if first < last:
+            values = piece[first - piece_start : last - piece_start]
+            target[first - start : last - start].copy_(values)
+            copied += last - first
+    return copied == target.numel() and held == size
+
+
+def gather(mine: Any) -> list[Any]:
+    """What each rank has, on every rank; all call it."""
+    everyone = [mine] * get_world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def get_rank() -> int:

@@ -15,14 +15,22 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import cached_file, logging
 
 from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
-from utils.model_settings import SIZES, check_buildable, max_positions, settings_read
+from utils.model_settings import (
+    SIZES,
+    check_buildable,
+    class_of_its_own,
+    load_model,
+    load_pretrained,
+    max_positions,
+    quiet,
+    settings_read,
+    tokenizer_settings,
+)
 from utils.usage import say
 
-FILE_ERRORS = ("missing_entries", "connection_errors", "gated_repo")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # numbers, accents, lines and blanks: where tokenizers differ
 READ_BY_BOTH = "The 12345 words, né e\u0301:\n\n    x = 1 \n"
@@ -39,6 +47,7 @@ class ModelArguments(Settings):
     # vocabulary and the special tokens come from the tokenizer unless they are given.
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
     attn_implementation: str | None = None  # sdpa, eager, flex_attention or flash_attention_2
+    trust_remote_code: bool = False  # run the Python that comes with a model or a tokenizer
 
     def check(self) -> None:
         if self.tokenizer is None and self.model_name_or_path is None:
@@ -58,17 +67,19 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
     Raises:
         InputError: there is none, or one without a vocabulary, or not for that class.
     """
-    name = arguments.tokenizer or arguments.model_name_or_path
+    name, trust = arguments.tokenizer or arguments.model_name_or_path, arguments.trust_remote_code
     try:
         options |= {"config": _config_beside(arguments)} if arguments.tokenizer else {}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = load_pretrained(transformers.AutoTokenizer, name, trust, **options)
+    except InputError:
+        raise
     except Exception as error:  # of any kind, if tokenizer.json is some other JSON
         raise InputError(f"tokenizer: cannot load {name}: {_what_is_wrong(name, error)}") from None
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise InputError(f"tokenizer: {name} has no vocabulary: special tokens are all it knows")
     kind = type(tokenizer)
     if arguments.tokenizer and kind is not transformers.PreTrainedTokenizerFast:
-        own = transformers.AutoTokenizer.from_pretrained(name)
+        own = load_pretrained(transformers.AutoTokenizer, name, trust)
         ids = [each.encode(READ_BY_BOTH, add_special_tokens=False) for each in (own, tokenizer)]
         texts = (each.decode(i) for each, i in zip((own, tokenizer), ids, strict=True))
         if len({unicodedata.normalize("NFC", text) for text in texts}) > 1:
@@ -85,18 +96,18 @@ def _config_beside(arguments: ModelArguments) -> Any:
     """Of the type of the model; None where there is none, which `model_config` says."""
     with suppress(OSError, ValueError, KeyError):
         if arguments.model_name_or_path:
-            return transformers.AutoConfig.from_pretrained(arguments.model_name_or_path)
+            given, trust = arguments.model_name_or_path, arguments.trust_remote_code
+            return load_pretrained(transformers.AutoConfig, given, trust)
         return transformers.AutoConfig.for_model(arguments.model.get("model_type"))
     return None
 
 
 def _what_is_wrong(name: str, error: Exception) -> str:
     """Why nothing could be loaded from a folder or a name of the Hub."""
-    for path in sorted(Path(name).glob("*")) if Path(name).is_dir() else ():
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
+    for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return kind + shorten(str(error), 300)
 
@@ -113,7 +124,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
         tokenizer = load_tokenizer(arguments)
     try:
         if given:
-            config = transformers.AutoConfig.from_pretrained(given)
+            config = load_pretrained(transformers.AutoConfig, given, arguments.trust_remote_code)
         else:
             if "model_type" not in settings:
                 raise InputError("model: model_type is missing: llama, bert or another")
@@ -147,7 +158,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
             f"{len(tokenizer)} tokens"
         )
     if given and arguments.tokenizer:
-        _check_vocabulary(tokenizer, arguments.tokenizer, given)
+        _check_vocabulary(tokenizer, arguments)
     if not given:
         check_buildable(config)
     if arguments.attn_implementation == "flex_attention" and not (
@@ -164,16 +175,16 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
     return config
 
 
-def _check_vocabulary(tokenizer: Any, name: str, given: str) -> None:
+def _check_vocabulary(tokenizer: Any, arguments: ModelArguments) -> None:
     """Raises InputError where ids mean other tokens to the given model, as its own tokenizer tells.
 
     What that one knows as special or unused may have got another name.
     """
-    file = "tokenizer_config.json"  # without files transformers makes up an empty tokenizer
-    missing = {f"_raise_exceptions_for_{kind}": False for kind in FILE_ERRORS}
-    if name == given or cached_file(given, file, **missing) is None:
+    name, given = arguments.tokenizer, arguments.model_name_or_path
+    # without files transformers makes up an empty tokenizer
+    if name == given or not tokenizer_settings(given):
         return
-    own = transformers.AutoTokenizer.from_pretrained(given)
+    own = load_pretrained(transformers.AutoTokenizer, given, arguments.trust_remote_code)
     special, known = {*own.added_tokens_decoder}, {i: t for t, i in own.get_vocab().items()}
     for token, index in sorted(tokenizer.get_vocab().items(), key=itemgetter(1)):
         was = known.get(index, token)
@@ -206,34 +217,21 @@ def build_model(
             "adapter_name_or_path, and its base here"
         )
     options |= {"dtype": dtype, "attn_implementation": arguments.attn_implementation}
-    name, loading = arguments.model_name_or_path, {}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is reported here, or meant to be
-    logging.disable_progress_bar()
+    name, new = arguments.model_name_or_path, set()
     try:
-        if name:
-            model, loading = auto_model.from_pretrained(
-                name,
-                config=config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-        else:
-            model = auto_model.from_config(config, **options)
-    except torch.OutOfMemoryError:
+        with quiet():
+            if name:
+                options |= {"config": config}
+                model, new = load_model(auto_model, name, arguments.trust_remote_code, **options)
+            else:
+                model = auto_model.from_config(config, **options)
+    except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # of any kind, where the weights are some other file
         if name is None or isinstance(error, ImportError):
             raise InputError(f"model: {shorten(str(error), 300)}") from None
         problem = _what_is_wrong(name, error)
         raise InputError(f"model_name_or_path: cannot load {name}: {problem}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    new = {
-        *loading.get("missing_keys", ()),
-        *(key for key, *_ in loading.get("mismatched_keys", ())),
-    }
     if getattr(arguments, "new_head", False):
         keys = (key for key, _ in model.named_parameters())
         new |= {key for key in keys if not key.startswith(f"{model.base_model_prefix}.")}
@@ -267,10 +265,11 @@ def empty_model(
     """
     auto_model = auto_model or transformers.AutoModelForCausalLM
     models = auto_model._model_mapping
-    if type(config) not in models:
+    model_class = class_of_its_own(config, auto_model.__name__)
+    if model_class is None and type(config) not in models:
         kind = auto_model.__name__.removeprefix("AutoModelFor")
         raise InputError(f"transformers has no model for {kind} of type {config.model_type!r}")
-    model_class = models[type(config)]
+    model_class = model_class or models[type(config)]
     # of a composite config (Qwen3_5Config), as `from_config` does it
     if model_class.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()
@@ -300,11 +299,8 @@ def optional_inputs(model: "transformers.PreTrainedModel") -> list[str]:
     takes = inspect.signature(model.base_model.forward).parameters
     # a model with one type only (RoBERTa) knows it
     has_types = getattr(model.config, "type_vocab_size", 0) > 1
-    return [
-        name
-        for name, is_known in {"position_ids": True, "token_type_ids": has_types}.items()
-        if is_known and name in takes
-    ]
+    names = ("position_ids", "token_type_ids") if has_types else ("position_ids",)
+    return [name for name in names if name in takes]
 
 
 def first_position(model: "transformers.PreTrainedModel") -> int:
@@ -313,16 +309,17 @@ def first_position(model: "transformers.PreTrainedModel") -> int:
     RoBERTa's begin after that of the padding; MRA's, Nyströmformer's and YOSO's leave out what
     their tables have beyond max_position_embeddings.
     """
-    table = _position_table(model)
+    table, most = _positions(model)
     padding = getattr(table, "padding_idx", None)
     if padding is not None:
         return padding + 1
-    return max(0, getattr(table, "num_embeddings", 0) - _most_positions(model))
+    return max(0, getattr(table, "num_embeddings", 0) - most)
 
 
 def check_positions(model: "transformers.PreTrainedModel", sequence_length: int) -> None:
     """Raises InputError when an encoder has fewer positions than a row tokens."""
-    positions = getattr(_position_table(model), "num_embeddings", None) or _most_positions(model)
+    table, most = _positions(model)
+    positions = getattr(table, "num_embeddings", None) or most
     if first_position(model) + sequence_length > positions:
         raise InputError(
             f"sequence_length: {sequence_length} and the model's first position "
@@ -330,11 +327,8 @@ def check_positions(model: "transformers.PreTrainedModel", sequence_length: int)
         )
 
 
-def _position_table(model: "transformers.PreTrainedModel") -> Any:
-    embeddings = getattr(model.base_model, "embeddings", None)
-    return getattr(embeddings, "position_embeddings", None)
-
-
-def _most_positions(model: "transformers.PreTrainedModel") -> float:
+def _positions(model: "transformers.PreTrainedModel") -> tuple[Any, float]:
+    """(the table of an encoder's positions, if it has one; how many its configuration allows)"""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     most = getattr(model.config, "max_position_embeddings", None) or 0
-    return most if most > 0 else math.inf  # XLNet says -1
+    return table, most if most > 0 else math.inf  # XLNet says -1

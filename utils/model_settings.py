@@ -1,16 +1,22 @@
-"""What the settings of a transformers config are called, and which of them cannot be."""
+"""What is loaded by name, and with whose code; what the settings of a transformers config are
+called, and which of them cannot be."""
 
 import copy
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
 
 from utils.config import InputError
+from utils.integrity import check_weights
 
 # by what names configs call the same
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
@@ -18,6 +24,100 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
 HEADS = ("num_attention_heads", "num_key_value_heads")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *HEADS)
+
+
+def load_pretrained(kind: Any, name: str, trust_remote_code: bool, **options: Any) -> Any:
+    """`kind.from_pretrained`, which asks nobody, and runs no code unless it is trusted.
+
+    Raises:
+        InputError: it needs code of its own.
+    """
+    code = ", ".join(sorted(path.name for path in Path(name).glob("*.py"))) or "auto_map"
+    refusal = InputError(
+        f"{name} needs code of its own ({code}): it is run only with trust_remote_code: true"
+    )
+    try:
+        found = kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except ValueError as error:
+        raise (refusal if "trust_remote_code" in str(error) else error) from None
+    # what was read without its code names none where it is saved
+    if kind is transformers.AutoConfig and not trust_remote_code:
+        vars(found).pop("auto_map", None)
+    if kind is transformers.AutoTokenizer and not trust_remote_code:
+        # of a type of model that it knows, transformers takes another class in silence
+        own = tokenizer_settings(name).get("tokenizer_class", "AutoTokenizer")
+        if found.init_kwargs.pop("auto_map", None) and not hasattr(transformers, str(own)):
+            raise refusal
+    return found
+
+
+def tokenizer_settings(name: str) -> dict[str, Any]:
+    """What tokenizer_config.json says; nothing, where there is none."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config  # half a second
+
+    return get_tokenizer_config(name)
+
+
+def load_model(
+    kind: Any, name: str, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, set[str]]:
+    """(the model, the names of what its files do not hold, or in another shape).
+
+    Args:
+        kind: a class of models or an auto class, whose `from_pretrained` takes `options`.
+
+    Raises:
+        InputError: it needs code of its own, or its weights are pickled or not what was written.
+    """
+    names = getattr(options.get("config"), "architectures", None) or [kind.__name__]
+    check_not_pickled(name, f"transformers.{names[0]}.from_pretrained({name!r})")
+    check_weights(name)
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= reported | {"use_safetensors": True}
+    model, loading = load_pretrained(kind, name, trust_remote_code, **options)
+    return model, loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}
+
+
+def check_not_pickled(folder: str, loading: str) -> None:
+    """Raises InputError for pickled weights alone; `loading`: the Python that reads them."""
+    for pickled, safe in (("pytorch_model*.bin", "model*"), ("adapter_model.bin", "adapter_model")):
+        found = min(Path(folder).glob(pickled), default=None)
+        if found and not any(Path(folder).glob(f"{safe}.safetensors")):
+            raise InputError(
+                f"{folder} has no weights but pickled ones ({found.name}), which may hold code: "
+                f"where they are trusted, write safetensors: {loading}.save_pretrained({folder!r})"
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing but errors: what is missing is reported here, or meant to be."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def class_of_its_own(config: Any, kind: str) -> Any:
+    """The class, for one of transformers' auto classes, that came as trusted code; or None."""
+    reference = (getattr(config, "auto_map", None) or {}).get(kind)
+    if reference is None:
+        return None
+    found = get_class_from_dynamic_module(reference, config.name_or_path)
+    found.register_for_auto_class(kind)  # save_pretrained takes the code along
+    return found
+
+
+def architecture_of(config: Any) -> Any:
+    """The class of the model that was saved with this configuration."""
+    name = config.architectures[0]
+    for kind, reference in (getattr(config, "auto_map", None) or {}).items():
+        if str(reference).endswith(f".{name}"):
+            return class_of_its_own(config, kind)
+    return getattr(transformers, name)
 
 
 def max_positions(config: Any) -> tuple[int, str]:

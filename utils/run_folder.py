@@ -1,21 +1,27 @@
 """The folder of a run: settings, metrics, checkpoints, export, card and plots.
 
 config.yaml  metrics.jsonl  checkpoints/  model/  README.md  plots/  finished.json
+and, as long as a process writes there, .lock
 """
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from utils import checkpoint
-from utils.config import InputError, write_yaml
+from utils.config import InputError, at_end, write_yaml
 from utils.files import written_aside
-from utils.usage import say
+from utils.integrity import Lock
+from utils.ranks import launched_world_size
+from utils.usage import launched_rank, say
 
 # settings that a finished run has no use for any more; what its data are, they say themselves
 FREE = {
@@ -30,31 +36,69 @@ MEASURED_AT_THE_END = {
     "merge_adapter",
 }
 DATA_ONCE = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
+# what runs write in their folders
+FILES = ("config.yaml", "metrics.jsonl", "finished.json", "README.md", "predictions.jsonl")
+FOLDERS = ("checkpoints", "model", "base_model", "plots")
+LONGEST = "checkpoints/.step-00000000.partial/rank-00000-of-00001.safetensors"
 
 
 class RunFolder:
-    """`output_dir`, to begin a run in or to continue the one that is there; writes nothing yet.
+    """`output_dir`, to begin a run in or to continue the one that is there.
+
+    Nothing is written yet but .lock, of the first rank: it is gone when the run ends.
 
     Raises:
-        InputError: not a folder, not writable, or with checkpoints although `resume` is "never".
+        InputError: not a folder, not writable, in use by another run (of several ranks `check`
+            says that), or with checkpoints although `resume` is "never".
     """
 
     def __init__(self, output_dir: str, resume: Literal["auto", "never"] = "auto"):
         self.path = Path(output_dir)
         self.metrics = self.path / "metrics.jsonl"
-        place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        if not place.is_dir():
-            raise InputError(f"output_dir: {place} is a file, not a folder")
         try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
+            self._check_writable()
         except OSError as error:
-            raise InputError(f"output_dir: cannot write in {place}: {error.strerror}") from None
+            problem = f"cannot write in {error.filename}: {error.strerror}"
+            raise InputError(f"output_dir: {problem}") from None
+        self.lock, self.refusal = None, ""
+        if launched_rank() == 0:
+            try:
+                self.lock = Lock(self.path / ".lock", self.path)
+                at_end.callback(self.lock.close)
+            except InputError as error:
+                self.refusal = str(error)
+            except OSError as error:
+                self.refusal = f"output_dir: cannot write {error.filename}: {error.strerror}"
+            if self.refusal and launched_world_size() == 1:
+                raise InputError(self.refusal)
         if resume == "never" and self.newest_checkpoint():
             raise InputError(
                 f"{self.newest_checkpoint()} exists and resume is 'never': "
                 "choose another output_dir, or remove it"
             )
+
+    def _check_writable(self) -> None:
+        places = [self.path.absolute(), *self.path.absolute().parents]
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(self.path.absolute() / LONGEST)
+        place = next(place for place in places if os.path.lexists(place))
+        _check_kind(place, is_folder=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+        for name in (*FILES, *FOLDERS):
+            path = self.path / name
+            if os.path.lexists(path):
+                _check_kind(path, is_folder=name in FOLDERS)
+                if not os.access(path, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def check(self, ranks: Any = None) -> None:
+        """Raises InputError, on all `ranks`, where another run is there or the folder another."""
+        problem = self.refusal or (self.lock.problem() if self.lock else "")
+        if ranks:
+            problem = ranks.gather([problem])[0]
+        if problem:
+            raise InputError(problem)
 
     def newest_checkpoint(self) -> Path | None:
         return checkpoint.newest(self.path)
@@ -95,7 +139,7 @@ class RunFolder:
 
     def begin(self, settings: Any, metrics_size: int) -> None:
         """Write the settings, and cut the metrics back to what the checkpoint has seen of them."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.check()
         with written_aside(self.path / "config.yaml") as file:
             write_yaml(settings, file)
         (self.path / "finished.json").unlink(missing_ok=True)
@@ -106,6 +150,7 @@ class RunFolder:
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; what is not finite is null there, as JSON has it."""
+        self.check()
         line = json.dumps({name: _finite(value) for name, value in values.items()})
         try:
             with self.metrics.open("a") as file:
@@ -131,6 +176,16 @@ class RunFolder:
         end = {"step": step, "reason": reason, "run": _identity(settings, data)}
         with written_aside(self.path / "finished.json") as file:
             file.write_text(json.dumps(end))
+
+
+def _check_kind(path: Path, is_folder: bool) -> None:
+    if not (path.is_dir() if is_folder else path.is_file()):
+        kinds = {"a file": path.is_file(), "a folder": path.is_dir(), "no file": path.exists()}
+        found = next((kind for kind, is_it in kinds.items() if is_it), "a link to nothing")
+        raise InputError(
+            f"output_dir: {path} is {found}, not {'a folder' if is_folder else 'a file'}: "
+            "move it away, or choose another output_dir"
+        )
 
 
 def differences(was: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -31,6 +31,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.config import InputError, command, parse
 from utils.files import written_aside
+from utils.integrity import locked
+from utils.model_settings import load_model, load_pretrained
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Arguments:
     batch_size: int = 8  # prompts that are continued together
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as it was saved
+    trust_remote_code: bool = False  # run the Python that comes with the model or its tokenizer
 
     def check(self) -> None:
         if self.prompt is None and self.prompt_file is None:
@@ -84,7 +87,7 @@ class Arguments:
 def main() -> None:
     args = parse(Arguments)
     prompts = read_prompts(args)
-    tokenizer, model = load(args.model_name_or_path, args.dtype)
+    tokenizer, model = load(args.model_name_or_path, args.dtype, args.trust_remote_code)
     encoded = encode(prompts, tokenizer, model, args.max_new_tokens)
 
     # All choices are made here: of a generation_config.json beside the model only its ends count.
@@ -144,7 +147,8 @@ def main() -> None:
     if args.output_file is not None:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         try:
-            with written_aside(Path(args.output_file)) as aside:
+            path = Path(args.output_file)
+            with locked(path), written_aside(path) as aside:
                 aside.write_text("".join(lines), encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write {args.output_file}: {error.strerror}") from None
@@ -186,22 +190,25 @@ def prompt_of_json(place: str, line: str) -> str:
     return prompt
 
 
-def load(name: str, dtype: str) -> tuple[PreTrainedTokenizerBase, "transformers.PreTrainedModel"]:
+def load(
+    name: str, dtype: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedTokenizerBase, "transformers.PreTrainedModel"]:
     """The tokenizer, and the model: on the GPU if there is one, spread over all if several."""
     part = "tokenizer"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = load_pretrained(transformers.AutoTokenizer, name, trust_remote_code)
         part = "causal language model"
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map="auto", output_loading_info=True
-        )
+        auto_model, options = transformers.AutoModelForCausalLM, {"device_map": "auto"}
+        model, missing = load_model(auto_model, name, trust_remote_code, dtype=dtype, **options)
+    except InputError:
+        raise
     except Exception as error:  # each file format and each kind of name fails in its own way
         where = name if Path(name).is_dir() else f"{name} (no such folder, so a name on the Hub)"
         reason = " ".join(str(error).split())
         raise InputError(f"{where} has no {part} that loads: {reason}") from None
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise InputError(f"{name} has no causal language model: it lacks the weights {missing}")
+    if missing:
+        named = ", ".join(sorted(missing)[:3])
+        raise InputError(f"{name} has no causal language model: it lacks the weights {named}")
     return tokenizer, model
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from utils.config import InputError
 from utils.files import written_aside
+from utils.integrity import locked
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def replaced_folder(output_dir: Path, files: set[str], content: str) -> Iterator
         content: what they make up, for messages: "a sample corpus".
 
     Raises:
-        InputError: `output_dir` is a file, holds something else or cannot be written.
+        InputError: `output_dir` is a file, holds something else, cannot be written, or another
+            process is at it.
     """
     if output_dir.is_file():
         raise InputError(f"{output_dir} is a file: give another folder with --output_dir")
@@ -26,9 +28,9 @@ def replaced_folder(output_dir: Path, files: set[str], content: str) -> Iterator
             f"{output_dir} holds something else than {content}, which would be lost: "
             f"remove it or give another folder with --output_dir"
         )
+    target = output_dir.resolve()  # behind a link, what the link points to is replaced
     try:
-        # behind a link, what the link points to is replaced
-        with written_aside(output_dir.resolve()) as folder:
+        with locked(target), written_aside(target) as folder:
             folder.mkdir(parents=True)
             yield folder
     except OSError as error:

@@ -31,6 +31,7 @@ from transformers import (
     LlamaForCausalLM,
     pipeline,
 )
+from xxhash import xxh3_64_hexdigest
 
 from conftest import WORDS, Ended, write_jsonl
 from conversations import (
@@ -664,6 +665,39 @@ def test_an_adapter_goes_on_and_one_of_another_base_is_refused(instruct, tmp_pat
     )
     assert refused.status == 2
     assert f"is an adapter for {base}, not for {other.folder}/base_model" in refused.error
+    file = first.folder / "model" / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    pickled = instruct(
+        "pickled", model_name_or_path=base, adapter_name_or_path=str(first.folder / "model")
+    )
+    assert pickled.status == 2
+    assert "has no weights but pickled ones (adapter_model.bin), which may hold" in pickled.error
+
+
+@pytest.mark.parametrize("setting", ["model_name_or_path", "adapter_name_or_path"])
+def test_weights_that_have_changed_since_their_export_are_not_started_from(setting, instruct):
+    first = instruct("first", lora=LORA, max_steps=2)
+    start, folder = {"model_name_or_path": str(first.folder / "base_model")}, first.folder / "model"
+    if setting == "adapter_name_or_path":
+        start[setting] = str(folder)
+    else:
+        folder = first.folder / "base_model"
+    file = min(folder.glob("*model.safetensors"))  # an adapter before its base
+    told = f"XXH3 ({file.name}) = {xxh3_64_hexdigest(file.read_bytes())}\n"
+    assert told in (folder / "checksums.xxh3").read_text()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused = instruct("next", **start, max_steps=2)
+    assert refused.status == 2
+    assert refused.error == (
+        f"error: {file} is not the file that was written: export or copy it again. "
+        f"If it was replaced on purpose, remove {folder}/checksums.xxh3\n"
+    )
+    assert not (refused.folder / "metrics.jsonl").exists()
+    (folder / "checksums.xxh3").unlink()
+    assert instruct("next", **start, max_steps=2).status == 0
 
 
 def code_of_card(folder: Path) -> dict[str, Any]:

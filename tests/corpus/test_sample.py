@@ -433,13 +433,25 @@ def test_a_folder_with_other_content_is_not_replaced(tmp_path):
     assert (tmp_path / "corpus/tokenizer.json").read_text() == "mine"
 
 
+def test_two_builds_at_once(tmp_path):
+    def texts_meanwhile():
+        with pytest.raises(InputError, match=rf"^{tmp_path}/sample is in use by process"):
+            sample.build({"One": texts(10)}, tmp_path / "sample")
+        yield from texts(10)
+
+    documents = sample.build({"One": texts_meanwhile()}, tmp_path / "sample")
+    assert len(documents) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["sample"]
+    assert sorted(path.name for path in (tmp_path / "sample").iterdir()) == FILES
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     folder = tmp_path / "file" / "sample"
     with pytest.raises(InputError) as error:
         sample.build({"One": texts(10)}, folder)
-    aside = tmp_path / "file" / ".sample.partial"
-    assert str(error.value) == f"cannot build {folder}: Not a directory: {aside}"
+    lock = tmp_path / "file" / ".sample.lock"
+    assert str(error.value) == f"cannot build {folder}: Not a directory: {lock}"
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -395,3 +396,35 @@ def test_rows_that_are_held_out_and_trained_on(
     words = finetuning_words(recipe, folder, data, *tokenizers, validation_split=1e-9)
     ended = call(main, words, folder)
     assert ended.error.startswith("error: validation_split: 1e-09 of 20 rows, by their hashes, ")
+
+
+@pytest.mark.parametrize("part", ["model_name_or_path", "tokenizer"])
+@pytest.mark.parametrize("recipe", [*FINETUNING, "causal_lm", "bert"])
+def test_code_beside_a_model_or_tokenizer_is_not_run(
+    recipe, part, call, tmp_path, tokenizers, monkeypatch
+):
+    """Nobody is asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    bad, marker, good = tmp_path / "bad", tmp_path / "it-ran", tmp_path / "good.jsonl"
+    shutil.copytree(tokenizers["bert"], bad)
+    (bad / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    kinds = ("Config", "ModelForCausalLM", "ModelForMaskedLM", "ModelForPreTraining")
+    code = {f"Auto{kind}": "own.Own" for kind in kinds}
+    (bad / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    code = {"AutoTokenizer": [None, "own.Own"]}
+    (bad / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Own", "auto_map": code})
+    )
+    more = {part: str(bad)} | ({"model": {}} if part != "tokenizer" else {})
+    if recipe in FINETUNING:
+        main, _, rows, _ = FINETUNING[recipe]
+        good.write_bytes(lines(rows))
+        data = {f"{p}_data": [{"path": str(good)}] for p in PARTS[:2]}
+        words = finetuning_words(recipe, tmp_path / "run", data, *reversed(tokenizers.values()))
+    else:
+        good.write_bytes(lines(PROSE))
+        sources = {p: good for p in PARTS}
+        main, words = pretraining_words(recipe, tmp_path / "run", sources, tokenizers)
+    ended = call(main, [*words, *command_line(more)], tmp_path / "run")
+    assert_refused(ended, bad, r"needs code of its own \(own.py\): .* trust_remote_code: true")
+    assert not marker.exists()

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_documents, write_jsonl
-from launching import TINY_RUN, checkpoints, metrics, state, steps
+from launching import TINY_RUN, checkpoints, metrics, state, steps, write_state
 from recipes.causal_lm import pretrain as causal_lm
 from utils import checkpoint, export
 from utils.checkpoint import CheckpointError
 from utils.config import InputError, command
 from utils.fragments import optimizer_step_count
+from utils.integrity import size_and_checksum
 
 
 def contents(folder):
@@ -140,7 +141,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(place, tmp_path, monkeypat
     if place == "weights":
         monkeypatch.setattr(checkpoint, "save_file", fail)
     if place == "sync":
-        monkeypatch.setattr(checkpoint, "_sync", fail)
+        monkeypatch.setattr(checkpoint, "sync", fail)
     with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoint.save(tmp_path / "step-00000002", model, optimizer, {}, write_more)
     assert contents(tmp_path) == before
@@ -204,27 +205,47 @@ def truncate(folder):
 def scribble(folder):
     file = folder / "rank-00000-of-00001.safetensors"
     file.write_bytes(b"x" * len(file.read_bytes()))
-    return "rank-00000-of-00001.safetensors: .*header"
+    return "rank-00000-of-00001.safetensors is not what was written"
+
+
+def flip(name, place):
+    """One bit, `place` of the way into a file."""
+
+    def damage(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[int(place * (len(content) - 1))] ^= 1
+        (folder / name).write_bytes(content)
+        return ".*" if name == "state.json" else f"{name} is not what was written"
+
+    damage.__name__ = f"flip-{name}-{place}"
+    return damage
 
 
 def remove_weights(folder):
     (folder / "rank-00000-of-00001.safetensors").unlink()
-    return ".*No such file or directory: '.*rank-00000-of-00001.safetensors'"
+    return "rank-00000-of-00001.safetensors: No such file or directory"
 
 
 def remove_state(folder):
     (folder / "state.json").unlink()
-    return ".*No such file or directory: '.*state.json'"
+    return "state.json: No such file or directory"
 
 
 def cut_state(folder):
     (folder / "state.json").write_text((folder / "state.json").read_text()[:100])
-    return ".*line 1 column"
+    return "state.json: .*line 1 column"
 
 
 @pytest.mark.parametrize(
     "damage",
-    [truncate, scribble, remove_weights, remove_state, cut_state],
+    [
+        truncate,
+        scribble,
+        remove_weights,
+        remove_state,
+        cut_state,
+        flip("rank-00000-of-00001.safetensors", 0.5),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(damage, pretrain):
@@ -235,7 +256,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(damage, pret
     before = contents(ended.folder)
     refused = pretrain("part", max_steps=6, save_steps=2)
     assert refused.status == 2
-    remedy = "Remove it to resume from the checkpoint before it"
+    remedy = f"Remove it to go on from {ended.folder}/checkpoints/step-00000002"
     assert_matches(rf"error: {newest} is damaged: {problem}.*\. {remedy}\n", refused.error)
     assert contents(ended.folder) == before
     shutil.rmtree(newest)
@@ -244,6 +265,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(damage, pret
     assert metrics(ended.folder) == metrics(whole.folder)
     final = [(e.folder / "model/model.safetensors").read_bytes() for e in (ended, whole)]
     assert final[0] == final[1]
+
+
+@pytest.mark.parametrize("place", [0, 0.1, 0.5, 1])
+def test_a_bit_that_has_changed_is_seen_in_every_file(place, pretrain):
+    ended = pretrain(max_steps=2)
+    (folder,) = checkpoints(ended.folder)
+    names = [path.name for path in folder.iterdir()]
+    assert {"rank-00000-of-00001.safetensors", "state.json", "tokenizer.json"} < {*names}
+    checkpoint.verify(folder)
+    for name in names:
+        content = (folder / name).read_bytes()
+        problem = flip(name, place)(folder)
+        remedy = "Remove it to begin again: there is none before it"
+        with pytest.raises(InputError, match=rf"^{folder} is damaged: {problem}.*\. {remedy}$"):
+            checkpoint.verify(folder)
+        (folder / name).write_bytes(content)
+    checkpoint.verify(folder)
+
+
+def test_several_processes_verify_every_file_and_each_its_own(tmp_path, monkeypatch):
+    model, optimizer = make_model()
+    folder = tmp_path / "step-00000001"
+    checkpoint.save(folder, model, optimizer, {})
+    for rank in (1, 2):
+        (folder / f"rank-0000{rank}-of-00003.safetensors").write_bytes(b"weights")
+    files = {path.name: size_and_checksum(path) for path in folder.glob("rank*")}
+    checkpoint.update(folder, {"files": files})
+    (folder / "rank-00001-of-00003.safetensors").write_bytes(b"Weights")
+    checkpoint.verify(folder, 0, 3)
+    checkpoint.verify(folder, 2, 3)
+    for share in [(1, 3), (0, 1)]:
+        with pytest.raises(InputError, match=r"rank-00001-of-00003.* is not what was written"):
+            checkpoint.verify(folder, *share)
 
 
 def assert_matches(pattern, text):
@@ -319,7 +373,7 @@ def test_a_checkpoint_whose_data_were_not_described_by_name(pretrain):
     data = older["fixed"]["the training data"]
     names = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
     older["fixed"]["the training data"] = [data[name] for name in names]
-    (checkpoint / "state.json").write_text(json.dumps(older))
+    write_state(checkpoint, older)
     refused = pretrain(max_steps=4, lanes=4)
     assert "the training data.lanes was 8 and is 4. Change it back" in refused.error
     ended = pretrain(max_steps=4)

@@ -3,20 +3,20 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
 from utils.config import InputError
-from utils.model import ModelArguments, build_model, load_tokenizer
+from utils.model import ModelArguments, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 123\n"
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -27,8 +27,6 @@ def cut(file: Path) -> None:
 
 
 def to_bin(file: Path) -> Path:
-    from safetensors.torch import load_file
-
     other = file.with_name("pytorch_model.bin")
     torch.save(load_file(file), other)
     file.unlink()
@@ -42,12 +40,6 @@ WEIGHTS = {
     "some JSON": (lambda f: f.write_text("{}"), "header too small"),
     "noise": (lambda f: f.write_bytes(bytes(range(256)) * 99), "header too large"),
     "none": (Path.unlink, "no file named model.safetensors"),
-    "a pointer for a bin": (
-        lambda f: to_bin(f).write_text(POINTER),
-        "pytorch_model.bin is a point",
-    ),
-    "a bin cut short": (lambda f: cut(to_bin(f)), ""),
-    "a bin of something else": (lambda f: torch.save([1], to_bin(f)), "TypeError"),
 }
 
 
@@ -70,13 +62,26 @@ def test_weights_that_are_none_are_refused_before_anything_is_written(kind, fold
     assert not ended.folder.exists()
 
 
-def test_a_bin_alone_will_do(folder):
-    given = AutoModelForCausalLM.from_pretrained(folder)
-    to_bin(folder / "model.safetensors")
-    arguments = SimpleNamespace(model_name_or_path=str(folder), attn_implementation=None, seed=0)
-    model = build_model(arguments, given.config, AutoModelForCausalLM)
-    for name, value in given.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value)
+PICKLED = {
+    "whole": to_bin,
+    "in parts": lambda f: to_bin(f).rename(f.with_name("pytorch_model-00001-of-00002.bin")),
+    "cut short": lambda f: cut(to_bin(f)),
+    "a pointer of LFS": lambda f: to_bin(f).write_text(POINTER),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLED)
+def test_pickled_weights_are_refused_with_what_converts_them(kind, folder, pretrain):
+    expected = LlamaForCausalLM.from_pretrained(folder).state_dict()
+    PICKLED[kind](folder / "model.safetensors")
+    ended = pretrain(max_steps=1, model_name_or_path=str(folder), model={})
+    assert (ended.status, ended.folder.exists()) == (2, False)
+    assert ended.error.startswith(f"error: {folder} has no weights but pickled ones (pytorch_model")
+    assert ended.error.count("\n") == 1
+    if kind == "whole":  # what it says is Python, and does it
+        exec(ended.error.rpartition("write safetensors: ")[2], {"transformers": transformers})
+        for key, value in load_file(folder / "model.safetensors").items():
+            assert torch.equal(value, expected[key])
 
 
 def other_json(value: object) -> object:

@@ -133,6 +133,7 @@ def card_text(folder: RunFolder, **facts: Any) -> str:
 @pytest.fixture(scope="module")
 def whole_run_plots(tmp_path_factory) -> dict[str, bytes]:
     run = RunFolder(str(tmp_path_factory.mktemp("run")))
+    run.lock.close()
     write_metrics(run, whole_run())
     paths = write_plots(run)
     assert sorted(run.path.rglob("*.*")) == sorted([run.metrics, *paths])  # nothing else is left

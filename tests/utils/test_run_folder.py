@@ -1,15 +1,27 @@
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from launching import Launch, metrics, tiny_run
+from programs import ROOT
 from utils.arguments import TrainingArguments
 from utils.config import InputError, parse
 from utils.files import written_aside
-from utils.run_folder import RunFolder
+from utils.integrity import locked
+from utils.run_folder import FILES, FOLDERS, RunFolder
 
 
 @pytest.fixture
@@ -25,8 +37,12 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
     assert folder.newest_checkpoint() is None
     assert folder.metrics_size() == 0
     assert folder.records() == []
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
+    folder.lock.close()
     assert not list(tmp_path.iterdir())
+    folder = RunFolder(str(tmp_path / "a" / "run"))
     folder.begin(TrainingArguments(), 0)
+    folder.lock.close()
     assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "metrics.jsonl"}
 
 
@@ -37,12 +53,66 @@ def test_config_yaml_is_enough_to_run_again(tmp_path):
     assert parse(TrainingArguments, [str(tmp_path / "config.yaml")]) == settings
 
 
-def test_an_output_dir_that_cannot_be_one(tmp_path):
+@pytest.mark.parametrize("place", ["file", "file/in it", "link", "link/in it", "fifo"])
+def test_an_output_dir_that_cannot_be_one(place, tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "in it"):
-        with pytest.raises(InputError) as error:
-            RunFolder(str(path))
-        assert str(error.value) == f"output_dir: {tmp_path}/file is a file, not a folder"
+    (tmp_path / "link").symlink_to("nothing")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.iterdir())
+    name = place.partition("/")[0]
+    kind = {"file": "a file", "fifo": "no file"}.get(name, "a link to nothing")
+    with pytest.raises(InputError) as error:
+        RunFolder(str(tmp_path / place))
+    assert str(error.value) == (
+        f"output_dir: {tmp_path}/{name} is {kind}, not a folder: "
+        "move it away, or choose another output_dir"
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_dir_that_is_a_link_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"^output_dir: cannot write in .*symbolic links$"):
+        RunFolder(str(tmp_path / "loop"))
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "/".join(["n" * 200] * 21), "/".join(["n" * 99] * 40)])
+def test_an_output_dir_with_too_long_a_name(name, tmp_path):
+    """The last one has room for itself, and none for what a run writes in it."""
+    with pytest.raises(InputError, match=r"^output_dir: cannot write in .*: File name too long$"):
+        RunFolder(str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+@pytest.mark.parametrize("found", ["other", "link", "fifo"])
+def test_what_stands_where_a_run_will_write(name, found, tmp_path):
+    path, wanted = tmp_path / name, "a folder" if name in FOLDERS else "a file"
+    if found == "fifo":
+        os.mkfifo(path)
+    elif found == "link":
+        path.symlink_to("nothing")
+    elif name in FOLDERS:
+        path.write_text("mine")
+    else:
+        path.mkdir()
+    kind = {"fifo": "no file", "link": "a link to nothing"}.get(
+        found, "a file" if name in FOLDERS else "a folder"
+    )
+    with pytest.raises(InputError) as error:
+        RunFolder(str(tmp_path))
+    assert str(error.value) == (
+        f"output_dir: {path} is {kind}, not {wanted}: move it away, or choose another output_dir"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_links_to_what_is_there_are_written_through(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "run").symlink_to("large disk")
+    (tmp_path / "large disk/checkpoints").symlink_to(tmp_path)
+    RunFolder(str(tmp_path / "run")).begin(TrainingArguments(max_steps=1), 0)
+    assert (tmp_path / "large disk/config.yaml").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -204,6 +274,234 @@ def test_half_written_checkpoints_are_removed(folder):
         (path / "state.json").write_text("{}")
     folder.begin(TrainingArguments(), 0)
     assert list((folder.path / "checkpoints").iterdir()) == [kept]
+
+
+# one run at a time
+
+HOLDER = """
+import multiprocessing, os, subprocess, sys, time
+from utils.run_folder import RunFolder
+
+if __name__ == "__main__":
+    folder = RunFolder(sys.argv[1])
+    contexts = map(multiprocessing.get_context, ("fork", "spawn"))
+    children = [context.Process(target=time.sleep, args=[60]) for context in contexts]
+    for child in children:
+        child.start()
+    print(*(child.pid for child in children), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """start(path): another process with a run there, and with children that outlive it."""
+    processes = []
+
+    def start(path: Path) -> subprocess.Popen:
+        (tmp_path / "holder.py").write_text(HOLDER)
+        command = [sys.executable, tmp_path / "holder.py", path]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        processes.append(process)
+        process.children = [*map(int, process.stdout.readline().split())]
+        processes.extend(map(psutil.Process, process.children))
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def refusal(path: Path, pid: int) -> str:
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d"
+    return (
+        rf"{path} is in use by process {pid} on {socket.gethostname()}, since {time}: wait for it, "
+        rf"stop it, or write elsewhere\. If there is no such process any more, remove {path}/\.lock"
+    )
+
+
+def test_a_run_of_another_process_keeps_the_folder_until_it_dies(holder, tmp_path):
+    path = tmp_path / "run"
+    process = holder(path)
+    for _ in range(2):
+        with pytest.raises(InputError) as error:
+            RunFolder(str(path))
+        assert re.fullmatch(refusal(path, process.pid), str(error.value))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert all(map(psutil.pid_exists, process.children))
+    assert (path / ".lock").exists()
+    RunFolder(str(path)).lock.close()
+    assert not list(path.iterdir())
+
+
+def test_two_runs_of_one_process_come_after_each_other(tmp_path):
+    path = tmp_path / "run"
+    first = RunFolder(str(path))
+    first.begin(TrainingArguments(), 0)
+    before = (path / ".lock").read_bytes()
+    for name in (path, tmp_path / "link", path / ".." / "run"):
+        if not name.exists():
+            name.symlink_to(path)
+        with pytest.raises(InputError) as error:
+            RunFolder(str(name))
+        assert f"{name} is in use by process {os.getpid()} on " in str(error.value)
+    assert (path / ".lock").read_bytes() == before
+    first.check()
+    first.lock.close()
+    second = RunFolder(str(path))
+    second.itself = second  # what an error leaves: nobody closes it
+    del second
+    RunFolder(str(path)).begin(TrainingArguments(), 0)
+
+
+def test_a_lock_that_was_lost_is_taken_again_unless_another_run_has_it(holder, folder):
+    lock = folder.path / ".lock"
+    code = f"import fcntl; fcntl.lockf(open({str(lock)!r}, 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    others = [sys.executable, "-c", code]
+    lock.read_bytes()  # a process that closes a file loses its locks on it
+    assert subprocess.run(others).returncode == 0
+    lock.read_bytes()
+    folder.record({"step": 1})
+    assert subprocess.run(others, stderr=subprocess.DEVNULL).returncode == 1
+    lock.read_bytes()
+    holder(folder.path)
+    with pytest.raises(InputError, match=f"{lock} is not of this run any more"):
+        folder.record({"step": 2})
+    assert folder.records() == [{"step": 1}]
+
+
+def test_a_folder_that_was_replaced_is_seen_and_left_alone(holder, folder):
+    lock = folder.path / ".lock"
+    shutil.rmtree(folder.path)
+    with pytest.raises(InputError, match=f"{folder.path} was removed or replaced"):
+        folder.record({"step": 3})
+    assert not folder.path.exists()
+    process = holder(folder.path)
+    before = lock.read_bytes()
+    for write in (
+        lambda: folder.record({"step": 3}),
+        lambda: folder.begin(TrainingArguments(), 0),
+        folder.check,
+    ):
+        with pytest.raises(InputError, match=f"{folder.path} was removed or replaced"):
+            write()
+    folder.lock.close()  # what is another run's stays
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
+    assert lock.read_bytes() == before
+    with pytest.raises(InputError, match=f"in use by process {process.pid} on"):
+        RunFolder(str(folder.path))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of_and_used(number, tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    path = tmp_path / "run"
+    folder = RunFolder(str(path))
+    folder.begin(TrainingArguments(), 0)
+    folder.record({"step": 1})
+    told = f"{path}/.lock: {os.strerror(number)}: nothing keeps a second start out"
+    assert capsys.readouterr().err == f"warning: {told}\n"
+    folder.lock.close()
+    assert not (path / ".lock").exists()
+
+
+@pytest.mark.parametrize("target", ["mine", "none", None])
+def test_a_lock_that_cannot_be_one(target, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    lock = tmp_path / ".lock"
+    lock.symlink_to(target) if target else lock.mkdir()
+    with pytest.raises(InputError, match=rf"^output_dir: cannot write {lock}: "):
+        RunFolder(str(tmp_path))
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "none").exists()
+    lock.unlink() if target else lock.rmdir()
+    RunFolder(str(tmp_path))
+
+
+def test_a_second_start_leaves_the_first_one_alone(pretrain, monkeypatch):
+    """While the first one evaluates, and with another learning rate."""
+    from recipes.causal_lm import pretrain as causal_lm
+
+    whole = pretrain("whole", max_steps=4, save_steps=2, eval_steps=2)
+    evaluates, ended = causal_lm.Training.evaluates, []
+
+    def start_again(training):
+        monkeypatch.setattr(causal_lm.Training, "evaluates", evaluates)
+        before = {p: p.read_bytes() for p in training.folder.path.rglob("*") if p.is_file()}
+        with pytest.raises(InputError, match="is in use by process"):
+            RunFolder(str(training.folder.path))
+        ended.append({p: p.read_bytes() for p in before} == before)
+        return evaluates(training)
+
+    monkeypatch.setattr(causal_lm.Training, "evaluates", start_again)
+    first = pretrain(max_steps=4, save_steps=2, eval_steps=2)
+    assert (first.status, ended) == (0, [True]), first.error
+    assert metrics(first.folder) == metrics(whole.folder)
+    assert not (first.folder / ".lock").exists()
+
+
+def test_a_second_start_on_two_processes_is_one_message(
+    pretrain, tmp_path, corpus_folder, tokenizer_folder
+):
+    first = pretrain(max_steps=2, save_steps=1)
+    before = {p: p.read_bytes() for p in first.folder.rglob("*") if p.is_file()}
+    settings = {"max_steps": 4, "learning_rate": 1.0}
+    data = corpus_folder / "train-0.jsonl", tokenizer_folder
+    words = tiny_run(first.folder, *data, **settings)
+    (first.folder / "finished.json").rename(tmp_path / "finished.json")
+    holding = RunFolder(str(first.folder))
+    with Launch("multi_cpu", 2, words, tmp_path / "log.txt") as launch:
+        assert launch.wait(60) == [2, 2], launch.output()
+    (line,) = (line for line in launch.output().splitlines() if "error" in line.lower())
+    assert re.fullmatch(f"error: {refusal(first.folder, os.getpid())}", line)
+    holding.lock.close()
+    (tmp_path / "finished.json").rename(first.folder / "finished.json")
+    assert {p: p.read_bytes() for p in first.folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_whose_folder_was_replaced_ends_and_leaves_the_new_one_alone(pretrain, monkeypatch):
+    from recipes.causal_lm import pretrain as causal_lm
+
+    evaluates = causal_lm.Training.evaluates
+
+    def replace_folder(training):
+        monkeypatch.setattr(causal_lm.Training, "evaluates", evaluates)
+        shutil.rmtree(training.folder.path)
+        training.folder.path.mkdir()
+        (training.folder.path / ".lock").write_text("of another run")
+        return evaluates(training)
+
+    monkeypatch.setattr(causal_lm.Training, "evaluates", replace_folder)
+    ended = pretrain(max_steps=6, save_steps=2)
+    assert ended.status == 2
+    assert ended.error.count("error: ") == 1
+    assert f"{ended.folder} was removed or replaced" in ended.error
+    assert [path.name for path in ended.folder.iterdir()] == [".lock"]
+    assert (ended.folder / ".lock").read_text() == "of another run"
+
+
+def test_what_is_refused_after_the_lock_was_taken_leaves_nothing(pretrain, tmp_path):
+    refused = pretrain("a/b", model={"model_type": "mamba", "hidden_size": 32})
+    assert refused.status == 2, refused.error
+    assert "cannot keep packed documents apart" in refused.error
+    assert not (tmp_path / "a").exists()
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path):
+    with locked(tmp_path / "a" / "model"):
+        with pytest.raises(InputError, match=rf"{tmp_path}/a/model is in use by process"):
+            locked(tmp_path / "a" / "model")
+        with locked(tmp_path / "a" / "other"):
+            pass
+    assert not list(tmp_path.iterdir())
+    with locked(tmp_path / "a" / "model"):
+        assert [path.name for path in (tmp_path / "a").iterdir()] == [".model.lock"]
 
 
 # written_aside

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from conftest import STOP_SIGNALS, make_documents, write_jsonl
-from launching import ROOT, TINY_RUN, checkpoints, metrics, state, steps
+from launching import ROOT, TINY_RUN, checkpoints, metrics, state, steps, write_state
 from recipes.causal_lm import pretrain as causal_lm
 from recipes.causal_lm.pretrain import NextTokenLoss
 from utils import checkpoint, plots, report, stream, training
@@ -100,7 +100,7 @@ MOMENTS = {
     "in an evaluation at a checkpoint": (causal_lm, "evaluate_by_domain", 4, 12),
     "while samples are written": (causal_lm, "write_samples", 2, 6),
     "in a save": (checkpoint, "save_file", 4, 8),
-    "before the rename of a save": (checkpoint, "_sync", 6, 4),
+    "before the rename of a save": (checkpoint, "sync", 6, 4),
     "while a checkpoint is brought up to date": (checkpoint, "update", 3, 6),
     "while old checkpoints are pruned": (checkpoint, "prune", 11, 12),
     "in the last evaluation of all": (causal_lm, "evaluate_by_domain", 5, 12),
@@ -284,10 +284,10 @@ def test_a_checkpoint_that_keeps_the_size_of_the_metrics_beside_the_counters(pre
     first = pretrain(max_steps=8, save_steps=4)
     logged = metrics(first.folder)
     (first.folder / "finished.json").unlink()
-    file = checkpoints(first.folder)[-1] / "state.json"
-    state = json.loads(file.read_text())
-    state["metrics_size"] = state["counters"].pop("metrics_size")
-    file.write_text(json.dumps(state))
+    checkpoint = checkpoints(first.folder)[-1]
+    older = state(checkpoint)
+    older["metrics_size"] = older["counters"].pop("metrics_size")
+    write_state(checkpoint, older)
     again = pretrain(max_steps=8, save_steps=4)
     assert again.status == 0, again.error
     assert metrics(first.folder) == logged
@@ -468,7 +468,7 @@ def test_no_space_left(disturbed, undisturbed, monkeypatch):
     def fail():
         raise full
 
-    for place, call in (("save_file", 4), ("_sync", 14)):
+    for place, call in (("save_file", 4), ("sync", 18)):
         folder = f"full in {place}"
         with monkeypatch.context() as patch:
             at_call(patch, checkpoint, place, call, fail)

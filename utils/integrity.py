@@ -1,0 +1,171 @@
+"""One process at a time writes in a place, and what is read is what was written."""
+
+import errno
+import fcntl
+import functools
+import gc
+import os
+import re
+import socket
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from utils.config import InputError
+from utils.usage import warn
+
+CHECKSUMS = "checksums.xxh3"  # of the weights beside it; `xxhsum --check` reads it
+_warn_once = functools.cache(warn)
+
+
+class Lock:
+    """A file that names the process which holds it: until it calls `close`, ends or dies.
+
+    A POSIX record lock: servers of NFS know it, and a process that was forked has no part in it.
+    It keeps out other processes alone, and is lost where its own closes the file once more: so
+    what is held here is remembered.
+
+    Args:
+        what: that is written to meanwhile, for messages.
+
+    Raises:
+        InputError: another one holds it, here or elsewhere.
+        OSError: there can be no such file.
+    """
+
+    held: dict[Path, str] = {}  # noqa: RUF012 (by this process)
+
+    def __init__(self, file: Path, what: Path):
+        self.file, self.what = file.absolute(), what
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        real = self.file.parent.resolve() / file.name
+        if real in Lock.held:
+            gc.collect()  # of a run that has ended with an error
+        if Lock.held.setdefault(real, holder) is not holder:
+            raise self._in_use(Lock.held[real])
+        made = [folder for folder in self.file.parents if not folder.exists()]
+        opened: list[int] = []
+        self.close = weakref.finalize(self, _give_back, real, opened, made, os.getpid())
+        try:
+            if made:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            while not self._take(opened):  # whoever held it may have removed it in the end
+                os.close(opened.pop())
+        except BaseException:
+            self.close()
+            raise
+        self.descriptor = opened[0]
+        with suppress(OSError):  # no space: it is held all the same
+            os.pwrite(self.descriptor, f"{holder}\n".encode(), 0)
+            os.fsync(self.descriptor)
+
+    def problem(self) -> str:
+        """Why it is not held any more, or ""."""
+        if self._is_there(self.descriptor) and self._is_locked(self.descriptor):
+            return ""
+        return (
+            f"{self.file} is not of this run any more: {self.what} was removed or replaced, or "
+            "another run was let in. This one ends and leaves it alone"
+        )
+
+    def _take(self, opened: list[int]) -> bool:
+        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        if self._is_locked(descriptor):
+            opened.append(descriptor)
+            return self._is_there(descriptor)
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0]
+        os.close(descriptor)
+        raise self._in_use(holder or "another process")
+
+    def _is_there(self, descriptor: int) -> bool:
+        with suppress(OSError):
+            return os.path.samestat(self.file.lstat(), os.fstat(descriptor))
+        return False
+
+    def _is_locked(self, descriptor: int) -> bool:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            _warn_once(f"{self.file}: {error.strerror}: nothing keeps a second start out")
+        return True
+
+    def _in_use(self, holder: str) -> InputError:
+        return InputError(
+            f"{self.what} is in use by {holder}: wait for it, stop it, or write elsewhere. "
+            f"If there is no such process any more, remove {self.file}"
+        )
+
+
+def _give_back(file: Path, opened: list[int], made: list[Path], holder: int) -> None:
+    if os.getpid() != holder:  # in a process that was forked
+        return
+    del Lock.held[file]
+    for descriptor in opened:
+        with suppress(OSError):
+            if os.path.samestat(file.lstat(), os.fstat(descriptor)):
+                file.unlink()
+        os.close(descriptor)
+    with suppress(OSError):  # something was written there
+        for folder in made:
+            folder.rmdir()
+
+
+def locked(path: Path) -> closing:
+    """While this process writes what is to stand at `path`; raises as `Lock`."""
+    return closing(Lock(path.with_name(f".{path.name}.lock"), path))
+
+
+def checksum(file: Path) -> str:
+    """Its xxh3_64, in hexadecimal."""
+    digest, piece = xxhash.xxh3_64(), memoryview(bytearray(2**20))  # stays in a core's cache
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(piece):
+            digest.update(piece[:size])
+    return digest.hexdigest()
+
+
+def size_and_checksum(file: Path) -> list[Any]:
+    return [file.stat().st_size, checksum(file)]
+
+
+def changed_file(folder: Path, expected: dict[str, str]) -> str | None:
+    """The name of a file that has another checksum than is expected; they are read in parallel."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(checksum, (folder / name for name in expected))
+        pairs = zip(expected.items(), found, strict=True)
+        return next((name for (name, known), value in pairs if known != value), None)
+
+
+def write_checksums(folder: Path) -> None:
+    """Beside weights, what `check_weights` holds them against."""
+    files = sorted(folder.glob("*.safetensors"))
+    lines = (f"XXH3 ({file.name}) = {checksum(file)}\n" for file in files)
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def check_weights(folder: str | Path) -> None:
+    """Raises InputError where a folder tells the checksums of its weights and they have others."""
+    file = Path(folder, CHECKSUMS)
+    if not file.is_file():
+        return
+    try:
+        lines = re.split(r"(?<=\n)(?=.)", file.read_text())
+        pattern = r"XXH3 \((.+)\) = ([0-9a-f]{16})\n"
+        changed = changed_file(file.parent, dict(re.fullmatch(pattern, s).groups() for s in lines))
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (ValueError, AttributeError):
+        raise InputError(f"{file} is damaged: remove it to take the weights as they are") from None
+    if changed:
+        raise InputError(
+            f"{file.parent / changed} is not the file that was written: export or copy it again. "
+            f"If it was replaced on purpose, remove {file}"
+        )
