@@ -83,8 +83,12 @@ class RunFolder:
             os.lstat(self.path.absolute() / LONGEST)
         place = next(place for place in places if os.path.lexists(place))
         _check_kind(place, is_folder=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            error.filename = place
+            raise
         for name in (*FILES, *FOLDERS):
             path = self.path / name
             if os.path.lexists(path):

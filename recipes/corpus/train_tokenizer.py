@@ -27,7 +27,7 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from utils.config import InputError, at_end, command, parse
+from utils.config import InputError, command, parse
 from utils.files import written_aside
 from utils.integrity import locked
 from utils.sources import BadRecords, Document, Source, SourceArguments, check_documents, documents
@@ -97,7 +97,6 @@ def main() -> None:
     args = parse(Arguments)
     output_dir = Path(args.output_dir)
     check_output(output_dir)
-    at_end.enter_context(locked(output_dir))
     train_text = Text([s for s in args.train_sources if s.weight > 0], args)
     validation_text = Text(args.validation_sources, args)
 
@@ -108,7 +107,8 @@ def main() -> None:
             f"warning: {len(tokenizer)} tokens came out, not {args.vocab_size}: no other pair is "
             f"seen {args.min_frequency} times; give more text, or a lower vocab_size"
         )
-    with written_aside(output_dir) as folder:
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output_dir), written_aside(output_dir) as folder:
         tokenizer.save_pretrained(folder)
     if args.validation_sources:
         report(tokenizer, validation_text)
