@@ -6,6 +6,7 @@ python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output
 import copy
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 import transformers

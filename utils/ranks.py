@@ -3,19 +3,23 @@
 import json
 import math
 import os
+import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from utils.config import InputError
-from utils.usage import launched_rank
+from utils.config import InputError, at_end, leave
+from utils.usage import drop_lost_output, launched_rank
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ONE_WISH = 0.5  # seconds: `timeout -s INT` sends two signals, and means one
 DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 BATCH_PARTS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # what DeepSpeed calls them (its Adam is AdamW unless adam_w_mode is false), and the settings
@@ -120,6 +124,80 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
+class StopSignals:
+    """What asks a run to stop, until its `main` ends: heard by the main thread alone.
+
+    A signal is answered at once, whatever the main thread waits for. A SIGINT after another ends
+    the process, with status 130; so does a SIGTERM after it from torchelastic, which makes that of
+    a second Ctrl-C. Where `main` is a part of another program, it raises KeyboardInterrupt.
+
+    `first` is the number of the first one, or 0; `answer` says what the run does about it.
+    """
+
+    def __init__(self):
+        self.first, self.time = 0, 0.0
+        self.answer = "stopping after this step, with a checkpoint"
+        if threading.current_thread() is not threading.main_thread():
+            return
+        found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        if found[signal.SIGHUP] == signal.SIG_IGN:
+            del found[signal.SIGHUP]  # by nohup
+        # one that is not Python's could not be given back
+        self.handlers = {number: handler for number, handler in found.items() if handler}
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        if at_end.is_program:
+            self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+            self.thread.start()
+        for number in self.handlers:
+            signal.signal(number, self._keep if at_end.is_program else self._note)
+        at_end.callback(self.close)
+
+    def close(self) -> None:
+        """Give the signals back to whom they were taken from."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.thread.is_alive():
+            signal.set_wakeup_fd(self.wakeup)
+        os.close(self.writer)
+        if self.thread.is_alive():
+            self.thread.join()
+        os.close(self.reader)
+
+    def _keep(self, number: int, frame: Any) -> None:
+        self.first = self.first or number
+
+    def _watch(self) -> None:
+        """Handlers wait until the main thread runs Python; this thread does not."""
+        while number := os.read(self.reader, 1):
+            if number[0] in self.handlers:
+                self._note(number[0])
+
+    def _note(self, number: int, frame: Any = None) -> None:
+        name, is_first = signal.Signals(number).name, not self.time
+        ends = {signal.SIGINT}
+        if self.first == signal.SIGINT and "TORCHELASTIC_RUN_ID" in os.environ:
+            ends.add(signal.SIGTERM)
+        if is_first:
+            self.first, self.time = number, time.monotonic()
+            again = "a second Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
+            _say_at_once(f"{name}: {self.answer}; {again} ends at once")
+        elif number in ends and time.monotonic() > self.time + ONE_WISH:
+            if not at_end.is_program:
+                raise KeyboardInterrupt
+            _say_at_once(f"{name} again: ended at once; the last checkpoint stands")
+            leave(130)
+
+
+def _say_at_once(text: str) -> None:
+    """Where a `print` may be under way, or would wait."""
+    drop_lost_output()
+    with suppress(OSError):
+        if launched_rank() == 0 and select.select([], [1], [], 0)[1]:
+            os.write(1, f"{text}\n".encode())
+
+
 class Ranks:
     """This process among the others, listening to the signals that ask a run to stop.
 
@@ -129,10 +207,9 @@ class Ranks:
     def __init__(self):
         self.rank, self.world_size = launched_rank(), 1
         self.is_main = self.rank == 0
-        self.stop_signal, self.signal_time = 0, 0.0
+        self.signals = StopSignals()
         self.stopped = False
         self.group = None
-        self.handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def join(self, rank: int, world_size: int) -> None:
         """After the process group has formed."""
@@ -140,14 +217,9 @@ class Ranks:
         # over the CPU: from step to step the accelerator does not wait
         self.group = dist.new_group(backend="gloo") if world_size > 1 else None
 
-    def release(self) -> None:
-        """Give the signals back to whom they were taken from."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
     def sum(self, values: list[float]) -> list[float]:
         """Over all ranks, in float64; sets `stopped` when any was told to stop."""
-        total = torch.tensor([float(self.stop_signal > 0), *values], dtype=torch.float64)
+        total = torch.tensor([float(self.signals.first > 0), *values], dtype=torch.float64)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         stop, *sums = total.tolist()
@@ -165,13 +237,3 @@ class Ranks:
             everyone = [[]] * self.world_size
             dist.all_gather_object(everyone, mine, group=self.group)
         return [item for part in everyone for item in part]
-
-    def _note(self, number: int, frame: Any) -> None:
-        # a launcher repeats the terminal's Ctrl-C to its workers: only a later one is a second
-        if number == signal.SIGINT and self.stop_signal and time.monotonic() > self.signal_time + 2:
-            raise KeyboardInterrupt
-        self.stop_signal, self.signal_time = number, time.monotonic()
-        # not print: the signal may have come in the middle of one
-        if self.is_main:
-            name = signal.Signals(number).name
-            os.write(1, f"{name}: stopping after this step, with a checkpoint\n".encode())

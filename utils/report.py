@@ -239,4 +239,3 @@ def conclude(
     training.accelerator.wait_for_everyone()
     training.progress.end()
     training.accelerator.end_training()
-    training.ranks.release()

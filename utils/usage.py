@@ -5,13 +5,14 @@ import inspect
 import json
 import os
 import re
+import select
 import sys
 import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, TextIO
 
 # what moves a terminal's cursor, turns the direction of writing, or is no character at all
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -30,14 +31,32 @@ def launched_rank() -> int:
 def say(text: str) -> None:
     """Lines on the screen, of the first rank."""
     if text and launched_rank() == 0:
-        print("\n".join(map(printable, text.split("\n"))), flush=True)
+        show("\n".join(map(printable, text.split("\n"))), sys.stdout)
 
 
 def warn(message: str, each_rank: bool = False) -> None:
     """A line on the screen, of the first rank alone unless each has to say it."""
     if each_rank or launched_rank() == 0:
         start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
-        print(f"{start}warning: {printable(message)}", file=sys.stderr, flush=True)
+        show(f"{start}warning: {printable(message)}", sys.stderr)
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Print; a run outlives the terminal that is closed, and the end of who reads its pipe."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        drop_lost_output()
+
+
+def drop_lost_output() -> None:
+    """Nothing more is written, by no library either, where stdout or stderr has no other end."""
+    for descriptor in (1, 2):
+        output = select.poll()
+        output.register(descriptor, 0)  # told is what needs no asking: that it is closed
+        if output.poll(0):
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 @contextmanager

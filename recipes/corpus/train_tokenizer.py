@@ -24,6 +24,9 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -94,6 +97,7 @@ class Arguments:
 
 def main() -> None:
     args = parse(Arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would see Ctrl-C only after the merging
     output_dir = Path(args.output_dir)
     check_output(output_dir)
     train_text = Text([s for s in args.train_sources if s.weight > 0], args.on_bad_record)
@@ -347,5 +351,4 @@ def report(tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would see Ctrl-C only after the merging
     command(main)
