@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from utils.config import InputError, at_end, leave
-from utils.usage import drop_lost_output, launched_rank
+from utils.usage import drop_lost_output, launched_rank, say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ONE_WISH = 0.5  # seconds: `timeout -s INT` sends two signals, and means one
@@ -125,7 +125,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 class StopSignals:
-    """What asks a run to stop, until its `main` ends: heard by the main thread alone.
+    """What asks a run to stop, until `main` ends or `close` is called; none in a thread of its own.
 
     A signal is answered at once, whatever the main thread waits for. A SIGINT after another ends
     the process, with status 130; so does a SIGTERM after it from torchelastic, which makes that of
@@ -137,56 +137,54 @@ class StopSignals:
     def __init__(self):
         self.first, self.time = 0, 0.0
         self.answer = "stopping after this step, with a checkpoint"
+        taken = at_end.enter_context(ExitStack())
+        self.close = taken.close
         if threading.current_thread() is not threading.main_thread():
             return
-        found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        if found[signal.SIGHUP] == signal.SIG_IGN:
-            del found[signal.SIGHUP]  # by nohup
-        # one that is not Python's could not be given back
-        self.handlers = {number: handler for number, handler in found.items() if handler}
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.writer, False)
-        self.thread = threading.Thread(target=self._watch, daemon=True)
         if at_end.is_program:
-            self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-            self.thread.start()
-        for number in self.handlers:
-            signal.signal(number, self._keep if at_end.is_program else self._note)
-        at_end.callback(self.close)
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            thread = threading.Thread(target=self._watch, args=[reader], daemon=True)
+            thread.start()
+            taken.callback(thread.join)
+            taken.callback(os.close, writer)
+            previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            taken.callback(signal.set_wakeup_fd, previous)
+        for number in STOP_SIGNALS:
+            handler = signal.getsignal(number)
+            is_of_nohup = number == signal.SIGHUP and handler == signal.SIG_IGN
+            if handler is not None and not is_of_nohup:  # None is not Python's to give back
+                signal.signal(number, self._keep if at_end.is_program else self._note)
+                taken.callback(signal.signal, number, handler)
 
-    def close(self) -> None:
-        """Give the signals back to whom they were taken from."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.thread.is_alive():
-            signal.set_wakeup_fd(self.wakeup)
-        os.close(self.writer)
-        if self.thread.is_alive():
-            self.thread.join()
-        os.close(self.reader)
+    def conclude(self, what: str) -> None:
+        """Say what the run does at its end, where it ends by itself, whatever it is told."""
+        self.answer = f"{what}, then the run ends"
+        say(what)
 
     def _keep(self, number: int, frame: Any) -> None:
         self.first = self.first or number
 
-    def _watch(self) -> None:
-        """Handlers wait until the main thread runs Python; this thread does not."""
-        while number := os.read(self.reader, 1):
-            if number[0] in self.handlers:
-                self._note(number[0])
+    def _watch(self, reader: int) -> None:
+        """Where a handler would wait until the main thread runs Python again."""
+        with open(reader, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] in STOP_SIGNALS:
+                    self._note(number[0])
 
     def _note(self, number: int, frame: Any = None) -> None:
-        name, is_first = signal.Signals(number).name, not self.time
-        ends = {signal.SIGINT}
-        if self.first == signal.SIGINT and "TORCHELASTIC_RUN_ID" in os.environ:
-            ends.add(signal.SIGTERM)
-        if is_first:
+        name, is_elastic = signal.Signals(number).name, "TORCHELASTIC_RUN_ID" in os.environ
+        if not self.time:
             self.first, self.time = number, time.monotonic()
             again = "a second Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
-            _say_at_once(f"{name}: {self.answer}; {again} ends at once")
-        elif number in ends and time.monotonic() > self.time + ONE_WISH:
+            return _say_at_once(f"{name}: {self.answer}; {again} ends at once")
+        is_terminated = number == signal.SIGTERM and self.first == signal.SIGINT and is_elastic
+        is_wish = number == signal.SIGINT or is_terminated
+        if is_wish and time.monotonic() > self.time + ONE_WISH:
             if not at_end.is_program:
                 raise KeyboardInterrupt
-            _say_at_once(f"{name} again: ended at once; the last checkpoint stands")
+            first = signal.Signals(self.first).name
+            _say_at_once(f"{first}, then {name}: ended at once; the last checkpoint stands")
             leave(130)
 
 

@@ -205,6 +205,7 @@ def conclude(
     Args:
         title, pipeline_tag, usage, facts: as for `write_card`.
     """
+    training.ranks.signals.conclude(f"writing the export: {training.folder.path / 'model'}")
     training.load_best()
     reference = reference_of_run(training)
     training.folder.check()
@@ -225,6 +226,7 @@ def conclude(
         dtype, merge = PRECISIONS[a.mixed_precision], getattr(a, "merge_adapter", False)
         reference.write(training.best_checkpoint())
         export(training.best_checkpoint(), model, dtype, merge, a.trust_remote_code)
+        training.ranks.signals.conclude("drawing the plots, writing the card")
         plots: list[Path] = []
         with spared("no plots"):
             plots = write_plots(folder)

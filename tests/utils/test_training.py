@@ -107,7 +107,7 @@ MOMENTS = {
 }
 
 
-SIGNALS = [(moment, STOP_SIGNALS[i % 3]) for i, moment in enumerate(MOMENTS)]
+SIGNALS = [(moment, STOP_SIGNALS[i % 4]) for i, moment in enumerate(MOMENTS)]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_signal_stops_the_run_and_it_goes_on_as_if_nothing_had_been(
         stopped = disturbed()
     assert stopped.status == 0
     assert stopped.error == ""
-    told = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint\n"
+    told = f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; "
     assert stopped.output.count(told) == 1
     assert f"\nstopped after step {step}; resume with: " in f"\n{stopped.output}"
     assert not (stopped.folder / "finished.json").exists()
