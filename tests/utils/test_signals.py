@@ -1,7 +1,6 @@
 """Signals and closed terminals: what a run does, says, and gives back."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -81,7 +80,7 @@ def test_a_second_ctrl_c_ends_at_once_whatever_the_run_waits_for(tmp_path, tiny)
         ]
     names = [path.name for path in checkpoints(tmp_path / "run")]
     assert names == ["step-00000002", "step-00000004"]
-    for arguments in (words, undisturbed):
+    for arguments in (tiny(max_steps=6, save_steps=2), undisturbed):
         with Launch(None, 1, arguments, tmp_path / "log.txt") as launch:
             assert launch.wait() == [0], launch.output()
     assert metrics(tmp_path / "run") == metrics(tmp_path / "undisturbed")
@@ -89,25 +88,30 @@ def test_a_second_ctrl_c_ends_at_once_whatever_the_run_waits_for(tmp_path, tiny)
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path, tiny):
-    terminal, name = pty.openpty()
-    script = tmp_path / "in_terminal.py"
-    script.write_text(f"""
-import os, runpy, sys
-terminal = os.open("{os.ttyname(name)}", os.O_RDWR | os.O_NOCTTY)
+# a terminal that its reader closes
+TERMINAL = f"""
+import os, pty, runpy, signal, sys, threading
+terminal, of_program = pty.openpty()
 for descriptor in (1, 2):
-    os.dup2(terminal, descriptor)
-os.close(terminal)
+    os.dup2(of_program, descriptor)
+os.close(of_program)
+sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+def read():
+    shown = b""
+    while b"step 3/" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    os.kill(os.getpid(), signal.SIGHUP)
+threading.Thread(target=read, daemon=True).start()
 runpy.run_path("{CAUSAL_LM}", run_name="__main__")
-""")
+"""
+
+
+def test_a_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path, tiny):
+    script = tmp_path / "in_terminal.py"
+    script.write_text(TERMINAL)
     with Launch(None, 1, tiny(max_steps=100_000), tmp_path / "log.txt", str(script)) as launch:
-        shown = b""
-        while b"step 3/" not in shown:
-            shown += os.read(terminal, 4096)
-        os.close(name)
-        os.close(terminal)
-        launch.signal(signal.SIGHUP)
-        assert launch.wait(20) == [0], launch.output()
+        assert launch.wait(30) == [0], launch.output()
     last = metrics(tmp_path / "run")[-1]["step"]
     assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{last:08d}"]
     assert launch.output() == ""
