@@ -181,7 +181,7 @@ def test_a_run_in_another_thread_hears_no_signals(embedded, tiny, monkeypatch, c
 
 
 def test_what_is_a_second_wish_inside_another_program(embedded, monkeypatch):
-    """Signals at once, and SIGTERM after a Ctrl-C are none; torchelastic makes one of its second."""
+    """Signals at once are none, nor SIGTERM after a Ctrl-C, but for that of torchelastic."""
     clock = time.monotonic
 
     def listen(*numbers):
