@@ -325,9 +325,7 @@ def _write_adapter(
     adapter = peft.PeftConfig.from_pretrained(checkpoint)
     adapter.base_model_name_or_path = config.name_or_path = base  # peft would take the checkpoint
     adapted = _adapted(config, adapter)
-    held = {
-        n: t.to(dtype if t.is_floating_point() else t.dtype) for n, t in _held(checkpoint, adapted)
-    }
+    held = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _held(checkpoint, adapted)}
     tensors = _as_written(adapted, held)
     if base != read_state(checkpoint)["base_model"]:  # it stands beside the checkpoint
         check_weights(base)
@@ -344,8 +342,7 @@ def main() -> None:
     args = parse(Arguments)
     if Path(args.output_dir).exists():
         raise InputError(f"output_dir: {args.output_dir} exists")
-    dtype = getattr(torch, args.dtype)
-    options = (dtype, args.merge_adapter, args.trust_remote_code)
+    options = (getattr(torch, args.dtype), args.merge_adapter, args.trust_remote_code)
     count = export(Path(args.checkpoint), Path(args.output_dir), *options)
     print(f"{args.output_dir}: {count:,} parameters in {args.dtype}")
 

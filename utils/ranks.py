@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from utils.config import InputError, at_end, leave
-from utils.usage import drop_lost_output, launched_rank, say
+from utils.usage import launched_rank, say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ONE_WISH = 0.5  # seconds: `timeout -s INT` sends two signals, and means one
@@ -138,24 +138,23 @@ class StopSignals:
         self.first, self.time = 0, 0.0
         self.answer = "stopping after this step, with a checkpoint"
         taken = at_end.enter_context(ExitStack())
-        self.close = taken.close
+        self.close, is_program = taken.close, at_end.is_program
         if threading.current_thread() is not threading.main_thread():
             return
-        if at_end.is_program:
+        if is_program:
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
             thread = threading.Thread(target=self._watch, args=[reader], daemon=True)
             thread.start()
             taken.callback(thread.join)
             taken.callback(os.close, writer)
-            previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-            taken.callback(signal.set_wakeup_fd, previous)
+            taken.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer))
         for number in STOP_SIGNALS:
             handler = signal.getsignal(number)
-            is_of_nohup = number == signal.SIGHUP and handler == signal.SIG_IGN
-            if handler is not None and not is_of_nohup:  # None is not Python's to give back
-                signal.signal(number, self._keep if at_end.is_program else self._note)
-                taken.callback(signal.signal, number, handler)
+            if handler is None or (number == signal.SIGHUP and handler == signal.SIG_IGN):
+                continue  # it is not Python's, and could not be given back; nohup
+            signal.signal(number, self._keep if is_program else self._note)
+            taken.callback(signal.signal, number, handler)
 
     def conclude(self, what: str) -> None:
         """Say what the run does at its end, where it ends by itself, whatever it is told."""
@@ -166,20 +165,20 @@ class StopSignals:
         self.first = self.first or number
 
     def _watch(self, reader: int) -> None:
-        """Where a handler would wait until the main thread runs Python again."""
+        """Note what a handler would note when the main thread runs Python again."""
         with open(reader, "rb", buffering=0) as signals:
             while number := signals.read(1):
                 if number[0] in STOP_SIGNALS:
                     self._note(number[0])
 
     def _note(self, number: int, frame: Any = None) -> None:
-        name, is_elastic = signal.Signals(number).name, "TORCHELASTIC_RUN_ID" in os.environ
+        name = signal.Signals(number).name
         if not self.time:
             self.first, self.time = number, time.monotonic()
             again = "a second Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
             return _say_at_once(f"{name}: {self.answer}; {again} ends at once")
-        is_terminated = number == signal.SIGTERM and self.first == signal.SIGINT and is_elastic
-        is_wish = number == signal.SIGINT or is_terminated
+        is_of_elastic = "TORCHELASTIC_RUN_ID" in os.environ and self.first == signal.SIGINT
+        is_wish = number == signal.SIGINT or (number == signal.SIGTERM and is_of_elastic)
         if is_wish and time.monotonic() > self.time + ONE_WISH:
             if not at_end.is_program:
                 raise KeyboardInterrupt
@@ -190,7 +189,6 @@ class StopSignals:
 
 def _say_at_once(text: str) -> None:
     """Where a `print` may be under way, or would wait."""
-    drop_lost_output()
     with suppress(OSError):
         if launched_rank() == 0 and select.select([], [1], [], 0)[1]:
             os.write(1, f"{text}\n".encode())

@@ -42,21 +42,16 @@ def warn(message: str, each_rank: bool = False) -> None:
 
 
 def show(text: str, stream: TextIO) -> None:
-    """Print; a run outlives the terminal that is closed, and the end of who reads its pipe."""
+    """Print; where the terminal is closed or nobody reads the pipe, nothing is written any more."""
     try:
         print(text, file=stream, flush=True)
     except OSError:
-        drop_lost_output()
-
-
-def drop_lost_output() -> None:
-    """Nothing more is written, by no library either, where stdout or stderr has no other end."""
-    for descriptor in (1, 2):
-        output = select.poll()
-        output.register(descriptor, 0)  # told is what needs no asking: that it is closed
-        if output.poll(0):
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), descriptor)
+        for descriptor in (1, 2):  # libraries write there, too
+            output = select.poll()
+            output.register(descriptor, 0)  # what is told without being asked for: it has no end
+            if output.poll(0):
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 @contextmanager
