@@ -17,6 +17,7 @@ and reads them with `parse(Arguments)`:
 
 import dataclasses
 import difflib
+import itertools
 import multiprocessing.util
 import os
 import re
@@ -39,6 +40,8 @@ AnySettings = typing.TypeVar("AnySettings")
 # seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
 # rank 0 has to have its say
 SILENCE = 5.0
+CONFIG_BYTES = 2**20
+CONFIG_VALUES = 100_000  # a few lines of aliases can stand for billions
 
 
 class _AtEnd(ExitStack, ContextDecorator):
@@ -197,8 +200,8 @@ def _read_word(text: str, hint: Any) -> Any:
     if choices[0] is str and not (text == "null" and type(None) in choices):
         return text  # YAML would strip the blank of "def " and read "class A:" as a mapping
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        return _load(text, "", {})
+    except (yaml.YAMLError, ValueError):
         return text
 
 
@@ -239,14 +242,31 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """A YAML mapping and, per dotted key, the place ("file, line n") where it stands."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(CONFIG_BYTES + 1).decode()
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not YAML: it is not even text in UTF-8") from None
     places: dict[str, str] = {}
+    try:
+        if len(text) > CONFIG_BYTES:
+            raise ValueError(f"it has more than {CONFIG_BYTES:,} bytes")
+        values = _load(text, path, places)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise InputError(f"{path} holds no settings: expected lines of 'key: value'")
+    return values or {}, places
+
+
+def _load(text: str, path: str, places: dict[str, str]) -> Any:
+    """The values of a YAML text, whose places are noted; raises YAMLError or ValueError."""
+    nodes = itertools.count()
 
     def collect(node: yaml.Node, prefix: str) -> None:
+        if next(nodes) == CONFIG_VALUES:
+            raise ValueError(f"with its aliases (*name) it has more than {CONFIG_VALUES:,} values")
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 name = f"{prefix}{key.value}"
@@ -263,15 +283,12 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        values = {}
-        if node is not None:
-            collect(node, "")
-            values = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
-        raise InputError(f"{path} holds no settings: expected lines of 'key: value'")
-    return values or {}, places
+        if node is None:
+            return None
+        collect(node, "")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _build(settings: type, values: Any, prefix: str, places: dict[str, str]) -> Any:

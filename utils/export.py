@@ -275,9 +275,8 @@ def check_adapter(model: Any, merge: bool) -> None:
         if is_adapted and not is_lookup and not hasattr(layer, "embed_scale"):
             name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
             raise InputError(
-                f"lora: {name} ({type(layer).__name__}) does more than to look up: an "
-                "adapter is not merged into it. Name other target_modules, or set "
-                "merge_adapter: false"
+                f"lora: {name} ({type(layer).__name__}) does more than to look up: an adapter is "
+                "not merged into it. Name other target_modules, or set merge_adapter: false"
             )
     if merge:
         return

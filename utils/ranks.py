@@ -103,7 +103,7 @@ def _deepspeed_config() -> dict[str, Any]:
         stage = config["zero_optimization"]["stage"]
     except OSError as error:
         raise InputError(f"DeepSpeed config {file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"DeepSpeed config {file} is not JSON: {error}") from None
     except (TypeError, KeyError):
         stage = None

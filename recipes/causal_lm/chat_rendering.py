@@ -1,12 +1,16 @@
 """What a chat template writes: the text, what of it the assistant says, where its turns end."""
 
+import os
+import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from os import _exit
 from textwrap import shorten
 from typing import Any, NamedTuple
 
 import jinja2
+import psutil
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -22,7 +26,11 @@ MEANINGFUL = (
     ("reasoning_content", "reasoning", "thinking"),
     ("name",),
 )
-UNWRITABLE = (jinja2.TemplateError, TypeError, ValueError)
+UNWRITABLE = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError),
+    *(RecursionError, TypeError, ValueError),
+)
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 5, 2**30  # that it may take to write a few turns
 PROBE = [
     {"role": "user", "content": "Where?"},
     {"role": "assistant", "content": "Here."},
@@ -66,6 +74,39 @@ def render_chat(
 def plain_messages(messages: Sequence[Message]) -> list[Message]:
     """As templates and clients know them."""
     return [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+
+
+def check_bounded(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises InputError where the template takes too long, or too much memory, for a few turns.
+
+    It is tried in a process of its own, which can be ended: no signal interrupts `9 ** (9 ** 9)`.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            used = psutil.Process().memory_info().vms
+            _limit(resource.RLIMIT_CPU, TEMPLATE_SECONDS)
+            _limit(resource.RLIMIT_AS, used + TEMPLATE_BYTES)
+            for messages, asks in ((PROBE, False), (PROBE[:-1], True), (CALLS, False)):
+                with suppress(*UNWRITABLE):
+                    render_chat(tokenizer, messages, add_generation_prompt=asks)
+            status = 0
+        finally:
+            _exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        much = f"{TEMPLATE_SECONDS} seconds" if status < 0 else f"{TEMPLATE_BYTES >> 30} GiB"
+        raise InputError(
+            f"chat_template: {name} takes more than {much} to write four short turns: "
+            "it has a loop without an end, or makes something without a bound"
+        )
+
+
+def _limit(resource_: int, most: int) -> None:
+    _, hard = resource.getrlimit(resource_)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource_, (most, most))
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]:

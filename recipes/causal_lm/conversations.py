@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from chat_rendering import Message, generation_header, turn_ends
+from chat_rendering import Message, check_bounded, generation_header, turn_ends
 from chat_tokens import encode_conversations
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
@@ -229,6 +229,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
         tokenizer.eos_token = arguments.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks are made of lengths, never of this token
+    check_bounded(tokenizer, name)
     turn_ends(tokenizer, name)
     if generation_header(tokenizer) is None:
         warn(

@@ -293,9 +293,8 @@ def time_left(started: float, done: float) -> str:
     """`, 12%, 0:01:30 left`, or nothing while it is not known which part is done."""
     if not done:
         return ""
-    done = min(done, 1)
-    seconds = (time.monotonic() - started) * (1 / done - 1)
-    return f", {done:.0%}, {timedelta(seconds=round(seconds))} left"
+    seconds = (time.monotonic() - started) * (1 / min(done, 1) - 1)
+    return f", {min(done, 1):.0%}, {timedelta(seconds=round(seconds))} left"
 
 
 def say(line: str) -> None:
@@ -305,11 +304,7 @@ def say(line: str) -> None:
 
 
 def check_output(output_dir: Path) -> None:
-    """Refuse before the work what could not be written after it.
-
-    Raises:
-        InputError: a file, a folder with other things in it, or no permission to write.
-    """
+    """Raises InputError for a file, a folder with other things in it, no permission to write."""
     parent = next(path for path in output_dir.absolute().parents if path.exists())
     for path in (parent, output_dir):
         if path.exists() and not path.is_dir():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_documents, write_jsonl
-from launching import TINY_RUN, checkpoints, metrics, state, steps
+from launching import TINY_RUN, checkpoints, metrics, state, steps, write_state
 from recipes.causal_lm import pretrain as causal_lm
 from utils import checkpoint, export
 from utils.checkpoint import CheckpointError
@@ -373,9 +373,7 @@ def test_a_checkpoint_whose_data_were_not_described_by_name(pretrain):
     data = older["fixed"]["the training data"]
     names = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
     older["fixed"]["the training data"] = [data[name] for name in names]
-    older["files"] = {name: size for name, (size, _) in older["files"].items()}
-    del older["checksum"]
-    (checkpoint / "state.json").write_text(json.dumps(older))
+    write_state(checkpoint, older)
     refused = pretrain(max_steps=4, lanes=4)
     assert "the training data.lanes was 8 and is 4. Change it back" in refused.error
     ended = pretrain(max_steps=4)

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from launching import TINY_BERT, TINY_RUN, checkpoints
+from launching import TINY_BERT, TINY_RUN, checkpoints, state, write_state
 from utils import comparison, export
 from utils.config import command
 
@@ -79,6 +79,7 @@ def test_a_checkpoint_is_held_against_its_run(pretrain, run_export, tmp_path):
     held = load_file(file)
     held["parameter/model.layers.0.self_attn.o_proj.weight"] += 0.05
     save_file(held, file, metadata)
+    write_state(source, state(source))  # as if it had been written so
     status, _, error = run_export("--checkpoint", source, "--output_dir", tmp_path / "out")
     assert status == 2
     assert "would not be what was trained: its logits differ by" in error
@@ -172,12 +173,11 @@ def test_a_run_whose_checkpoints_hold_no_constants_goes_on(pretrain):
     whole = pretrain("whole", max_steps=4, save_steps=2)
     ended = pretrain("part", max_steps=2, save_steps=2)
     (source,) = checkpoints(ended.folder)
-    state = json.loads((source / "state.json").read_text())
-    if state["files"].pop("constants.safetensors", None):
-        (source / "constants.safetensors").unlink()
-    state["files"].pop("reference.safetensors", None)
-    (source / "reference.safetensors").unlink()
-    (source / "state.json").write_text(json.dumps(state))
+    older = state(source)
+    for name in ("constants.safetensors", "reference.safetensors"):
+        older["files"].pop(name, None)
+        (source / name).unlink(missing_ok=True)
+    write_state(source, older)
     shutil.rmtree(ended.folder / "model")
     ended = pretrain("part", max_steps=4, save_steps=2)
     assert ended.status == 0, ended.error

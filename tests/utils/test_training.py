@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from conftest import STOP_SIGNALS, make_documents, write_jsonl
-from launching import ROOT, TINY_RUN, checkpoints, metrics, state, steps
+from launching import ROOT, TINY_RUN, checkpoints, metrics, state, steps, write_state
 from recipes.causal_lm import pretrain as causal_lm
 from recipes.causal_lm.pretrain import NextTokenLoss
 from utils import checkpoint, plots, report, stream, training
@@ -267,10 +267,10 @@ def test_a_checkpoint_that_keeps_the_size_of_the_metrics_beside_the_counters(pre
     first = pretrain(max_steps=8, save_steps=4)
     logged = metrics(first.folder)
     (first.folder / "finished.json").unlink()
-    file = checkpoints(first.folder)[-1] / "state.json"
-    state = json.loads(file.read_text())
-    state["metrics_size"] = state["counters"].pop("metrics_size")
-    file.write_text(json.dumps(state))
+    checkpoint = checkpoints(first.folder)[-1]
+    older = state(checkpoint)
+    older["metrics_size"] = older["counters"].pop("metrics_size")
+    write_state(checkpoint, older)
     again = pretrain(max_steps=8, save_steps=4)
     assert again.status == 0, again.error
     assert metrics(first.folder) == logged
@@ -451,7 +451,7 @@ def test_no_space_left(disturbed, undisturbed, monkeypatch):
     def fail():
         raise full
 
-    for place, call in (("save_file", 4), ("_sync", 14)):
+    for place, call in (("save_file", 4), ("sync", 18)):
         folder = f"full in {place}"
         with monkeypatch.context() as patch:
             at_call(patch, checkpoint, place, call, fail)
