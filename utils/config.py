@@ -18,8 +18,6 @@ and reads them with `parse(Arguments)`:
 import dataclasses
 import difflib
 import itertools
-import multiprocessing.util
-import os
 import re
 import signal
 import sys
@@ -27,13 +25,14 @@ import time
 import types
 import typing
 from collections.abc import Callable
-from contextlib import ContextDecorator, ExitStack, suppress
+from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from utils.program import at_end, leave
 from utils.usage import alternatives, default, launched_rank, plain, printable, show, spell, usage
 
 AnySettings = typing.TypeVar("AnySettings")
@@ -42,15 +41,6 @@ AnySettings = typing.TypeVar("AnySettings")
 SILENCE = 5.0
 CONFIG_BYTES = 2**20
 CONFIG_VALUES = 100_000  # a few lines of aliases can stand for billions
-
-
-class _AtEnd(ExitStack, ContextDecorator):
-    """What is given back when the decorated `main` ends, however it does."""
-
-    is_program = False  # whether the process ends then
-
-
-at_end = _AtEnd()
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,14 +117,6 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
     with suppress(OSError):
         sys.stdout.flush()
     leave(status)  # other ranks may wait in a collective; exit hooks would wait for ever
-
-
-def leave(status: int) -> typing.NoReturn:
-    """End this process and its data workers at once, whatever they wait for."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    multiprocessing.util._run_finalizers(0)  # else it is said of their semaphores that they leak
-    os._exit(status)
 
 
 def parse(settings: type[AnySettings], argv: list[str] | None = None) -> AnySettings:

@@ -14,8 +14,9 @@ from conftest import STOP_SIGNALS
 from killing import script_with
 from launching import CAUSAL_LM, ROOT, Launch, checkpoints, metrics, tiny_run
 from recipes.causal_lm import pretrain as causal_lm
-from utils import ranks, report
+from utils import report
 from utils.config import InputError, at_end
+from utils.program import ONE_WISH
 from utils.ranks import Ranks
 
 SCRIPTS = [
@@ -67,7 +68,7 @@ def test_a_second_ctrl_c_ends_at_once_whatever_the_run_waits_for(tmp_path, tiny)
         before = launch.output()
         launch.signal(signal.SIGINT)
         launch.wait_for("ends at once\n")
-        time.sleep(0.05 + ranks.ONE_WISH)
+        time.sleep(0.05 + ONE_WISH)
         start = time.monotonic()
         launch.signal(signal.SIGINT)
         assert launch.wait(10) == [130], launch.output()
