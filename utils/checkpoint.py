@@ -97,8 +97,8 @@ def read_state(folder: Path) -> State:
             raise ValueError("it is not what was written")
         for name, kept in state["files"].items():
             with (folder / name).open("rb") as file:
-                size, found = kept[0] if is_sealed else kept, file.seek(0, os.SEEK_END)
-            if found != size:
+                found = file.seek(0, os.SEEK_END)
+            if found != (size := kept[0] if isinstance(kept, list) else kept):
                 raise _damaged(folder, f"{name} has {found} bytes, not {size}")
     except OSError as error:
         raise _damaged(folder, error) from None

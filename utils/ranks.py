@@ -4,8 +4,9 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,22 @@ class Ranks:
         """Whether it holds on any rank; sets `stopped` when any was told to stop."""
         return self.sum([float(condition)])[0] > 0
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what one rank does alone: where that fails all end, and that one says why."""
+        failure = None
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else error
+            failure = InputError(f"cannot read or write {what}")
+        except BaseException as error:  # what Rust raises is no Exception
+            failure = error
+        if self.any_rank(failure is not None):
+            end_together(failure)
+
     def gather(self, mine: list) -> list:
         """The ranks' lists, one after the other, on every rank."""
         everyone: list[list] = [mine]
@@ -157,3 +174,10 @@ class Ranks:
             everyone = [[]] * self.world_size
             dist.all_gather_object(everyone, mine, group=self.group)
         return [item for part in everyone for item in part]
+
+
+def end_together(failure: BaseException | None) -> NoReturn:
+    """Of all ranks, when one of them has met a failure: that one says so."""
+    if isinstance(failure, InputError):
+        failure.one_rank = True
+    raise failure or SystemExit(2)

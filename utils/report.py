@@ -200,7 +200,7 @@ def markdown_table(
 def conclude(
     training: "Training", title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]
 ) -> None:
-    """Write plots and card, and say where they are and what came out; the end of all processes.
+    """Write export, plots and card, say where they are and what came out; the end of all processes.
 
     Args:
         title, pipeline_tag, usage, facts: as for `write_card`.
@@ -208,36 +208,42 @@ def conclude(
     training.ranks.signals.conclude(f"writing the export: {training.folder.path / 'model'}")
     training.load_best()
     reference = reference_of_run(training)
-    training.folder.check()
-    if training.is_main:
-        from utils.plots import write_plots  # whose imports take a second
-
-        a, folder, state = training.arguments, training.folder, training.state
-        best = training.best_step
-        hours = f"{state.seconds / 3600:.2f} hours"
-        facts |= {
-            "training": f"{state.step} steps, {hours}; {state.ending}",
-            **({"exported": f"step {best}, the best"} if best else {}),
-            "processes": f"{training.ranks.world_size} x {training.accelerator.device.type}",
-            "parallelism": training.engine.describe(),
-            "steps skipped": state.skipped_steps,
-        }
-        model = folder.path / "model"
-        dtype, merge = PRECISIONS[a.mixed_precision], getattr(a, "merge_adapter", False)
-        reference.write(training.best_checkpoint())
-        export(training.best_checkpoint(), model, dtype, merge, a.trust_remote_code)
-        training.ranks.signals.conclude("drawing the plots, writing the card")
-        plots: list[Path] = []
-        with spared("no plots"):
-            plots = write_plots(folder)
-        if a.trust_remote_code:
-            loads = r'(Auto\w+\.from_pretrained\(|pipeline\("[\w-]+", )"\{model}"'
-            usage = re.sub(loads, r"\g<0>, trust_remote_code=True", usage)
-        card = write_card(folder, title, pipeline_tag, usage, facts, best)
-        folder.finish(state.step, state.ending, a, training.fixed["the training data"])
-        lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
-        lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]
-        say("\n".join(lines))
-    training.accelerator.wait_for_everyone()
+    with training.ranks.together():
+        if training.is_main:
+            training.folder.check()
+            reference.write(training.best_checkpoint())
+            say(_conclusion(training, title, pipeline_tag, usage, facts))
     training.progress.end()
     training.accelerator.end_training()
+
+
+def _conclusion(
+    training: "Training", title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]
+) -> str:
+    from utils.plots import write_plots  # whose imports take a second
+
+    a, folder, state = training.arguments, training.folder, training.state
+    best = training.best_step
+    hours = f"{state.seconds / 3600:.2f} hours"
+    facts |= {
+        "training": f"{state.step} steps, {hours}; {state.ending}",
+        **({"exported": f"step {best}, the best"} if best else {}),
+        "processes": f"{training.ranks.world_size} x {training.accelerator.device.type}",
+        "parallelism": training.engine.describe(),
+        "steps skipped": state.skipped_steps,
+    }
+    model = folder.path / "model"
+    dtype, merge = PRECISIONS[a.mixed_precision], getattr(a, "merge_adapter", False)
+    export(training.best_checkpoint(), model, dtype, merge, a.trust_remote_code)
+    training.ranks.signals.conclude("drawing the plots, writing the card")
+    plots: list[Path] = []
+    with spared("no plots", but=OSError):
+        plots = write_plots(folder)
+    if a.trust_remote_code:
+        loads = r'(Auto\w+\.from_pretrained\(|pipeline\("[\w-]+", )"\{model}"'
+        usage = re.sub(loads, r"\g<0>, trust_remote_code=True", usage)
+    card = write_card(folder, title, pipeline_tag, usage, facts, best)
+    folder.finish(state.step, state.ending, a, training.fixed["the training data"])
+    lines = ["finished", *(f"  {name}: {fact}" for name, fact in facts.items())]
+    lines += [f"model: {model}", f"card:  {card}", *(f"plot:  {path}" for path in plots)]
+    return "\n".join(lines)

@@ -5,11 +5,14 @@ and, as long as a process writes there, .lock
 """
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +36,10 @@ MEASURED_AT_THE_END = {
     "merge_adapter",
 }
 DATA_ONCE = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
+# what runs write in their folders
+FILES = ("config.yaml", "metrics.jsonl", "finished.json", "README.md", "predictions.jsonl")
+FOLDERS = ("checkpoints", "model", "base_model", "plots")
+LONGEST = "checkpoints/.step-00000000.partial/rank-00000-of-00001.safetensors"
 
 
 class RunFolder:
@@ -48,14 +55,11 @@ class RunFolder:
     def __init__(self, output_dir: str, resume: Literal["auto", "never"] = "auto"):
         self.path = Path(output_dir)
         self.metrics = self.path / "metrics.jsonl"
-        place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        if not place.is_dir():
-            raise InputError(f"output_dir: {place} is a file, not a folder")
         try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
+            self._check_writable()
         except OSError as error:
-            raise InputError(f"output_dir: cannot write in {place}: {error.strerror}") from None
+            problem = f"cannot write in {error.filename}: {error.strerror}"
+            raise InputError(f"output_dir: {problem}") from None
         self.lock, self.refusal = None, ""
         if launched_rank() == 0:
             try:
@@ -72,6 +76,21 @@ class RunFolder:
                 f"{self.newest_checkpoint()} exists and resume is 'never': "
                 "choose another output_dir, or remove it"
             )
+
+    def _check_writable(self) -> None:
+        places = [self.path.absolute(), *self.path.absolute().parents]
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(self.path.absolute() / LONGEST)
+        place = next(place for place in places if os.path.lexists(place))
+        _check_kind(place, is_folder=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+        for name in (*FILES, *FOLDERS):
+            path = self.path / name
+            if os.path.lexists(path):
+                _check_kind(path, is_folder=name in FOLDERS)
+                if not os.access(path, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     def check(self, ranks: Any = None) -> None:
         """Raises InputError, on all `ranks`, where another run is there or the folder another."""
@@ -157,6 +176,16 @@ class RunFolder:
         end = {"step": step, "reason": reason, "run": _identity(settings, data)}
         with written_aside(self.path / "finished.json") as file:
             file.write_text(json.dumps(end))
+
+
+def _check_kind(path: Path, is_folder: bool) -> None:
+    if not (path.is_dir() if is_folder else path.is_file()):
+        kinds = {"a file": path.is_file(), "a folder": path.is_dir(), "no file": path.exists()}
+        found = next((kind for kind, is_it in kinds.items() if is_it), "a link to nothing")
+        raise InputError(
+            f"output_dir: {path} is {found}, not {'a folder' if is_folder else 'a file'}: "
+            "move it away, or choose another output_dir"
+        )
 
 
 def differences(was: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

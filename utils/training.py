@@ -26,7 +26,7 @@ from utils.engine import Data, Engine, Step, start_processes
 from utils.export import ModelFiles
 from utils.optimizer import adamw
 from utils.progress import Progress, command_line, seconds_since_command
-from utils.ranks import Ranks
+from utils.ranks import Ranks, end_together
 from utils.run_folder import RunFolder, differences
 from utils.run_state import RunState, totals
 from utils.usage import say
@@ -210,10 +210,10 @@ class Training:
     def _begin(self) -> None:
         """Settings and metrics in their folder, and the trackers; on rank 0."""
         a, state = self.arguments, self.state
-        if self.is_main:
-            self.folder.begin(a, state.metrics_size)
-        self.accelerator.wait_for_everyone()
-        self.progress = Progress(self.accelerator, a.total_steps, state, self.flops_per_token)
+        with self.ranks.together():
+            if self.is_main:
+                self.folder.begin(a, state.metrics_size)
+            self.progress = Progress(self.accelerator, a.total_steps, state, self.flops_per_token)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""
@@ -323,9 +323,7 @@ class Training:
         """Of all ranks, when one of them has met a failure: that one says so."""
         if self.state.step > 0:
             self.save()
-        if isinstance(self.failure, InputError):
-            self.failure.one_rank = True
-        raise self.failure or SystemExit(2)
+        end_together(self.failure)
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)

@@ -55,11 +55,15 @@ def show(text: str, stream: TextIO) -> None:
 
 
 @contextmanager
-def spared(what: str) -> Iterator[None]:
-    """Around what is worth less than the run: if it fails, a line says so and the run goes on."""
+def spared(what: str, but: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
+    """Around what is worth less than the run: if it fails, a line says so and the run goes on.
+
+    Args:
+        but: what ends the run all the same, beside Ctrl-C.
+    """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, but):
         raise
     except BaseException as error:  # what Rust raises is no Exception
         warn(f"{what}: {type(error).__name__}: {error}", each_rank=True)

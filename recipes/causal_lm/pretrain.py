@@ -203,10 +203,13 @@ def main() -> None:
             return training.stop()
         training.record_test(results)
         facts["bits per byte of the test documents"] = f"{results['eval_bits_per_byte']:.4f}"
-        if args.baselines and training.is_main:
-            test = held_out_documents(args.test_sources, args.eval_documents, args.on_bad_record)
-            train = held_out_documents(args.train_sources, 20_000, args.on_bad_record)
-            facts |= baselines(test, train, encode, len(tokenizer), args.on_bad_record)
+        with training.ranks.together():
+            if args.baselines and training.is_main:
+                test = held_out_documents(
+                    args.test_sources, args.eval_documents, args.on_bad_record
+                )
+                train = held_out_documents(args.train_sources, 20_000, args.on_bad_record)
+                facts |= baselines(test, train, encode, len(tokenizer), args.on_bad_record)
     conclude(training, "Causal language model", "text-generation", USAGE, facts)
 
 

@@ -216,8 +216,11 @@ def evaluate(training: Training, logits: np.ndarray | None, labels: np.ndarray) 
     if logits is None:
         return None
     check_finite(logits)
-    problem = training.arguments.problem_type
-    return training.ranks.gather([measure(problem, logits, labels)] if training.is_main else [])[0]
+    problem, found = training.arguments.problem_type, []
+    with training.ranks.together():
+        if training.is_main:
+            found = [measure(problem, logits, labels)]
+    return training.ranks.gather(found)[0]
 
 
 def check_labels(labels: dict[str, np.ndarray], args: Arguments) -> None:
@@ -313,16 +316,17 @@ def main() -> None:
             )
             for name, value in results.items()
         }
-        if training.is_main:
-            from classification_report import prediction_records, write_figures
+        with training.ranks.together():
+            if training.is_main:
+                from classification_report import prediction_records, write_figures
 
-            found = probabilities(args.problem_type, logits.astype(np.float64))
-            facts["predictions"] = folder.path / "predictions.jsonl"
-            records = prediction_records(names, found, labels[split])
-            write_predictions(facts["predictions"], records)
-            with spared("no plots of the predictions"):
-                for path in write_figures(folder.path, names, found, labels[split]):
-                    facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
+                found = probabilities(args.problem_type, logits.astype(np.float64))
+                facts["predictions"] = folder.path / "predictions.jsonl"
+                records = prediction_records(names, found, labels[split])
+                write_predictions(facts["predictions"], records)
+                with spared("no plots of the predictions", but=OSError):
+                    for path in write_figures(folder.path, names, found, labels[split]):
+                        facts[f"plot of the {path.stem.replace('_', ' ')}"] = path
     is_pair = args.text_pair_column is not None
     text = '{"text": "The first text.", "text_pair": "The second."}' if is_pair else '"A text."'
     # an adapter alone takes them from its base model

@@ -272,10 +272,11 @@ def main() -> None:
             facts["no-answer threshold of the test"] = f"{threshold:.4f}"
             share = sum(not question.answers for question in test) / len(test)
             facts["exact match and F1 if no question were answered"] = f"{100 * share:.2f}"
-        if training.is_main:
-            pairs = zip(test, found[1], strict=True)
-            records = (prediction_record(*pair, threshold) for pair in pairs)
-            write_predictions(folder.path / "predictions.jsonl", records)
+        with training.ranks.together():
+            if training.is_main:
+                pairs = zip(test, found[1], strict=True)
+                records = (prediction_record(*pair, threshold) for pair in pairs)
+                write_predictions(folder.path / "predictions.jsonl", records)
     conclude(training, "Extractive question answering", "question-answering", USAGE, facts)
 
 

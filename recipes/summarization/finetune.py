@@ -302,12 +302,13 @@ def main() -> None:
         facts |= {
             f"how {name} is computed": text for name, text in signatures(args.metrics).items()
         }
-        if training.is_main:
-            records = (
-                {"source": pair.source, "reference": pair.target, "prediction": text}
-                for pair, text in zip(test_pairs, texts, strict=True)
-            )
-            write_predictions(folder.path / "predictions.jsonl", records)
+        with training.ranks.together():
+            if training.is_main:
+                records = (
+                    {"source": pair.source, "reference": pair.target, "prediction": text}
+                    for pair, text in zip(test_pairs, texts, strict=True)
+                )
+                write_predictions(folder.path / "predictions.jsonl", records)
     conclude(training, "Text to text", args.task, usage(auto_model, encode), facts)
 
 

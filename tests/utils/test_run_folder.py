@@ -21,7 +21,7 @@ from utils.arguments import TrainingArguments
 from utils.config import InputError, parse
 from utils.files import written_aside
 from utils.integrity import locked
-from utils.run_folder import RunFolder
+from utils.run_folder import FILES, FOLDERS, RunFolder
 
 
 @pytest.fixture
@@ -53,12 +53,66 @@ def test_config_yaml_is_enough_to_run_again(tmp_path):
     assert parse(TrainingArguments, [str(tmp_path / "config.yaml")]) == settings
 
 
-def test_an_output_dir_that_cannot_be_one(tmp_path):
+@pytest.mark.parametrize("place", ["file", "file/in it", "link", "link/in it", "fifo"])
+def test_an_output_dir_that_cannot_be_one(place, tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "in it"):
-        with pytest.raises(InputError) as error:
-            RunFolder(str(path))
-        assert str(error.value) == f"output_dir: {tmp_path}/file is a file, not a folder"
+    (tmp_path / "link").symlink_to("nothing")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.iterdir())
+    name = place.partition("/")[0]
+    kind = {"file": "a file", "fifo": "no file"}.get(name, "a link to nothing")
+    with pytest.raises(InputError) as error:
+        RunFolder(str(tmp_path / place))
+    assert str(error.value) == (
+        f"output_dir: {tmp_path}/{name} is {kind}, not a folder: "
+        "move it away, or choose another output_dir"
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_dir_that_is_a_link_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"^output_dir: cannot write in .*symbolic links$"):
+        RunFolder(str(tmp_path / "loop"))
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "/".join(["n" * 200] * 21), "/".join(["n" * 99] * 40)])
+def test_an_output_dir_with_too_long_a_name(name, tmp_path):
+    """The last one has room for itself, and none for what a run writes in it."""
+    with pytest.raises(InputError, match=r"^output_dir: cannot write in .*: File name too long$"):
+        RunFolder(str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+@pytest.mark.parametrize("found", ["other", "link", "fifo"])
+def test_what_stands_where_a_run_will_write(name, found, tmp_path):
+    path, wanted = tmp_path / name, "a folder" if name in FOLDERS else "a file"
+    if found == "fifo":
+        os.mkfifo(path)
+    elif found == "link":
+        path.symlink_to("nothing")
+    elif name in FOLDERS:
+        path.write_text("mine")
+    else:
+        path.mkdir()
+    kind = {"fifo": "no file", "link": "a link to nothing"}.get(
+        found, "a file" if name in FOLDERS else "a folder"
+    )
+    with pytest.raises(InputError) as error:
+        RunFolder(str(tmp_path))
+    assert str(error.value) == (
+        f"output_dir: {path} is {kind}, not {wanted}: move it away, or choose another output_dir"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_links_to_what_is_there_are_written_through(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "run").symlink_to("large disk")
+    (tmp_path / "large disk/checkpoints").symlink_to(tmp_path)
+    RunFolder(str(tmp_path / "run")).begin(TrainingArguments(max_steps=1), 0)
+    assert (tmp_path / "large disk/config.yaml").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
