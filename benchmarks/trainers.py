@@ -15,7 +15,7 @@ Observer = Callable[[int, int], None]
 
 def observe_recipe(training: Training, steps: int, observe: Observer) -> None:
     """Train a prepared run for some steps; nothing is saved."""
-    training.ranks.release()  # there is nothing to save when a signal comes
+    training.ranks.signals.close()  # there is nothing to save when a signal comes
     observe(0, 0)
     for step in training.steps():
         observe(step, training.state.tokens)

@@ -33,7 +33,7 @@ from utils.sources import Source
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # threads for tensors as small as these only wait for each other
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 DOMAINS = ["Book", "Code", "Web"]
 SYLLABLES = ["ka", "to", "mi", "ren", "sul", "ba", "vor", "el", "né", "dra", "pi", "東", "🙂"]
 WORDS = [first + second for first in SYLLABLES for second in SYLLABLES]

@@ -18,21 +18,22 @@ and reads them with `parse(Arguments)`:
 import dataclasses
 import difflib
 import itertools
-import os
 import re
+import signal
 import sys
 import time
 import types
 import typing
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from utils.usage import alternatives, default, launched_rank, plain, printable, spell, usage
+from utils.program import at_end, leave
+from utils.usage import alternatives, default, launched_rank, plain, printable, show, spell, usage
 
 AnySettings = typing.TypeVar("AnySettings")
 # seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
@@ -40,7 +41,6 @@ AnySettings = typing.TypeVar("AnySettings")
 SILENCE = 5.0
 CONFIG_BYTES = 2**20
 CONFIG_VALUES = 100_000  # a few lines of aliases can stand for billions
-at_end = ExitStack()  # what is given back when `main` ends, however it does
 
 
 class _Loader(yaml.SafeLoader):
@@ -93,24 +93,30 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
 
     Ctrl-C where `main` does not handle it ends the program without a traceback; status 130.
     """
+    at_end.is_program = True
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it is while a script imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # text that is no Unicode is shown as stderr has it
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with at_end:
             main()
-    except KeyboardInterrupt:
         sys.stdout.flush()
-        os._exit(130)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done
+        sys.exit(0)
+    except KeyboardInterrupt:
+        status = 130
     except InputError as error:
         if error.one_rank or launched_rank() == 0:
-            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+            show(f"error: {printable(error)}", sys.stderr)
         else:
             time.sleep(SILENCE)
-        sys.stdout.flush()
-        os._exit(2)  # other ranks may wait in a collective; their exit hooks would wait for ever
+        status = 2
     except BrokenPipeError:
-        os._exit(141)
-    sys.exit(0)
+        status = 141
+    with suppress(OSError):
+        sys.stdout.flush()
+    leave(status)  # other ranks may wait in a collective; exit hooks would wait for ever
 
 
 def parse(settings: type[AnySettings], argv: list[str] | None = None) -> AnySettings:

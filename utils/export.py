@@ -6,6 +6,7 @@ python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output
 import copy
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 import transformers
@@ -271,9 +275,8 @@ def check_adapter(model: Any, merge: bool) -> None:
         if is_adapted and not is_lookup and not hasattr(layer, "embed_scale"):
             name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
             raise InputError(
-                f"lora: {name} ({type(layer).__name__}) does more than to look up: an "
-                "adapter is not merged into it. Name other target_modules, or set "
-                "merge_adapter: false"
+                f"lora: {name} ({type(layer).__name__}) does more than to look up: an adapter is "
+                "not merged into it. Name other target_modules, or set merge_adapter: false"
             )
     if merge:
         return
@@ -321,9 +324,7 @@ def _write_adapter(
     adapter = peft.PeftConfig.from_pretrained(checkpoint)
     adapter.base_model_name_or_path = config.name_or_path = base  # peft would take the checkpoint
     adapted = _adapted(config, adapter)
-    held = {
-        n: t.to(dtype if t.is_floating_point() else t.dtype) for n, t in _held(checkpoint, adapted)
-    }
+    held = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _held(checkpoint, adapted)}
     tensors = _as_written(adapted, held)
     if base != read_state(checkpoint)["base_model"]:  # it stands beside the checkpoint
         check_weights(base)
@@ -340,8 +341,7 @@ def main() -> None:
     args = parse(Arguments)
     if Path(args.output_dir).exists():
         raise InputError(f"output_dir: {args.output_dir} exists")
-    dtype = getattr(torch, args.dtype)
-    options = (dtype, args.merge_adapter, args.trust_remote_code)
+    options = (getattr(torch, args.dtype), args.merge_adapter, args.trust_remote_code)
     count = export(Path(args.checkpoint), Path(args.output_dir), *options)
     print(f"{args.output_dir}: {count:,} parameters in {args.dtype}")
 

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from utils.config import InputError
+from utils.program import StopSignals
 from utils.usage import launched_rank
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 BATCH_PARTS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # what DeepSpeed calls them (its Adam is AdamW unless adam_w_mode is false), and the settings
@@ -130,10 +128,9 @@ class Ranks:
     def __init__(self):
         self.rank, self.world_size = launched_rank(), 1
         self.is_main = self.rank == 0
-        self.stop_signal, self.signal_time = 0, 0.0
+        self.signals = StopSignals()
         self.stopped = False
         self.group = None
-        self.handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def join(self, rank: int, world_size: int) -> None:
         """After the process group has formed."""
@@ -141,14 +138,9 @@ class Ranks:
         # over the CPU: from step to step the accelerator does not wait
         self.group = dist.new_group(backend="gloo") if world_size > 1 else None
 
-    def release(self) -> None:
-        """Give the signals back to whom they were taken from."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
     def sum(self, values: list[float]) -> list[float]:
         """Over all ranks, in float64; sets `stopped` when any was told to stop."""
-        total = torch.tensor([float(self.stop_signal > 0), *values], dtype=torch.float64)
+        total = torch.tensor([float(self.signals.first > 0), *values], dtype=torch.float64)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         stop, *sums = total.tolist()
@@ -182,16 +174,6 @@ class Ranks:
             everyone = [[]] * self.world_size
             dist.all_gather_object(everyone, mine, group=self.group)
         return [item for part in everyone for item in part]
-
-    def _note(self, number: int, frame: Any) -> None:
-        # a launcher repeats the terminal's Ctrl-C to its workers: only a later one is a second
-        if number == signal.SIGINT and self.stop_signal and time.monotonic() > self.signal_time + 2:
-            raise KeyboardInterrupt
-        self.stop_signal, self.signal_time = number, time.monotonic()
-        # not print: the signal may have come in the middle of one
-        if self.is_main:
-            name = signal.Signals(number).name
-            os.write(1, f"{name}: stopping after this step, with a checkpoint\n".encode())
 
 
 def end_together(failure: BaseException | None) -> NoReturn:

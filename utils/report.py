@@ -205,6 +205,7 @@ def conclude(
     Args:
         title, pipeline_tag, usage, facts: as for `write_card`.
     """
+    training.ranks.signals.conclude(f"writing the export: {training.folder.path / 'model'}")
     training.load_best()
     reference = reference_of_run(training)
     with training.ranks.together():
@@ -214,7 +215,6 @@ def conclude(
             say(_conclusion(training, title, pipeline_tag, usage, facts))
     training.progress.end()
     training.accelerator.end_training()
-    training.ranks.release()
 
 
 def _conclusion(
@@ -235,6 +235,7 @@ def _conclusion(
     model = folder.path / "model"
     dtype, merge = PRECISIONS[a.mixed_precision], getattr(a, "merge_adapter", False)
     export(training.best_checkpoint(), model, dtype, merge, a.trust_remote_code)
+    training.ranks.signals.conclude("drawing the plots, writing the card")
     plots: list[Path] = []
     with spared("no plots", but=OSError):
         plots = write_plots(folder)

@@ -99,19 +99,26 @@ class TrainingStream(torch.utils.data.IterableDataset):
         workers, states = self.arguments.dataloader_num_workers, states or {}
         mine = copy.copy(self)
         mine.states = {i: states.get(i) for i in range(rank, self.arguments.lanes, world_size)}
-        parts = iter(
-            torch.utils.data.DataLoader(
-                mine,
-                batch_size=None,
-                num_workers=workers,
-                collate_fn=_as_it_is,
-                worker_init_fn=_start_worker,
-                multiprocessing_context="spawn" if workers else None,
-            )
+        loader = torch.utils.data.DataLoader(
+            mine,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="spawn" if workers else None,
         )
-        if workers:
+        of_children = signal.getsignal(signal.SIGCHLD)
+        # what stops a run is sent to all its processes: the trainer still needs rows for its last
+        # step, and what is blocked here is blocked in the workers, from their first moment on
+        mask = {signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+        try:
+            parts = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if signal.getsignal(signal.SIGCHLD) is not of_children:
             # that a worker has died is met where its rows are awaited, not anywhere in a step
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, of_children)
         try:
             while True:
                 rows: list[Row] = []
@@ -158,7 +165,4 @@ def _as_it_is(rows: list[Row]) -> list[Row]:
 
 def _start_worker(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
-    # what stops a run is sent to all its processes: the trainer still needs rows for its last step
     os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

@@ -121,12 +121,13 @@ class Training:
             if not self.stopped:
                 state.pending_evaluation = False
                 self._update_checkpoint()
+        if not self.stopped:
+            self._log_tokens_by_source()
+            self.save()
+            self._update_checkpoint()
+            self._check_failure()
         if self.stopped:
-            return self.stop()
-        self._log_tokens_by_source()
-        self.save()
-        self._update_checkpoint()
-        self._check_failure()
+            self.stop()
 
     def evaluates(self) -> bool:
         """Whether it is time to evaluate: every `eval_steps`, and at the end of the run."""
@@ -192,7 +193,6 @@ class Training:
         if self.state.step > 0:
             self.save()
         say(f"stopped after step {self.state.step}; resume with: {command_line()}")
-        self.ranks.release()
 
     def log(self, record: dict[str, Any]) -> None:
         """A line in metrics.jsonl, numbers to the trackers, and lines on the screen."""

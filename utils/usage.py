@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import select
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, TextIO
 
 PATIENCE = 5  # seconds that a run is silent at most
 # what moves a terminal's cursor, turns the direction of writing, or is no character at all
@@ -33,14 +34,27 @@ def launched_rank() -> int:
 def say(text: str) -> None:
     """Lines on the screen, of the first rank."""
     if text and launched_rank() == 0:
-        print("\n".join(map(printable, text.split("\n"))), flush=True)
+        show("\n".join(map(printable, text.split("\n"))), sys.stdout)
 
 
 def warn(message: str, each_rank: bool = False) -> None:
     """A line on the screen, of the first rank alone unless each has to say it."""
     if each_rank or launched_rank() == 0:
         start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
-        print(f"{start}warning: {printable(message)}", file=sys.stderr, flush=True)
+        show(f"{start}warning: {printable(message)}", sys.stderr)
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Print; where the terminal is closed or nobody reads the pipe, nothing is written any more."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        for descriptor in (1, 2):  # libraries write there, too
+            output = select.poll()
+            output.register(descriptor, 0)  # what is told without being asked for: it has no end
+            if output.poll(0):
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 @contextmanager

@@ -14,10 +14,14 @@ sentence-order prediction) or RoBERTa (MLM alone), on one process, eight GPUs, s
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
+import signal
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 import transformers
@@ -29,7 +33,7 @@ from masked_evaluation import MaskedEvaluation
 from masking import ExampleMaker, MaskingArguments
 from sentence_encoder import SentenceEncoder
 from utils.arguments import TrainingArguments
-from utils.config import InputError, command, parse
+from utils.config import InputError, at_end, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
 from utils.loss import IGNORE_INDEX
 from utils.memory import PAIR_HEADS, flops_per_token, parameter_count, plan
@@ -231,6 +235,7 @@ def check_model(model: "transformers.PreTrainedModel", args: Arguments) -> None:
     check_positions(model, args.row_length)
 
 
+@at_end
 def main() -> None:
     args = parse(Arguments)
     auto_model = (

@@ -13,10 +13,14 @@ One CPU process, two, one GPU with LoRA or QLoRA, eight GPUs with ZeRO-3:
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
+import signal
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 import transformers
@@ -28,7 +32,7 @@ from conversations import ConversationArguments, collate, set_chat_template, to_
 from finetuning_plan import check_trained_part, finetuning_plan
 from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_share
 from utils.arguments import FinetuningArguments
-from utils.config import InputError, command, parse
+from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.model import load_tokenizer, model_config
 from utils.ranks import launched_with, launched_zero_stage
@@ -123,6 +127,7 @@ class AnswerLoss(torch.nn.Module):
         return embedded + noise * size[..., None].to(embedded.dtype)
 
 
+@at_end
 def main() -> None:
     args = parse(Arguments)
     if args.dry_run:

@@ -15,9 +15,13 @@ One CPU process, two, one GPU, eight GPUs with ZeRO-2, several nodes with ZeRO-3
 The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
 """
 
+import signal
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 import transformers
@@ -26,7 +30,7 @@ from bits_per_byte import baselines, evaluate_by_domain
 from causal_head import CausalHead, check_model
 from packing import DocumentEncoder, begin_as_documents, packed_rows
 from utils.arguments import TrainingArguments
-from utils.config import InputError, command, parse
+from utils.config import InputError, at_end, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import (
@@ -150,6 +154,7 @@ def write_samples(
     return [{"prompt": prompt, "text": text} for prompt, text in pairs]
 
 
+@at_end
 def main() -> None:
     args = parse(Arguments)
     if args.dry_run:

@@ -14,11 +14,15 @@ The same command continues a run that was stopped. Besides what every run writes
 predictions.jsonl, of the test data in their order, and plots of the errors and the calibration.
 """
 
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 import torch
@@ -40,7 +44,7 @@ from given_labels import given_labels, keep_labels
 from labelled_texts import LabelledTextArguments, class_weights, label_ids, read_labelled_texts
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
-from utils.config import InputError, command, parse
+from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.model import check_positions, load_tokenizer, model_config
 from utils.report import conclude
@@ -231,6 +235,7 @@ def check_labels(labels: dict[str, np.ndarray], args: Arguments) -> None:
         warn(f"{problem}: {', '.join(found)} is not defined there, null in the results")
 
 
+@at_end
 def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sysconfig
 import time
 import tokenize
@@ -27,6 +28,9 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path
 from pydoc_data.topics import topics
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 from dataset_folder import replaced_folder
 from installed_packages import (

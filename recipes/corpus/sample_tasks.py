@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import re
+import signal
 import textwrap
 import time
 from collections import Counter
@@ -28,6 +29,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 from dataset_folder import replaced_folder
 from docstring_questions import POINTER, WORDINGS, Question, questions, without_answer

@@ -24,6 +24,9 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -95,6 +98,7 @@ class Arguments(SourceArguments):
 
 def main() -> None:
     args = parse(Arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would see Ctrl-C only after the merging
     output_dir = Path(args.output_dir)
     check_output(output_dir)
     train_text = Text([s for s in args.train_sources if s.weight > 0], args)
@@ -288,9 +292,8 @@ def time_left(started: float, done: float) -> str:
     """`, 12%, 0:01:30 left`, or nothing while it is not known which part is done."""
     if not done:
         return ""
-    done = min(done, 1)
-    seconds = (time.monotonic() - started) * (1 / done - 1)
-    return f", {done:.0%}, {timedelta(seconds=round(seconds))} left"
+    seconds = (time.monotonic() - started) * (1 / min(done, 1) - 1)
+    return f", {min(done, 1):.0%}, {timedelta(seconds=round(seconds))} left"
 
 
 def say(line: str) -> None:
@@ -300,11 +303,7 @@ def say(line: str) -> None:
 
 
 def check_output(output_dir: Path) -> None:
-    """Refuse before the work what could not be written after it.
-
-    Raises:
-        InputError: a file, a folder with other things in it, or no permission to write.
-    """
+    """Raises InputError for a file, a folder with other things in it, no permission to write."""
     parent = next(path for path in output_dir.absolute().parents if path.exists())
     for path in (parent, output_dir):
         if path.exists() and not path.is_dir():
@@ -347,5 +346,4 @@ def report(tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would see Ctrl-C only after the merging
     command(main)

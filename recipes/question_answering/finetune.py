@@ -15,12 +15,16 @@ The same command continues a run that was stopped.
 """
 
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 import transformers
@@ -39,7 +43,7 @@ from questions import Question, QuestionColumns, check_unanswerable, read_questi
 from squad_metrics import prediction_record, results_of
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
-from utils.config import InputError, command, parse
+from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.loss import IGNORE_INDEX
 from utils.model import check_positions, load_tokenizer, model_config, optional_inputs
@@ -188,6 +192,7 @@ def threshold_of(training: Training) -> float:
     return records[-1][name] if records else 0.0
 
 
+@at_end
 def main() -> None:
     args = parse(Arguments)
     # what is exported reads a [SEP] in a question as it is read here: as text

@@ -13,11 +13,15 @@ The same command continues a run that was stopped.
 """
 
 import math
+import signal
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import attrgetter
 from textwrap import shorten
 from typing import Any, Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import torch
 import transformers
@@ -44,7 +48,7 @@ from text_pairs import (
 )
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
-from utils.config import InputError, command, parse
+from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.loss import IGNORE_INDEX, LEAK, amplified
 from utils.model import empty_model, load_tokenizer, model_config
@@ -196,6 +200,7 @@ def evaluate_loss(training: Training, encode: PairEncoder, examples: list[Exampl
     return math.fsum(losses) / sum(len(e["input_ids"]) - e["source_length"] for e in examples)
 
 
+@at_end
 def main() -> None:
     args = parse(Arguments)
     tokenizer = load_tokenizer(args)
