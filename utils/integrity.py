@@ -8,8 +8,6 @@ import os
 import re
 import socket
 import weakref
-from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import datetime
@@ -19,7 +17,7 @@ from typing import Any
 import xxhash
 
 from utils.config import InputError
-from utils.usage import announced, warn
+from utils.usage import warn
 
 CHECKSUMS = "checksums.xxh3"  # of the weights beside it; `xxhsum --check` reads it
 _warn_once = functools.cache(warn)
@@ -171,39 +169,3 @@ def check_weights(folder: str | Path) -> None:
             f"{file.parent / changed} is not the file that was written: export or copy it again. "
             f"If it was replaced on purpose, remove {file}"
         )
-
-
-def describe_files(files: Iterable[str], by_hash: bool = False) -> list[list[Any]]:
-    """[path, bytes, time of the last change, checksum or None] of local files; others: [path]."""
-    local = [file for file in files if os.path.exists(file)]
-    sums: list[str | None] = [None] * len(local)
-    if by_hash:
-        with announced(f"reading {len(local)} files of data"), ThreadPoolExecutor() as pool:
-            sums = list(pool.map(checksum, map(Path, local)))
-    status = [os.stat(file) for file in local]
-    found = {f: [f, s.st_size, s.st_mtime, c] for f, s, c in zip(local, status, sums, strict=True)}
-    return [found.get(file, [file]) for file in files]
-
-
-def changed_source(was: list[list[Any]], now: list[list[Any]]) -> str:
-    """What is not as it was of files that a run reads, which may stand in another folder; or "".
-
-    One that has another time alone is warned of, unless its checksum was known and is the same.
-    """
-    before, after = (Counter(os.path.basename(file) for file, *_ in found) for found in (was, now))
-    for name in before - after:
-        return f"{name} is gone"
-    for name in after - before:
-        return f"{next(f for f, *_ in now if os.path.basename(f) == name)} is new"
-    for (_, *then), (file, *this) in zip(was, now, strict=True):
-        if then[:1] != this[:1]:
-            return f"{file} had {then[0]:,} bytes and has {this[0]:,}"
-        if then and None not in (then[2], this[2]):
-            if then[2] != this[2]:
-                return f"{file} has other content"
-        elif then[1:2] != this[1:2]:
-            warn(
-                f"{file} was written anew since the last start, with as many bytes: if it is not "
-                "the same, nor is what is trained on (verify_sources: hash would tell)"
-            )
-    return ""

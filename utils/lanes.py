@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from utils.config import InputError
 from utils.randomness import keyed_permutation
@@ -48,8 +48,6 @@ class StreamArguments(SourceArguments):
     lanes: int = 64
     shuffle_documents: int = 512  # a chunk of this many documents, or of …
     shuffle_bytes: int = 2**21  # … this many bytes, whichever comes first, is permuted
-    # that their files are those of the last start: by size and time, or by all that they hold
-    verify_sources: Literal["size", "hash"] = "size"
     dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
 
     def check(self) -> None:

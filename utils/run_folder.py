@@ -1,6 +1,6 @@
 """The folder of a run: settings, metrics, checkpoints, export, card and plots.
 
-config.yaml  sources.json  metrics.jsonl  checkpoints/  model/  README.md  plots/  finished.json
+config.yaml  metrics.jsonl  checkpoints/  model/  README.md  plots/  finished.json
 and, as long as a process writes there, .lock
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from utils import checkpoint
 from utils.config import InputError, at_end, write_yaml
 from utils.files import written_aside
-from utils.integrity import Lock, changed_source, describe_files
+from utils.integrity import Lock
 from utils.ranks import launched_world_size
 from utils.usage import launched_rank, say
 
@@ -28,7 +28,7 @@ FREE = {
     *("output_dir", "resume", "report_to", "logging_steps", "save_steps", "keep_last"),
     *("keep_every", "per_device_batch_size", "per_device_eval_batch_size", "torch_compile"),
     *("gradient_checkpointing", "attn_implementation", "dataloader_num_workers"),
-    *("on_bad_record", "train_sources", "train_data", "verify_sources"),
+    *("on_bad_record", "train_sources", "train_data"),
 }
 # the end of a run is done again for them
 MEASURED_AT_THE_END = {
@@ -37,8 +37,7 @@ MEASURED_AT_THE_END = {
 }
 DATA_ONCE = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
 # what runs write in their folders
-SOURCES = "sources.json"
-FILES = ("config.yaml", "metrics.jsonl", "finished.json", "README.md", "predictions.jsonl", SOURCES)
+FILES = ("config.yaml", "metrics.jsonl", "finished.json", "README.md", "predictions.jsonl")
 FOLDERS = ("checkpoints", "model", "base_model", "plots")
 LONGEST = "checkpoints/.step-00000000.partial/rank-00000-of-00001.safetensors"
 
@@ -61,15 +60,17 @@ class RunFolder:
         except OSError as error:
             problem = f"cannot write in {error.filename}: {error.strerror}"
             raise InputError(f"output_dir: {problem}") from None
-        self.lock, self.refusal, self.sources = None, "", None
+        self.lock, self.refusal = None, ""
         if launched_rank() == 0:
             try:
                 self.lock = Lock(self.path / ".lock", self.path)
                 at_end.callback(self.lock.close)
             except InputError as error:
-                self._refuse(str(error))
+                self.refusal = str(error)
             except OSError as error:
-                self._refuse(f"output_dir: cannot write {error.filename}: {error.strerror}")
+                self.refusal = f"output_dir: cannot write {error.filename}: {error.strerror}"
+            if self.refusal and launched_world_size() == 1:
+                raise InputError(self.refusal)
         if resume == "never" and self.newest_checkpoint():
             raise InputError(
                 f"{self.newest_checkpoint()} exists and resume is 'never': "
@@ -101,28 +102,6 @@ class RunFolder:
         if ranks:
             problem = ranks.gather([problem])[0]
         if problem:
-            raise InputError(problem)
-
-    def check_sources(self, files: list[str], by_hash: bool) -> None:
-        """Hold the files of the data against those that the checkpoints here were trained on.
-
-        Raises:
-            InputError: one is gone, new, or another; of several ranks `check` says that.
-        """
-        if launched_rank() > 0 or self.refusal:
-            return
-        self.sources = describe_files(files, by_hash)
-        with suppress(OSError, ValueError):
-            was = json.loads((self.path / SOURCES).read_text())
-            if self.newest_checkpoint() and (changed := changed_source(was, self.sources)):
-                self._refuse(
-                    f"cannot continue {self.newest_checkpoint()}: {changed}: what a run reads must "
-                    "stay. Bring it back, or choose another output_dir"
-                )
-
-    def _refuse(self, problem: str) -> None:
-        self.refusal = problem
-        if launched_world_size() == 1:
             raise InputError(problem)
 
     def newest_checkpoint(self) -> Path | None:
@@ -167,9 +146,6 @@ class RunFolder:
         self.check()
         with written_aside(self.path / "config.yaml") as file:
             write_yaml(settings, file)
-        if self.sources is not None:
-            with written_aside(self.path / SOURCES) as file:
-                file.write_text(json.dumps(self.sources))
         (self.path / "finished.json").unlink(missing_ok=True)
         with self.metrics.open("ab") as file:
             file.truncate(min(metrics_size, file.tell()))

@@ -17,7 +17,7 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 import signal
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 if __name__ == "__main__":
@@ -260,7 +260,6 @@ def main() -> None:
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return
-    folder.check_sources([*chain(*corpus.files)], args.verify_sources == "hash")
 
     training = Training(args, folder)
     model = build_model(args, config, auto_model)

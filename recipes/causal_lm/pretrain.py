@@ -18,7 +18,6 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 import signal
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 if __name__ == "__main__":
@@ -172,7 +171,6 @@ def main() -> None:
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, corpus.fingerprint()):
         return
-    folder.check_sources([*chain(*corpus.files)], args.verify_sources == "hash")
 
     flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
