@@ -15,9 +15,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from utils.config import InputError, Settings
+from utils.files import find_local_files
 from utils.randomness import keyed_permutation
 from utils.ranks import launched_world_size
-from utils.sources import BadRecord, BadRecords, Document, Shard, Source, check_documents, read
+from utils.sources import (
+    FORMATS,
+    BadRecord,
+    BadRecords,
+    Document,
+    Shard,
+    Source,
+    check_documents,
+    read,
+)
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
@@ -57,6 +67,9 @@ class StreamArguments(Settings):
                 f"dataloader_num_workers: {workers} is more than a rank's {of_a_rank} lanes"
             )
         super().check()
+
+    def training_files(self) -> list[str]:
+        return [f for source in self.train_sources for f in find_local_files(source.path, FORMATS)]
 
 
 def check_mixture(sources: list[Source]) -> None:
