@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from utils.config import InputError
+from utils.config import InputError, looked_for
 from utils.files import READ_ERRORS, find_local_files, find_remote_files, open_file
 from utils.tables import ABSENT, value_at
 from utils.usage import warn
@@ -118,7 +118,9 @@ def find_files(source: Source) -> list[str]:
                 "and these are files: leave it out"
             )
     if not files:
-        raise InputError(f"source {path!r}: no file matches (of {', '.join(FORMATS)})")
+        raise InputError(
+            f"source {path!r}: no file matches (of {', '.join(FORMATS)}){looked_for(path)}"
+        )
     for file in files:
         if not file.endswith(FORMATS) or os.path.isdir(file):
             raise InputError(f"source {path!r}: cannot read {file}: not {', '.join(FORMATS)}")
@@ -136,7 +138,7 @@ def _hub_files(source: Source) -> list[str]:
     except Exception as error:
         raise InputError(
             f"source {source.path!r}: no such file or folder here, and the Hub does not give it: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{looked_for(source.path)}"
         ) from None
     if source.split not in splits:
         has = ", ".join(map(str, splits)) or "no files"
