@@ -274,6 +274,7 @@ def soak(
         mixed_precision=PRECISIONS[precision],
         validation_sources=[{"path": str(SAMPLE / "validation.jsonl")}],
         eval_documents=4,
+        verify_sources="hash",
     )
     expected = result(runs.reference)
     batches = [faults[i : i + FAULTS_OF_A_RUN] for i in range(0, len(faults), FAULTS_OF_A_RUN)]

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from utils.comparison import PRECISIONS
-from utils.config import InputError
+from utils.config import InputError, looked_for
 from utils.export import check_adapter
 from utils.files import written_aside
 from utils.integrity import check_weights, write_checksums
@@ -233,7 +233,7 @@ def _load_adapter(model: "transformers.PreTrainedModel", path: str) -> "peft.Pef
     try:
         config = peft.PeftConfig.from_pretrained(path)
     except (ValueError, OSError) as error:
-        problem = shorten(str(error), 200)
+        problem = shorten(str(error), 200) + looked_for(path)
         raise InputError(f"adapter_name_or_path: cannot load {path}: {problem}") from None
     base, given = config.base_model_name_or_path, model.name_or_path
     check_not_pickled(path, f"peft.PeftModel.from_pretrained(base, {path!r})")

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from utils.config import InputError, Settings
+from utils.files import find_local_files
 from utils.ranks import check_launch, launched_with, launched_world_size, launched_zero_stage
-from utils.tables import Table
+from utils.tables import FORMATS, Table
 
 # as Accelerate calls them, each like its package
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
@@ -62,6 +63,8 @@ class TrainingArguments(Settings):
     # standard deviations above the mean of the last 100 losses: such a step is reported
     loss_spike_threshold: float = 6.0
     skip_loss_spikes: bool = False  # and leaves the weights as they are
+    # that training files are those of the checkpoint: by size and time, or (reads them all) xxh3
+    verify_sources: Literal["size", "hash"] = "size"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     logging_steps: int = 1
@@ -258,6 +261,9 @@ class FinetuningArguments(TrainingArguments):
         if not self.has_validation and self.early_stopping_patience is not None:
             raise InputError("early_stopping_patience: give validation_data to stop by")
         super().check()
+
+    def training_files(self) -> list[str]:
+        return [f for table in self.train_data for f in find_local_files(table.path, FORMATS)]
 
     @property
     def has_validation(self) -> bool:

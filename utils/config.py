@@ -17,6 +17,7 @@ and reads them with `parse(Arguments)`:
 
 import dataclasses
 import difflib
+import glob
 import itertools
 import re
 import signal
@@ -74,6 +75,10 @@ class Settings:
     def fixed(self) -> dict[str, Any]:
         """By name, what must not change over the life of a run."""
         return {}
+
+    def training_files(self) -> list[str]:
+        """The files on this machine that the run learns from."""
+        return []
 
 
 class InputError(Exception):
@@ -155,6 +160,17 @@ def parse(settings: type[AnySettings], argv: list[str] | None = None) -> AnySett
     return result
 
 
+def looked_for(path: str) -> str:
+    """To end a message on a relative path that is not there: from which folder, and where it is."""
+    if not path or os.path.isabs(path) or "://" in path or glob.glob(path):
+        return ""
+    here, config = Path.cwd(), Path(sys.argv[1] if len(sys.argv) > 1 else ".").absolute()
+    for folder in (Path(__file__).parents[1], *here.parents, *config.parents):
+        if folder != here and glob.glob(os.path.join(glob.escape(str(folder)), path)):
+            return f"; {path} exists from {folder}: start there, or give an absolute path"
+    return f"; looked for from {here}"
+
+
 def write_yaml(settings: Any, path: Path) -> None:
     """Write a settings dataclass so that `parse` reads it back equal."""
     values = dataclasses.asdict(settings)
@@ -227,7 +243,8 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         with open(path, "rb") as file:
             text = file.read(CONFIG_BYTES + 1).decode()
     except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror}") from None
+        problem = f"{error.strerror}{looked_for(path)}"
+        raise InputError(f"cannot read the config {path}: {problem}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not YAML: it is not even text in UTF-8") from None
     places: dict[str, str] = {}

@@ -144,6 +144,38 @@ def changed_file(folder: Path, expected: dict[str, str]) -> str | None:
         return next((name for (name, known), value in pairs if known != value), None)
 
 
+def describe_files(files: list[str], hashed: bool) -> dict[str, list[Any]]:
+    """By name, size, time of change in ns and, if wanted, checksum; those elsewhere are left out.
+
+    By the names alone where these tell the files apart: a folder may be moved.
+    """
+    paths = [Path(file) for file in files if os.path.exists(file)]
+    is_unique = len({path.name for path in paths}) == len(paths)
+    with ThreadPoolExecutor() as pool:
+        checksums = pool.map(checksum, paths) if hashed else [None] * len(paths)
+        pairs = zip(paths, (path.stat() for path in paths), checksums, strict=True)
+        return {
+            (path.name if is_unique else str(path)): [status.st_size, status.st_mtime_ns, known]
+            for path, status, known in pairs
+        }
+
+
+def changed_files(was: dict[str, list[Any]], now: dict[str, list[Any]]) -> dict[str, str]:
+    """By name, how files differ that `describe_files` has described; by time alone counts too."""
+    changes = {}
+    for name in sorted({**was, **now}) if was else ():  # older checkpoints describe none
+        if name not in now or name not in was:
+            changes[name] = "is new" if name in now else "is gone"
+        elif now[name][0] != was[name][0]:
+            changes[name] = f"had {was[name][0]:,} bytes and has {now[name][0]:,}"
+        elif None not in (now[name][2], was[name][2]):
+            if now[name][2] != was[name][2]:
+                changes[name] = "has another checksum"
+        elif now[name][1] != was[name][1]:
+            changes[name] = "was written again, with as many bytes"
+    return changes
+
+
 def write_checksums(folder: Path) -> None:
     """Beside weights, what `check_weights` holds them against."""
     files = sorted(folder.glob("*.safetensors"))

@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from utils.config import InputError, Settings
+from utils.config import InputError, Settings, looked_for
 from utils.initialisation import initialize_weights
 from utils.model_settings import (
     SIZES,
@@ -109,7 +109,7 @@ def _what_is_wrong(name: str, error: Exception) -> str:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    return kind + shorten(str(error), 300)
+    return kind + shorten(str(error), 300) + looked_for(name)
 
 
 def model_config(arguments: Any, tokenizer: Any = None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from utils.config import InputError
+from utils.config import InputError, looked_for
 from utils.program import StopSignals
 from utils.usage import launched_rank
 
@@ -97,7 +97,7 @@ def _deepspeed_config() -> dict[str, Any]:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
         stage = config["zero_optimization"]["stage"]
     except OSError as error:
-        raise InputError(f"DeepSpeed config {file}: {error.strerror}") from None
+        raise InputError(f"DeepSpeed config {file}: {error.strerror}{looked_for(file)}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"DeepSpeed config {file} is not JSON: {error}") from None
     except (TypeError, KeyError):

@@ -19,16 +19,16 @@ from typing import Any, Literal
 from utils import checkpoint
 from utils.config import InputError, at_end, write_yaml
 from utils.files import written_aside
-from utils.integrity import Lock
+from utils.integrity import Lock, changed_files
 from utils.ranks import launched_world_size
-from utils.usage import launched_rank, say
+from utils.usage import launched_rank, say, warn
 
 # settings that a finished run has no use for any more; what its data are, they say themselves
 FREE = {
     *("output_dir", "resume", "report_to", "logging_steps", "save_steps", "keep_last"),
     *("keep_every", "per_device_batch_size", "per_device_eval_batch_size", "torch_compile"),
     *("gradient_checkpointing", "attn_implementation", "dataloader_num_workers"),
-    *("on_bad_record", "train_sources", "train_data"),
+    *("on_bad_record", "verify_sources", "train_sources", "train_data"),
 }
 # the end of a run is done again for them
 MEASURED_AT_THE_END = {
@@ -190,6 +190,32 @@ def _check_kind(path: Path, is_folder: bool) -> None:
             f"output_dir: {path} is {found}, not {'a folder' if is_folder else 'a file'}: "
             "move it away, or choose another output_dir"
         )
+
+
+def check_continues(
+    folder: Path, state: dict, fixed: dict, files: dict[str, list[Any]], by_hash: bool
+) -> None:
+    """Raises InputError where the checkpoint in `folder`, of this state, is of another run.
+
+    Args:
+        files: that are trained on, as `describe_files` has them. One that was written again with
+            as many bytes may be a copy: it is named on the screen, and by hash refused if it
+            is none.
+    """
+    changes = changed_files(state.get("training_files", {}), files)
+    changed = "; ".join(f"{file} {change}" for file, change in [*changes.items()][:3])
+    for name, was, now in differences(state["fixed"], fixed):
+        why = f" ({changed})" if changed and name.startswith("the training data") else ""
+        raise InputError(
+            f"cannot continue {folder}: {name} was {was} and is {now}{why}. "
+            "Change it back, or choose another output_dir"
+        )
+    if changed and by_hash:
+        raise InputError(
+            f"cannot continue {folder}: {changed}. Change it back, or choose another output_dir"
+        )
+    if changed:
+        warn(f"since {folder}: {changed}; verify_sources: hash would refuse other content")
 
 
 def differences(was: dict, now: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

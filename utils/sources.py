@@ -16,12 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet
 
-from utils.config import InputError, Settings
-from utils.files import (
-    READ_ERRORS,
-    find_local_files,
-    find_remote_files,
-)
+from utils.config import InputError, Settings, looked_for
+from utils.files import READ_ERRORS, find_local_files, find_remote_files
 from utils.records import Shard, records
 from utils.tables import ABSENT, value_at
 from utils.usage import announced, warn
@@ -132,7 +128,9 @@ def find_files(source: Source) -> list[str]:
                 "and these are files: leave it out"
             )
     if not files:
-        raise InputError(f"source {path!r}: no file matches (of {', '.join(FORMATS)})")
+        raise InputError(
+            f"source {path!r}: no file matches (of {', '.join(FORMATS)}){looked_for(path)}"
+        )
     for file in files:
         if not file.endswith(FORMATS) or os.path.isdir(file):
             raise InputError(f"source {path!r}: cannot read {file}: not {', '.join(FORMATS)}")
@@ -150,7 +148,7 @@ def _hub_files(source: Source) -> list[str]:
     except Exception as error:
         raise InputError(
             f"source {source.path!r}: no such file or folder here, and the Hub does not give it: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{looked_for(source.path)}"
         ) from None
     if source.split not in splits:
         has = ", ".join(map(str, splits)) or "no files"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from utils.config import InputError
+from utils.config import InputError, looked_for
 from utils.files import find_local_files
 
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -114,7 +114,7 @@ def read_table(table: Table) -> list[TableRow]:
                 raise InputError(f"{table.path}: {name} is for datasets of the Hub: leave it out")
         files = find_local_files(table.path, FORMATS)
         if not files:
-            raise InputError(f"no file {table.path}")
+            raise InputError(f"no file {table.path}{looked_for(table.path)}")
         rows = _slice([row for file in files for row in _read_file(file)], table)
     elif os.path.exists(table.path):
         kinds = ", ".join(FORMATS)
@@ -260,7 +260,7 @@ def _read_hub(table: Table) -> Iterator[TableRow]:
         problem = shorten(f"{type(error).__name__}: {error}", 200)
         raise InputError(
             f"{table.path} is neither a file ({', '.join(FORMATS)}) nor a dataset that the Hub "
-            f"gives: {problem}"
+            f"gives: {problem}{looked_for(table.path)}"
         ) from None
     for number, values in enumerate(rows, 1):
         yield TableRow(values, f"{table.path} ({table.split or 'train'})", "row", number)

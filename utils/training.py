@@ -24,10 +24,11 @@ from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.engine import Data, Engine, Step, start_processes
 from utils.export import ModelFiles
+from utils.integrity import describe_files
 from utils.optimizer import adamw
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks, end_together
-from utils.run_folder import RunFolder, differences
+from utils.run_folder import RunFolder, check_continues
 from utils.run_state import RunState, totals
 from utils.usage import say
 
@@ -82,6 +83,9 @@ class Training:
             **a.fixed(),
         }
         self.fixed = json.loads(json.dumps(fixed))  # as it comes back from a checkpoint
+        hashed = a.verify_sources == "hash"
+        mine = describe_files(a.training_files(), hashed) if self.is_main else {}
+        self.training_files = ranks.gather([mine])[0]
         self.learning_rate_factor = a.learning_rate_factor()
         self.engine = Engine(self.accelerator, objective, model, optimizer, a)
         if newest := self.folder.newest_checkpoint():
@@ -222,6 +226,7 @@ class Training:
         state = {
             "counters": asdict(self.state),
             "fixed": self.fixed,
+            "training_files": self.training_files,
             "base_model": self.model_files.base_model,
             "limits": self.arguments.limits,
             "world_size": self.ranks.world_size,
@@ -327,11 +332,8 @@ class Training:
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        for name, was, now in differences(state["fixed"], self.fixed):
-            raise InputError(
-                f"cannot continue {folder}: {name} was {was} and is {now}. "
-                "Change it back, or choose another output_dir"
-            )
+        by_hash = self.arguments.verify_sources == "hash"
+        check_continues(folder, state, self.fixed, self.training_files, by_hash)
         self.engine.load(folder)
         # once the size of the metrics stood beside the counters
         self.state = RunState(**{"metrics_size": state.get("metrics_size", 0), **state["counters"]})

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chat_rendering import Message, check_bounded, generation_header, turn_ends
 from chat_tokens import encode_conversations
-from utils.config import InputError
+from utils.config import InputError, looked_for
 from utils.loss import IGNORE_INDEX
 from utils.tables import TableRow, naming_failures
 from utils.usage import warn
@@ -201,7 +201,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
             path = Path(shipped.get(given, given))
             tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
         except OSError as error:
-            raise InputError(f"chat_template: cannot read {given}: {error.strerror}") from None
+            problem = f"{error.strerror}{looked_for(given)}"
+            raise InputError(f"chat_template: cannot read {given}: {problem}") from None
     template = tokenizer.chat_template
     if isinstance(template, dict):  # another one for tools
         template = template.get("default")

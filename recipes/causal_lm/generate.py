@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from utils.config import InputError, command, parse
+from utils.config import InputError, command, looked_for, parse
 from utils.files import written_aside
 from utils.integrity import locked
 from utils.model_settings import load_model, load_pretrained
@@ -207,7 +207,7 @@ def load(
         raise
     except Exception as error:  # each file format and each kind of name fails in its own way
         where = name if Path(name).is_dir() else f"{name} (no such folder, so a name on the Hub)"
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) + looked_for(name)
         raise InputError(f"{where} has no {part} that loads: {reason}") from None
     if missing:
         named = ", ".join(sorted(missing)[:3])

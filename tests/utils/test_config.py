@@ -3,14 +3,19 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import yaml
 
-from utils.config import InputError, parse, write_yaml
+from utils import sources
+from utils.config import InputError, looked_for, parse, read_yaml, write_yaml
+from utils.sources import find_files
+from utils.tables import Table, read_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -395,7 +400,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch, name, content, expec
     monkeypatch.chdir(tmp_path)
     if content is not None:
         Path(name).write_bytes(content)
-    assert message(Arguments, name) == expected
+    assert message(Arguments, name).partition("; looked for from")[0] == expected
 
 
 # what the program does
@@ -535,3 +540,61 @@ def run_program(
         text=True,
         timeout=60,
     )
+
+
+def test_what_is_missing_where_a_run_is_started_is_said(tmp_path, monkeypatch):
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "a.jsonl").write_text("{}")
+    (tmp_path / "project" / "run.yaml").write_text("a: 1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "argv", ["script.py", "../project/run.yaml"])
+    assert looked_for("data/b.jsonl") == f"; looked for from {elsewhere}"
+    assert looked_for("/data/b.jsonl") == looked_for("s3://data/b.jsonl") == ""
+    exists = f"exists from {tmp_path / 'project'}: start there, or give an absolute path"
+    for path, failing in (
+        ("data/*.jsonl", lambda: find_files(sources.Source("data/*.jsonl"))),
+        ("data/a.jsonl", lambda: find_files(sources.Source("data/a.jsonl"))),
+        ("data/a.jsonl", lambda: read_table(Table("data/a.jsonl"))),
+    ):
+        monkeypatch.chdir(elsewhere)
+        with pytest.raises(InputError) as error:
+            failing()
+        named = str(error.value).rpartition("; ")[2].replace("/elsewhere/..", "")
+        assert named == f"{path} {exists}"
+    with pytest.raises(InputError, match=r"cannot read the config README.md: .*README.md exists"):
+        read_yaml("README.md")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "a: &a [1, 2]\n"
+            + "".join(
+                f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijk")
+            ),
+            "with its aliases (*name) it has more than 100,000 values",
+        ),
+        ("a: " + "[" * 5000 + "]" * 5000, "it is nested too deeply"),
+        ("a: " + "{b: " * 5000 + "}" * 5000, "it is nested too deeply"),
+        ("a: &a [*a]", "it is nested too deeply"),
+        ("a: " + "x" * 2**20, "it has more than 1,048,576 bytes"),
+    ],
+    ids=["laughs", "lists", "mappings", "itself", "long"],
+)
+def test_yaml_without_a_bound(tmp_path, text, problem):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    start = time.monotonic()
+    with pytest.raises(InputError) as error:
+        read_yaml(str(file))
+    assert str(error.value) == f"{file} is not YAML: {problem}"
+    assert time.monotonic() - start < 2
+
+
+def test_aliases_stand_for_what_they_name(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n")
+    assert read_yaml(str(file))[0] == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}

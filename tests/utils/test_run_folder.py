@@ -15,12 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from conftest import Ended
 from launching import Launch, metrics, tiny_run
 from programs import ROOT
 from utils.arguments import TrainingArguments
 from utils.config import InputError, parse
 from utils.files import written_aside
-from utils.integrity import locked
+from utils.integrity import changed_files, describe_files, locked
 from utils.run_folder import FILES, FOLDERS, RunFolder
 
 
@@ -578,3 +579,54 @@ def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
         aside.mkdir()
     assert not (tmp_path / "model").is_symlink()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["disk", "kept", "model"]
+
+
+def test_training_files_that_change_between_starts_are_named(pretrain, corpus_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(corpus_folder, data)
+    file = data / "train-0.jsonl"
+    content = file.read_bytes()
+
+    def start(steps: int, verify: str = "size") -> Ended:
+        sources = json.dumps([{"path": str(file)}])
+        return pretrain(max_steps=steps, train_sources=sources, verify_sources=verify)
+
+    ended = start(2, "hash")
+    assert ended.status == 0, ended.error
+    os.utime(file, (1, 1))  # as a copy has it
+    ended = start(3, "hash")
+    assert ended.status == 0, ended.error
+    file.write_bytes(content[:-20] + content[-20:].swapcase())
+    ended = start(4, "hash")
+    assert ended.status == 2
+    assert "train-0.jsonl has another checksum. Change it back" in ended.error
+    ended = start(4)
+    assert ended.status == 0
+    assert "train-0.jsonl was written again, with as many bytes" in ended.error
+    file.write_bytes(content + content.splitlines(keepends=True)[0])
+    ended = start(5)
+    assert ended.status == 2
+    assert f"train-0.jsonl had {len(content):,} bytes and has" in ended.error
+    assert "Change it back" in ended.error
+
+
+def test_files_are_described_by_name_where_it_tells_them_apart(tmp_path):
+    for name in ("a/x.jsonl", "b/x.jsonl", "b/y.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files = [str(tmp_path / name) for name in ("a/x.jsonl", "b/y.jsonl", "gone.jsonl")]
+    was = describe_files(files, hashed=False)
+    assert was.keys() == {"x.jsonl", "y.jsonl"}
+    assert [was["x.jsonl"][0], was["x.jsonl"][2]] == [9, None]
+    twice = describe_files([*files, str(tmp_path / "b/x.jsonl")], hashed=True)
+    assert twice.keys() == {
+        str(tmp_path / name) for name in ("a/x.jsonl", "b/x.jsonl", "b/y.jsonl")
+    }
+    assert changed_files({}, was) == {} == changed_files(was, was)
+    (tmp_path / "b/y.jsonl").write_text("B/Y.jsonl")
+    os.utime(tmp_path / "b/y.jsonl", (1, 1))
+    now = describe_files(files[1:], hashed=False)
+    assert changed_files(was, now) == {
+        "x.jsonl": "is gone",
+        "y.jsonl": "was written again, with as many bytes",
+    }

@@ -658,7 +658,8 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch):
         find_files(Source("data/sampel"))
     assert str(error.value) == (
         "source 'data/sampel': no such file or folder here, and the Hub does not give it: "
-        "ConnectionError: Couldn't reach 'data/sampel' on the Hub"
+        "ConnectionError: Couldn't reach 'data/sampel' on the Hub; "
+        f"looked for from {os.getcwd()}"
     )
 
 

@@ -1,6 +1,7 @@
 """Rows of every format, each with its place, and what is said where there is something wrong."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pandas as pd
@@ -249,7 +250,8 @@ def test_a_name_that_is_no_dataset(monkeypatch):
         read_table(Table("no/such-dataset"))
     assert str(error.value).startswith("no/such-dataset is neither a file (.csv, ")
     assert str(error.value).endswith(
-        "nor a dataset that the Hub gives: ConnectionError: cannot reach the Hub"
+        "nor a dataset that the Hub gives: ConnectionError: cannot reach the Hub; "
+        f"looked for from {Path.cwd()}"
     )
 
 
