@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from utils.comparison import PRECISIONS
-from utils.config import InputError, looked_for
+from utils.config import InputError
 from utils.export import check_adapter
 from utils.files import written_aside
 from utils.integrity import check_weights, write_checksums
@@ -27,6 +27,7 @@ from utils.model import (
 )
 from utils.model_settings import check_not_pickled
 from utils.randomness import random_key
+from utils.usage import looked_for
 
 if TYPE_CHECKING:
     import peft  # takes seconds, and is needed with an adapter alone

@@ -17,7 +17,6 @@ and reads them with `parse(Arguments)`:
 
 import dataclasses
 import difflib
-import glob
 import itertools
 import re
 import signal
@@ -34,14 +33,21 @@ from typing import Any
 import yaml
 
 from utils.program import at_end, leave
-from utils.usage import alternatives, default, launched_rank, plain, printable, show, spell, usage
+from utils.usage import (
+    alternatives,
+    default,
+    in_brief,
+    launched_rank,
+    looked_for,
+    plain,
+    show,
+    spell,
+    usage,
+)
 
 AnySettings = typing.TypeVar("AnySettings")
-# seconds a silent rank outlives its error: the launcher ends all when the first has ended, and
-# rank 0 has to have its say
-SILENCE = 5.0
-CONFIG_BYTES = 2**20
-CONFIG_VALUES = 100_000  # a few lines of aliases can stand for billions
+SILENCE = 5.0  # seconds a silent rank outlives its error: the launcher ends all with the first
+CONFIG_BYTES, CONFIG_VALUES = 2**20, 100_000  # a few lines of aliases can stand for billions
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,7 +119,7 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
         status = 130
     except InputError as error:
         if error.one_rank or launched_rank() == 0:
-            show(f"error: {printable(error)}", sys.stderr)
+            show(f"error: {in_brief(error)}", sys.stderr)
         else:
             time.sleep(SILENCE)
         status = 2
@@ -158,17 +164,6 @@ def parse(settings: type[AnySettings], argv: list[str] | None = None) -> AnySett
     if hasattr(result, "check"):
         result.check()
     return result
-
-
-def looked_for(path: str) -> str:
-    """To end a message on a relative path that is not there: from which folder, and where it is."""
-    if not path or os.path.isabs(path) or "://" in path or glob.glob(path):
-        return ""
-    here, config = Path.cwd(), Path(sys.argv[1] if len(sys.argv) > 1 else ".").absolute()
-    for folder in (Path(__file__).parents[1], *here.parents, *config.parents):
-        if folder != here and glob.glob(os.path.join(glob.escape(str(folder)), path)):
-            return f"; {path} exists from {folder}: start there, or give an absolute path"
-    return f"; looked for from {here}"
 
 
 def write_yaml(settings: Any, path: Path) -> None:

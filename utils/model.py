@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from utils.config import InputError, Settings, looked_for
+from utils.config import InputError, Settings
 from utils.initialisation import initialize_weights
 from utils.model_settings import (
     SIZES,
@@ -29,7 +29,7 @@ from utils.model_settings import (
     settings_read,
     tokenizer_settings,
 )
-from utils.usage import say
+from utils.usage import looked_for, say
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # numbers, accents, lines and blanks: where tokenizers differ

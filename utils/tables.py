@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet
 
-from utils.config import InputError, looked_for
+from utils.config import InputError
 from utils.files import find_local_files
+from utils.usage import looked_for
 
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")

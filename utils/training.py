@@ -30,7 +30,7 @@ from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks, end_together
 from utils.run_folder import RunFolder, check_continues
 from utils.run_state import RunState, totals
-from utils.usage import say
+from utils.usage import announced, say
 
 
 class Training:
@@ -83,9 +83,11 @@ class Training:
             **a.fixed(),
         }
         self.fixed = json.loads(json.dumps(fixed))  # as it comes back from a checkpoint
-        hashed = a.verify_sources == "hash"
-        mine = describe_files(a.training_files(), hashed) if self.is_main else {}
-        self.training_files = ranks.gather([mine])[0]
+        found: list[dict[str, Any]] = []
+        with ranks.together(), announced("looking at the training files"):
+            if self.is_main:
+                found = [describe_files(a.training_files(), a.verify_sources == "hash")]
+        self.training_files = ranks.gather(found)[0]
         self.learning_rate_factor = a.learning_rate_factor()
         self.engine = Engine(self.accelerator, objective, model, optimizer, a)
         if newest := self.folder.newest_checkpoint():

