@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.config import InputError
-from utils.files import remove, sync, written_aside
+from utils.files import grant, remove, sync, written_aside
 from utils.fragments import (
     SCALES,
     constants,
@@ -179,6 +179,7 @@ def save(
             for kind, tensor in fragment.tensors.items():
                 tensors[f"{kind}/{fragment.name}"] = tensor.detach().cpu()
         save_file(tensors, file, metadata={"starts": json.dumps(starts)})
+        grant(file)
         sync(file)
         if kept:
             save_file(kept, partial / CONSTANTS)
@@ -191,6 +192,7 @@ def save(
             try:
                 if write_more is not None:
                     write_more(partial)
+                grant(partial)
                 for path in filter(Path.is_file, partial.rglob("*")):
                     if path.name not in files:
                         files[str(path.relative_to(partial))] = size_and_checksum(path)

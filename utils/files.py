@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from utils.usage import warn
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a read that failed is tried again
 REMOTE_BLOCK = 2**21  # bytes of a range that is fetched
 BUFFER = 2**18
+os.umask(UMASK := os.umask(0))
 ZSTD_PIECE = 2**11  # compressed bytes: at most 2**26 come out of them
 ZSTD_WINDOW = 2**31  # as `zstd --long=31` writes; each open file takes that much memory
 # what a run leaves at the top of its folder that has the form of data
@@ -248,6 +250,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     remove(aside)
     try:
         yield aside
+        grant(aside)
         if aside.is_dir() and os.path.lexists(path):
             remove(previous)
             os.replace(path, previous)  # a folder takes no name that is in use
@@ -257,6 +260,13 @@ def written_aside(path: Path) -> Iterator[Path]:
         if os.path.lexists(previous) and not os.path.lexists(path):
             os.replace(previous, path)
         remove(aside)
+
+
+def grant(path: Path) -> None:
+    """Files that a library has made for its user alone are everybody's whom the umask allows."""
+    for file in (path, *path.rglob("*")):
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~UMASK)
 
 
 def remove(path: Path) -> None:

@@ -172,7 +172,7 @@ def _parsed(value: Any) -> Any:
     """A cell of a csv file is text, also where it holds JSON."""
     if isinstance(value, str):
         value = value.strip()
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
 

@@ -189,7 +189,7 @@ def prompt_of_json(place: str, line: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
         prompt.encode()  # fails on half a surrogate pair, which no tokenizer takes
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise InputError(f'{place}: expected {{"prompt": "a text"}}, not {line:.60}') from None
     return prompt
 

@@ -131,7 +131,7 @@ def _answers(row: TableRow, column: str) -> list[Answer]:
     given = row.get(column)
     values = given
     if isinstance(values, str):  # a cell of a csv file
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             values = json.loads(values)
     if isinstance(values, dict) and values.keys() >= {"text", "answer_start"}:
         texts, starts = values["text"], values["answer_start"]

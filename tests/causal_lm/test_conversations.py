@@ -13,7 +13,8 @@ from transformers import (
     pipeline,
 )
 
-from chat_rendering import set_ends, turn_ends
+import chat_rendering
+from chat_rendering import PROBE, set_ends, turn_ends
 from comparing import run_code_of_card
 from conftest import write_jsonl
 from conversations import ConversationArguments, read_messages, set_chat_template, to_examples
@@ -140,6 +141,36 @@ def test_an_end_of_tool_calls_is_one_too(with_template):
     tokenizer = with_template(marked(f"{MARK}{{{{ m.content + {calls} + {end} }}}}{UNMARK}"))
     stops = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>"]
     assert tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) == stops
+
+
+DOUBLED = "{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+ENDLESS = {
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "1 seconds",
+    "{{ 9 ** (9 ** 9) }}": "1 seconds",
+    "{{ 'a' * 10 ** 10 }}": "1 GiB",
+    "{% set n = namespace(x='ab') %}" + DOUBLED: "1 (GiB|seconds)",
+}
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_a_template_without_a_bound_is_refused(endless, with_template, monkeypatch):
+    monkeypatch.setattr(chat_rendering, "TEMPLATE_SECONDS", 1)
+    turns = marked(MARK + "{{ m.content + '<|im_end|>' }}" + UNMARK)
+    with_template(turns)
+    with pytest.raises(InputError, match=rf"own.jinja takes more than {ENDLESS[endless]} to write"):
+        with_template(turns + endless)
+
+
+def test_what_a_template_fails_with_is_told_with_the_conversation(with_template):
+    turns = marked(MARK + "{{ m.content + '<|im_end|>' }}" + UNMARK)
+    for fault in ("{{ 1 / 0 }}", "{{ range(10 ** 9) }}", "{{ messages[9].content }}"):
+        tokenizer = with_template("{% if messages|length > 4 %}" + fault + "{% endif %}" + turns)
+        messages = (
+            [*TURNS[:1], *PROBE, *PROBE] if TURNS[0]["role"] == "system" else [*PROBE, *PROBE]
+        )
+        place = "rows.jsonl, line 7: the chat_template cannot write the conversation: "
+        with pytest.raises(InputError, match=f"^{place}"):
+            learnt(tokenizer, [*PROBE, *PROBE])
 
 
 def test_a_template_that_writes_no_end_is_refused(with_template):

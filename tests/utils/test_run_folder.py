@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ import pytest
 from conftest import Ended
 from launching import Launch, metrics, tiny_run
 from programs import ROOT
+from utils import files
 from utils.arguments import TrainingArguments
 from utils.config import InputError, parse
 from utils.files import written_aside
@@ -106,6 +108,20 @@ def test_what_stands_where_a_run_will_write(name, found, tmp_path):
         f"output_dir: {path} is {kind}, not {wanted}: move it away, or choose another output_dir"
     )
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_what_a_run_writes_has_the_mode_that_the_umask_gives(pretrain, monkeypatch):
+    before = os.umask(0o027)
+    monkeypatch.setattr(files, "UMASK", 0o027)
+    try:
+        ended = pretrain(max_steps=2, save_steps=1)
+    finally:
+        os.umask(before)
+    assert ended.status == 0
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in ended.folder.rglob("*")}
+    assert {path.suffix for path in modes} >= {".safetensors", ".json", ".md", ".yaml", ".jsonl"}
+    assert {modes[path] for path in modes if path.is_dir()} == {0o750}
+    assert {modes[path] for path in modes if path.is_file()} == {0o640}
 
 
 def test_links_to_what_is_there_are_written_through(tmp_path):
