@@ -165,9 +165,6 @@ def test_what_a_template_fails_with_is_told_with_the_conversation(with_template)
     turns = marked(MARK + "{{ m.content + '<|im_end|>' }}" + UNMARK)
     for fault in ("{{ 1 / 0 }}", "{{ range(10 ** 9) }}", "{{ messages[9].content }}"):
         tokenizer = with_template("{% if messages|length > 4 %}" + fault + "{% endif %}" + turns)
-        messages = (
-            [*TURNS[:1], *PROBE, *PROBE] if TURNS[0]["role"] == "system" else [*PROBE, *PROBE]
-        )
         place = "rows.jsonl, line 7: the chat_template cannot write the conversation: "
         with pytest.raises(InputError, match=f"^{place}"):
             learnt(tokenizer, [*PROBE, *PROBE])
