@@ -251,6 +251,7 @@ def _environment(config: str, processes: int, script: str) -> dict[str, str]:
 
 
 def _run(environment: dict[str, str], script: str, arguments: list[str], log: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a script begins
     os.environ.update(environment)
     os.chdir(ROOT)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)

@@ -62,9 +62,10 @@ class Run(NamedTuple):
         return reach(launch, self.output_dir, moment, self.draw, self.runs.seconds)
 
     def kill(self) -> Path | None:
-        """Continue it and kill it; its newest checkpoint then."""
+        """Continue it and kill it; its newest checkpoint then, which the next start reads."""
         with self.runs.start(self.output_dir) as launch:
             self.reach(launch)
+        (self.output_dir / "finished.json").unlink(missing_ok=True)
         return max(checkpoints(self.output_dir), default=None)
 
 

@@ -159,11 +159,12 @@ class Ranks:
             yield
         except KeyboardInterrupt:
             raise
-        except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else error
-            failure = InputError(f"cannot read or write {what}")
         except BaseException as error:  # what Rust raises is no Exception
-            failure = error
+            failure, is_rust = error, "(os error " in str(error)
+            if isinstance(error, OSError) and error.filename:
+                failure = InputError(f"cannot read or write {error.filename}: {error.strerror}")
+            elif isinstance(error, OSError) or (is_rust and not isinstance(error, InputError)):
+                failure = InputError(f"cannot read or write: {error}")
         if self.any_rank(failure is not None):
             end_together(failure)
 
