@@ -31,6 +31,7 @@ from utils.sources import (
     check_documents,
     describe_position,
     read,
+    too_many_domains,
 )
 from utils.usage import announced
 
@@ -115,7 +116,7 @@ class Corpus:
     def __init__(self, arguments: Any):
         self.arguments, self.sources, self.seed = arguments, arguments.train_sources, arguments.seed
         check_mixture(self.sources)
-        self.files = check_documents(self.sources, arguments)
+        self.files = check_documents(self.sources, arguments, most_domains=MAX_DOMAINS)
         self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -342,8 +343,5 @@ def count_tokens(seen: dict[str, int], source: Source, document: Document, token
     name = source.name or source.path
     key = name if name == document.domain else f"{name}/{document.domain}"
     if key not in seen and len(seen) >= MAX_DOMAINS:
-        raise InputError(
-            f"source {source.path!r}: domain_field {source.domain_field!r} has more than "
-            f"{MAX_DOMAINS} values: name a field that sorts documents into a few kinds"
-        )
+        raise too_many_domains(source, MAX_DOMAINS)
     seen[key] = seen.get(key, 0) + tokens

@@ -8,6 +8,7 @@ ranges, never downloaded whole first.
 import functools
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -160,19 +161,27 @@ def _hub_files(source: Source) -> list[str]:
 
 
 def check_documents(
-    sources: list[Source], arguments: SourceArguments = DEFAULTS, count: int = 1
+    sources: list[Source],
+    arguments: SourceArguments = DEFAULTS,
+    count: int = 1,
+    most_domains: float = math.inf,
 ) -> list[list[str]]:
     """The files of each source, after a look at its first `count` documents.
 
     Raises:
-        InputError: as `find_files`; a source without a document; a broken record that stops.
+        InputError: as `find_files`; a source without a document; a broken record that stops; more
+            domains in its first documents.
     """
     found = []
     for source in sources:
         with announced(f"looking at the first documents of {source.path}", each_rank=True):
             found.append(files := find_files(source))
-            has_documents = _has_documents(source, files, arguments, count)
-        if not has_documents:
+            has_domains = source.domain_field and most_domains < math.inf
+            looked_at = max(count, HELD_OUT_CHECKED) if has_domains else count
+            domains = _domains(source, files, arguments, looked_at)
+        if has_domains and len(domains) > most_domains:
+            raise too_many_domains(source, most_domains)
+        if not domains:
             shown = ", ".join(files[:3])
             raise InputError(f"source {source.path!r} is empty: no document in {shown}")
     return found
@@ -183,10 +192,16 @@ def check_held_out(sources: list[Source], limit: int | None, arguments: SourceAr
     check_documents(sources, arguments, min(limit or HELD_OUT_CHECKED, HELD_OUT_CHECKED))
 
 
-def _has_documents(
-    source: Source, files: list[str], arguments: SourceArguments, count: int
-) -> bool:
-    broken_records, found = itertools.count(1), False
+def too_many_domains(source: Source, most: float) -> InputError:
+    return InputError(
+        f"source {source.path!r}: domain_field {source.domain_field!r} has more than {most} "
+        "values: name a field that sorts documents into a few kinds"
+    )
+
+
+def _domains(source: Source, files: list[str], arguments: SourceArguments, count: int) -> set[str]:
+    """Of the first documents; of none, none."""
+    broken_records, found = itertools.count(1), set()
 
     def report(problem: BadRecord | OSError) -> None:
         # so many are not a broken record here and there: the settings are wrong
@@ -195,8 +210,8 @@ def _has_documents(
             raise InputError(f"source {source.path!r}: {problem}")
 
     limit = arguments.max_document_bytes
-    for _ in itertools.islice(documents(source, files, report, limit), count):
-        found = True
+    for document in itertools.islice(documents(source, files, report, limit), count):
+        found.add(document.domain)
     return found
 
 

@@ -475,6 +475,9 @@ command(main)
 """
 
 
+NOT_WHOLE = "--max_steps: max_steps must be a whole number, not '"
+
+
 @pytest.mark.parametrize(
     ("words", "rank", "status", "output", "error"),
     [
@@ -496,6 +499,13 @@ command(main)
         ),
         (["--max_steps", "x"], "1", 2, "", ""),
         (["--fault", "interrupt"], None, 130, "read 20\n", ""),
+        (
+            ["--max_steps", "x" * 69_000 + "y"],
+            None,
+            2,
+            "",
+            f"error: {NOT_WHOLE}{'x' * (1500 - len(NOT_WHOLE))} … {'x' * 498}y'\n",
+        ),
         (
             ["--fault", "text"],
             None,

@@ -24,6 +24,7 @@ from utils.config import InputError
 from utils.engine import Engine
 from utils.model import initialize_weights
 from utils.optimizer import adamw
+from utils.ranks import Ranks
 from utils.run_folder import RunFolder
 from utils.run_state import RunState
 from utils.training import Training
@@ -465,6 +466,29 @@ def test_no_space_left(disturbed, undisturbed, monkeypatch):
         left = sorted(p.name for p in (ended.folder / "checkpoints").iterdir())
         assert left == ["step-00000004", "step-00000006"]
         assert result(disturbed(folder)) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (OSError(28, "No space left on device", "a.json"), "a.json: No space left on device"),
+        (Exception("No space left on device (os error 28)"), "No space left on device"),
+        (InputError("cannot write (os error 28)"), "^cannot write"),
+    ],
+)
+def test_what_one_rank_alone_fails_in_ends_all(failure, told, monkeypatch):
+    ranks = Ranks()
+    monkeypatch.setattr(ranks, "any_rank", lambda mine: True)
+    with pytest.raises(InputError, match=told) as error, ranks.together():
+        raise failure
+    assert error.value.one_rank
+    with pytest.raises(SystemExit) as error, ranks.together():
+        pass  # another one failed
+    assert error.value.code == 2
+    monkeypatch.setattr(ranks, "any_rank", lambda mine: mine)
+    with ranks.together():
+        pass
+    ranks.signals.close()
 
 
 RAISED = {
