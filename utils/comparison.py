@@ -124,7 +124,7 @@ def compare_tensors(
         dtype = min(found.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
         if not torch.equal(found.to(dtype), values.to(dtype)):
             raise _differs(name, f"{key} has other numbers")
-    return rewritten
+    return sorted(rewritten)
 
 
 def _differs(name: Path, what: str) -> InputError:
