@@ -123,19 +123,22 @@ def stop(numbers: list[int], run: Run) -> Found:
 
 
 def start_again(run: Run) -> Found:
-    """In the folder of a run that is alive, with another learning rate."""
-    with run.runs.start(run.output_dir) as launch:
-        run.reach(launch)
-        moment = met(run.output_dir)
+    """Two starts in one folder, almost at once; the second one with another learning rate."""
+    with run.runs.start(run.output_dir) as first:
+        time.sleep(run.draw.uniform(0, run.runs.seconds / 4))
         log = run.runs.folder / "second.txt"
         with run.runs.start(run.output_dir, log=log, learning_rate=1.0) as second:
-            statuses = second.wait(SECONDS)
-            if not launch.is_alive():  # it may have ended a moment before the second looked
-                return Found(moment, "came to its end before")
-            outcome, problem = ended(second, statuses, {2: "the second is refused: status 2"})
-        first = launch.wait(SECONDS)
-        problem = problem or ("" if not any(first) else f"the first ended with {first}")
-        return Found(moment, outcome, problem)
+            statuses = {launch: launch.wait(SECONDS) for launch in (second, first)}
+        # whoever comes first to the folder has it
+        refused = second if 2 in statuses[second] or 0 in statuses[first] else first
+        other = first if refused is second else second
+        outcome, problem = ended(refused, statuses[refused], {2: "one is refused: status 2"})
+        if "is in use by process" not in refused.output():
+            problem = problem or f"no word of the other: {refused.output()[-2000:]}"
+        problem = problem or ended(other, statuses[other], {0: ""})[1]
+        if other is second:  # a run of another learning rate, which is none to continue
+            shutil.rmtree(run.output_dir)
+        return Found("at the start", outcome, problem)
 
 
 def fill_disk(run: Run) -> Found:
