@@ -44,6 +44,7 @@ bench: $(SETUP)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.steady
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.pretrain_causal_lm
 	$(BIN)/python -m benchmarks.pretrain_bert
 	$(BIN)/python -m benchmarks.bert_probe

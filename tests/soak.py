@@ -100,6 +100,7 @@ def kill_all(run: Run) -> Found:
 
 def kill_one(run: Run) -> Found:
     with run.runs.start(run.output_dir) as launch:
+        launch.wait_until(lambda: "step " in launch.output())  # till then only a launcher would see
         is_alive = run.reach(launch)
         moment = met(run.output_dir)
         launch.processes[-1].kill()

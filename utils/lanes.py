@@ -22,6 +22,7 @@ from utils.randomness import keyed_permutation
 from utils.ranks import launched_world_size
 from utils.records import Shard
 from utils.sources import (
+    DEFAULTS,
     FORMATS,
     BadRecord,
     BadRecords,
@@ -129,7 +130,8 @@ class Corpus:
         ]
         names = ("weight", "epochs", "text_field", "domain_field")
         described = [[getattr(source, name) for name in names] for source in self.sources]
-        order = ("lanes", "shuffle_documents", "shuffle_bytes")
+        order = ["lanes", "shuffle_documents", "shuffle_bytes"]
+        order += ["max_document_bytes"] * (a.max_document_bytes != DEFAULTS.max_document_bytes)
         return {
             **{name: getattr(a, name) for name in order},
             **{name: [getattr(source, name) for source in self.sources] for name in names},

@@ -319,6 +319,10 @@ CHANGES = {
         {"shuffle_documents": 99},
         "the training data.shuffle_documents was 512 and is 99",
     ),
+    "bound": (
+        {"max_document_bytes": 10**6},
+        "the training data.max_document_bytes was None and is 1000000",
+    ),
     "weight": (
         {"train_sources.0.weight": 2},
         r"the training data.weight was \[1.0\] and is \[2.0\]",
