@@ -329,7 +329,8 @@ CHANGES = {
     ),
     "file": (
         {"train_sources": [{"path": "OTHER"}]},
-        r"the training data.files was 1 \([0-9a-f]{16}\) and is 1 \([0-9a-f]{16}\)",
+        r"the training data.files was 1 \([0-9a-f]{16}\) and is 1 \([0-9a-f]{16}\) "
+        r"\(train-0.jsonl is gone; train-1.jsonl is new\)",
     ),
     "tokenizer": ({"tokenizer": "TOKENIZER"}, "the tokenizer was [0-9a-f]{16} and is [0-9a-f]{16}"),
 }
