@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from utils.config import InputError
 from utils.run_state import RunState
-from utils.usage import launched_rank, say, spared
+from utils.usage import PATIENCE, launched_rank, say, spared
 
 if TYPE_CHECKING:
     import accelerate
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 LINE = 120  # characters of an evaluation
 TOKENIZER_BATCH = 256  # texts at a time: a bar moves, and what the tokenizer makes of them is large
+tqdm.monitor_interval = 0  # no thread for bars
 
 
 def told(record: dict[str, Any], metric: str) -> str:
@@ -41,9 +43,16 @@ def told(record: dict[str, Any], metric: str) -> str:
 
 
 def progress_bar(total: int, what: str, unit: str) -> tqdm:
-    """Of the first rank, on a terminal; gone when it is closed."""
-    is_hidden = launched_rank() > 0 or None  # None: but on a terminal
-    return tqdm(total=total, desc=what, unit=f" {unit}", leave=False, delay=1, disable=is_hidden)
+    """Of the first rank: on a terminal, and gone when it is closed; elsewhere a line now and then.
+
+    Nothing where all is done in a moment.
+    """
+    shown: dict[str, Any] = {"delay": 1}
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}{unit}, {remaining} left\n"
+        shown = {"delay": PATIENCE, "mininterval": PATIENCE, "bar_format": line}
+    is_hidden = launched_rank() > 0
+    return tqdm(total=total, desc=what, unit=f" {unit}", leave=False, disable=is_hidden, **shown)
 
 
 def in_batches(items: Sequence[Any], unit: str) -> Iterator[tuple[int, Sequence[Any]]]:
