@@ -1,6 +1,7 @@
 """What a launch asks for beside the recipe's settings: taken, or refused by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -95,7 +96,10 @@ def test_a_file_that_is_not_there(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero4.json")
     with pytest.raises(InputError) as error:
         TrainingArguments(**ARGUMENTS).check()
-    assert str(error.value) == "DeepSpeed config ds_configs/zero4.json: No such file or directory"
+    assert str(error.value) == (
+        "DeepSpeed config ds_configs/zero4.json: No such file or directory; "
+        f"looked for from {Path.cwd()}"
+    )
 
 
 @pytest.mark.parametrize("what", ["MEGATRON_LM", "PARALLELISM_CONFIG"])

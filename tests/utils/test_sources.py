@@ -596,7 +596,9 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     for path in ("gone.jsonl", "*.jsonl.zst", "memory://gone/data.jsonl", "no-such-name"):
         with pytest.raises(InputError) as error:
             find_files(Source(path))
-        assert str(error.value) == f"source {path!r}: no file matches (of {formats})"
+        told, _, folder = str(error.value).partition("; looked for from ")
+        assert told == f"source {path!r}: no file matches (of {formats})"
+        assert folder == ("" if "://" in path else str(Path.cwd()))
     with pytest.raises(InputError, match="no file matches"):
         find_files(Source(str(tmp_path)))
     for name in ("notes.txt", "*"):
