@@ -9,6 +9,7 @@ The table is written to benchmarks/results/soak.md and .json.
 
 import itertools
 import random
+import re
 import resource
 import shutil
 import signal
@@ -120,7 +121,10 @@ def stop(numbers: list[int], run: Run) -> Found:
         allowed = {0: "stopped, or at its end: status 0", 130: "interrupted: status 130"}
         # before the run listens, while libraries are imported
         allowed |= {-number: "ended by the signal" for number in numbers}
-        return Found(moment, *ended(launch, launch.wait(SECONDS), allowed))
+        statuses = launch.wait(SECONDS)
+        if not launch.output() and all(statuses):  # and even before the script itself has begun
+            return Found(moment, "ended by the signal")
+        return Found(moment, *ended(launch, statuses, allowed))
 
 
 def start_again(run: Run) -> Found:
@@ -134,7 +138,8 @@ def start_again(run: Run) -> Found:
         refused = second if 2 in statuses[second] or 0 in statuses[first] else first
         other = first if refused is second else second
         outcome, problem = ended(refused, statuses[refused], {2: "one is refused: status 2"})
-        if "is in use by process" not in refused.output():
+        # or the other one has come to its end by then, with another learning rate
+        if not re.search("is in use by process|is finished with learning_rate", refused.output()):
             problem = problem or f"no word of the other: {refused.output()[-2000:]}"
         problem = problem or ended(other, statuses[other], {0: ""})[1]
         if other is second:  # a run of another learning rate, which is none to continue
