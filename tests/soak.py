@@ -37,6 +37,7 @@ TOKENIZER = ROOT / "data" / "tokenizers" / "bpe-8192"
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 MOMENTS = ["in a save", "at any time", "at any time", "at the end", "before the first checkpoint"]
 FAULTS_OF_A_RUN = 5
+AFTER_ITS_BEGIN = 0.4  # of the time of a run
 SECONDS = 60  # a run that has not ended by then hangs
 
 
@@ -56,11 +57,15 @@ class Run(NamedTuple):
     output_dir: Path
     draw: random.Random
 
-    def reach(self, launch: Launch) -> bool:
-        """Whether the launch has come to the moment that was drawn, and not to its end."""
+    def reach(self, launch: Launch, share: float = 1) -> bool:
+        """Whether the launch has come to the moment that was drawn, and not to its end.
+
+        Args:
+            share: of the time of a run that may still pass.
+        """
         moments = MOMENTS[:-1] if checkpoints(self.output_dir) else MOMENTS
         moment = self.draw.choice(moments)
-        return reach(launch, self.output_dir, moment, self.draw, self.runs.seconds)
+        return reach(launch, self.output_dir, moment, self.draw, share * self.runs.seconds)
 
     def kill(self) -> Path | None:
         """Continue it and kill it; its newest checkpoint then, which the next start reads."""
@@ -99,10 +104,15 @@ def kill_all(run: Run) -> Found:
         return Found(met(run.output_dir), "killed" if is_alive else "came to its end before")
 
 
+def begin(launch: Launch) -> None:
+    """Wait until the processes have found each other; till then only a launcher ends them all."""
+    launch.wait_until(lambda: re.search("^(step|continuing|stopped) ", launch.output(), re.M))
+
+
 def kill_one(run: Run) -> Found:
     with run.runs.start(run.output_dir) as launch:
-        launch.wait_until(lambda: "step " in launch.output())  # till then only a launcher would see
-        is_alive = run.reach(launch)
+        begin(launch)
+        is_alive = run.reach(launch, AFTER_ITS_BEGIN)
         moment = met(run.output_dir)
         launch.processes[-1].kill()
         hung = [status for status in launch.wait(SECONDS)[:-1] if status == -signal.SIGKILL]
@@ -113,18 +123,14 @@ def kill_one(run: Run) -> Found:
 def stop(numbers: list[int], run: Run) -> Found:
     """Send signals, one a second."""
     with run.runs.start(run.output_dir) as launch:
-        run.reach(launch)
+        begin(launch)
+        run.reach(launch, AFTER_ITS_BEGIN)
         moment = met(run.output_dir)
         for wait, number in enumerate(numbers):
             time.sleep(wait)
             launch.signal(number)
         allowed = {0: "stopped, or at its end: status 0", 130: "interrupted: status 130"}
-        # before the run listens, while libraries are imported
-        allowed |= {-number: "ended by the signal" for number in numbers}
-        statuses = launch.wait(SECONDS)
-        if not launch.output() and all(statuses):  # and even before the script itself has begun
-            return Found(moment, "ended by the signal")
-        return Found(moment, *ended(launch, statuses, allowed))
+        return Found(moment, *ended(launch, launch.wait(SECONDS), allowed))
 
 
 def start_again(run: Run) -> Found:
