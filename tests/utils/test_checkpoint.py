@@ -359,6 +359,23 @@ def test_what_must_not_change_is_refused_by_name(
     assert contents(ended.folder) == before
 
 
+def test_what_a_run_writes_among_its_data_is_no_source(pretrain, tmp_path):
+    """Not at the second start, when it is there, and not for another run beside it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_jsonl(data / "a.jsonl", make_documents("a", 50))
+    settings = {"train_sources": [{"path": str(data)}], "save_steps": 2}
+    whole = pretrain("whole", max_steps=4, **settings)
+    for max_steps in (2, 4):
+        inside = pretrain("data/run", max_steps=max_steps, **settings)
+        assert inside.status == 0, inside.error
+    assert (data / "run/metrics.jsonl").exists()
+    beside = pretrain("beside", max_steps=4, **settings)
+    assert f"{data}: 1 files that runs have written there are left out" in inside.error
+    for ended in (inside, beside):
+        assert steps(ended.folder) == steps(whole.folder)
+
+
 def test_a_file_that_has_grown_is_other_data(pretrain, tmp_path):
     data = tmp_path / "data.jsonl"
     write_jsonl(data, make_documents("first", 50))
