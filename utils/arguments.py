@@ -10,9 +10,8 @@ import torch
 import transformers
 
 from utils.config import InputError, Settings
-from utils.files import find_local_files
 from utils.ranks import check_launch, launched_with, launched_world_size, launched_zero_stage
-from utils.tables import FORMATS, Table
+from utils.tables import Table
 
 # as Accelerate calls them, each like its package
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
@@ -261,9 +260,6 @@ class FinetuningArguments(TrainingArguments):
         if not self.has_validation and self.early_stopping_patience is not None:
             raise InputError("early_stopping_patience: give validation_data to stop by")
         super().check()
-
-    def training_files(self) -> list[str]:
-        return [f for table in self.train_data for f in find_local_files(table.path, FORMATS)]
 
     @property
     def has_validation(self) -> bool:

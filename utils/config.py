@@ -82,10 +82,6 @@ class Settings:
         """By name, what must not change over the life of a run."""
         return {}
 
-    def training_files(self) -> list[str]:
-        """The files on this machine that the run learns from."""
-        return []
-
 
 class InputError(Exception):
     """What the person at the terminal can mend: says what is wrong, where, and what to do.

@@ -86,6 +86,8 @@ class Step(NamedTuple):
 class Data(Protocol):
     """What is trained on: an order of steps that does not depend on the number of ranks."""
 
+    files: list[str]  # that it is read from
+
     def fingerprint(self) -> dict[str, Any]:
         """By name, what must not change over the life of a run."""
 

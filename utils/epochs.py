@@ -17,7 +17,9 @@ import torch
 from utils.arguments import FinetuningArguments
 from utils.config import InputError
 from utils.engine import Step
+from utils.files import find_local_files
 from utils.randomness import Draws
+from utils.tables import FORMATS
 from utils.usage import warn
 
 MICRO_BATCH_COST = 256  # tokens of padding that are cheaper than one more micro-batch
@@ -47,6 +49,11 @@ class Epochs:
         self.examples, self.collate, self.arguments = examples, collate, arguments
         self.vary = vary or (lambda indices, epoch: [examples[index] for index in indices])
         self._fingerprint = fingerprint
+
+    @property
+    def files(self) -> list[str]:
+        tables = self.arguments.train_data
+        return [file for table in tables for file in find_local_files(table.path, FORMATS)]
 
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint

@@ -20,7 +20,7 @@ import zstandard
 from fsspec.utils import glob_translate
 
 from utils.config import InputError
-from utils.usage import warn
+from utils.usage import warn, warn_once
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a read that failed is tried again
 REMOTE_BLOCK = 2**21  # bytes of a range that is fetched
@@ -32,9 +32,6 @@ ZSTD_WINDOW = 2**31  # as `zstd --long=31` writes; each open file takes that muc
 WRITTEN = {*("metrics.jsonl", "predictions.jsonl", "finished.json", "checkpoints", "model")}
 # of a file that cannot be read, or whose compression is damaged
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-
-
-_warn_once = functools.cache(warn)
 
 
 def find_local_files(path: str, formats: tuple[str, ...]) -> list[str]:
@@ -67,7 +64,7 @@ def find_local_files(path: str, formats: tuple[str, ...]) -> list[str]:
     files = {_identity(file, own_name): file for file in reversed(found)}
     if len(files) < len(found):
         again = len(found) - len(files)
-        _warn_once(f"{path}: {again} more names (links) of the same files are left out")
+        warn_once(f"{path}: {again} more names (links) of the same files are left out")
     return sorted(files.values())
 
 
@@ -99,7 +96,7 @@ def _without_runs(path: str, files: list[str], exists: Callable[[str], bool]) ->
     kept = [file for file in files if not is_written(file)]
     if len(kept) < len(files):
         left_out = len(files) - len(kept)
-        _warn_once(f"{path}: {left_out} files that runs have written there are left out")
+        warn_once(f"{path}: {left_out} files that runs have written there are left out")
     return kept
 
 
@@ -110,7 +107,7 @@ def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
         names = os.listdir(folder or ".")
     except OSError as error:
         if os.path.isdir(folder):  # a disk's lost+found, say
-            _warn_once(f"left out {folder}: {error.strerror}")
+            warn_once(f"left out {folder}: {error.strerror}")
         names = []
     for name in names:
         path = os.path.join(folder, name)

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import functools
 import gc
 import mmap
 import os
@@ -18,10 +17,9 @@ from typing import Any
 import xxhash
 
 from utils.config import InputError
-from utils.usage import warn
+from utils.usage import warn_once
 
 CHECKSUMS = "checksums.xxh3"  # of the weights beside it; `xxhsum --check` reads it
-_warn_once = functools.cache(warn)
 
 
 class Lock:
@@ -48,20 +46,17 @@ class Lock:
         real = self.file.parent.resolve() / file.name
         if real in Lock.held:
             gc.collect()  # of a run that has ended with an error
-        if Lock.held.setdefault(real, holder) is not holder:
+        if real in Lock.held:
             raise self._in_use(Lock.held[real])
         made = [folder for folder in self.file.parents if not folder.exists()]
-        opened: list[int] = []
-        self.close = weakref.finalize(self, _give_back, real, opened, made, os.getpid())
         try:
-            if made:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-            while not self._take(opened):  # whoever held it may have removed it in the end
-                os.close(opened.pop())
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.descriptor = self._take()
         except BaseException:
-            self.close()
+            _remove_empty(made)
             raise
-        self.descriptor = opened[0]
+        Lock.held[real] = holder
+        self.close = weakref.finalize(self, _give_back, real, self.descriptor, made, os.getpid())
         with suppress(OSError):  # no space: it is held all the same
             os.pwrite(self.descriptor, f"{holder}\n".encode(), 0)
             os.fsync(self.descriptor)
@@ -75,11 +70,13 @@ class Lock:
             "another run was let in. This one ends and leaves it alone"
         )
 
-    def _take(self, opened: list[int]) -> bool:
+    def _take(self) -> int:
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         if self._is_locked(descriptor):
-            opened.append(descriptor)
-            return self._is_there(descriptor)
+            if self._is_there(descriptor):
+                return descriptor
+            os.close(descriptor)
+            return self._take()  # whoever held it has removed it in the end
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0]
         os.close(descriptor)
         raise self._in_use(holder or "another process")
@@ -95,7 +92,7 @@ class Lock:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
-            _warn_once(f"{self.file}: {error.strerror}: nothing keeps a second start out")
+            warn_once(f"{self.file}: {error.strerror}: nothing keeps a second start out")
         return True
 
     def _in_use(self, holder: str) -> InputError:
@@ -105,15 +102,18 @@ class Lock:
         )
 
 
-def _give_back(file: Path, opened: list[int], made: list[Path], holder: int) -> None:
+def _give_back(file: Path, descriptor: int, made: list[Path], holder: int) -> None:
     if os.getpid() != holder:  # in a process that was forked
         return
     del Lock.held[file]
-    for descriptor in opened:
-        with suppress(OSError):
-            if os.path.samestat(file.lstat(), os.fstat(descriptor)):
-                file.unlink()
-        os.close(descriptor)
+    with suppress(OSError):
+        if os.path.samestat(file.lstat(), os.fstat(descriptor)):
+            file.unlink()
+    os.close(descriptor)
+    _remove_empty(made)
+
+
+def _remove_empty(made: list[Path]) -> None:
     with suppress(OSError):  # something was written there
         for folder in made:
             folder.rmdir()

@@ -17,13 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.config import InputError
-from utils.files import find_local_files
 from utils.randomness import keyed_permutation
 from utils.ranks import launched_world_size
 from utils.records import Shard
 from utils.sources import (
     DEFAULTS,
-    FORMATS,
     BadRecord,
     BadRecords,
     Document,
@@ -74,9 +72,6 @@ class StreamArguments(SourceArguments):
                 f"dataloader_num_workers: {workers} is more than a rank's {of_a_rank} lanes"
             )
         super().check()
-
-    def training_files(self) -> list[str]:
-        return [f for source in self.train_sources for f in find_local_files(source.path, FORMATS)]
 
 
 def check_mixture(sources: list[Source]) -> None:

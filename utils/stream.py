@@ -77,6 +77,10 @@ class TrainingStream(torch.utils.data.IterableDataset):
         self.lanes, self.rows_of, self.arguments = lanes, rows_of, arguments
         self.states: dict[int, dict | None] = {}  # of the lanes that are read here
 
+    @property
+    def files(self) -> list[str]:
+        return [file for files in self.lanes.corpus.files for file in files]
+
     def fingerprint(self) -> dict[str, Any]:
         return {
             "the training data": self.lanes.corpus.fingerprint(),

@@ -86,7 +86,7 @@ class Training:
         found: list[dict[str, Any]] = []
         with ranks.together(), announced("looking at the training files"):
             if self.is_main:
-                found = [describe_files(a.training_files(), a.verify_sources == "hash")]
+                found = [describe_files(data.files, a.verify_sources == "hash")]
         self.training_files = ranks.gather(found)[0]
         self.learning_rate_factor = a.learning_rate_factor()
         self.engine = Engine(self.accelerator, objective, model, optimizer, a)

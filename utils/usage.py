@@ -1,6 +1,7 @@
 """Words for people: what a run says on the screen, the `--help` text of a dataclass, its types."""
 
 import dataclasses
+import functools
 import glob
 import inspect
 import json
@@ -45,6 +46,9 @@ def warn(message: str, each_rank: bool = False) -> None:
     if each_rank or launched_rank() == 0:
         start = "\r\033[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
         show(f"{start}warning: {in_brief(message)}", sys.stderr)
+
+
+warn_once = functools.cache(warn)
 
 
 def show(text: str, stream: TextIO) -> None:
