@@ -15,8 +15,9 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy, pad
 
-from chunked_loss import changed_logits, summed_cross_entropy, token_scores
+from chunked_loss import summed_cross_entropy, token_scores
 from utils.config import InputError
+from utils.divergences import changed_logits
 from utils.loss import IGNORE_INDEX, LEAK, amplified, changes, check_packing
 
 # settings by which models of transformers scale and cap their logits

@@ -3,8 +3,8 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import chunked_loss
 from chunked_loss import summed_cross_entropy, token_scores
+from utils import divergences
 from utils.loss import IGNORE_INDEX
 
 ROWS, HIDDEN, VOCABULARY = 50, 16, 90
@@ -13,7 +13,7 @@ ROWS, HIDDEN, VOCABULARY = 50, 16, 90
 @pytest.fixture(params=[1, 7, ROWS - 1, ROWS, 10 * ROWS], ids=lambda rows: f"{rows} rows a chunk")
 def chunks(request, monkeypatch):
     elements = request.param * VOCABULARY + VOCABULARY // 2
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", elements)
 
 
 def inputs(dtype=torch.float32, bias=True, shape=(ROWS,)):
@@ -76,7 +76,7 @@ def test_half_precision_is_as_near_to_the_truth_as_whole_logits(chunks, dtype, c
 
 def test_weights_in_fp32_under_hidden_states_in_bf16(monkeypatch):
     """As autocast hands them over: over the chunks their gradient is summed in fp32."""
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", VOCABULARY)
     hidden, weight, labels, _ = inputs(bias=False, shape=(1000,))
     low = hidden.detach().bfloat16().requires_grad_()
     value = summed_cross_entropy(low, weight, labels)
@@ -143,7 +143,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("function", [summed_cross_entropy, token_scores])
 def test_no_tensor_is_larger_than_a_chunk(function, monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     hidden, weight, labels, _ = inputs(bias=False)
     with LargestTensor() as largest:
         value = function(hidden, weight, labels)

@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import chunked_loss
 from conftest import make_documents, write_jsonl
 from launching import TINY_RUN, metrics, steps
 from packing import DocumentEncoder, pack, packed_rows
 from recipes.causal_lm.pretrain import Arguments, NextTokenLoss
 from sweeps.architectures import tiny_config
+from utils import divergences
 from utils.engine import Engine
 from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
@@ -192,7 +192,7 @@ def gradient_norms(monkeypatch):
 def test_accumulation_and_micro_batches_do_not_change_the_numbers(
     pretrain, uneven, gradient_norms, monkeypatch
 ):
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 512 * 100)  # chunks, too, fall differently
+    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 512 * 100)  # chunks, too, fall differently
     runs = {}
     for size in (16, 8, 4, 1):
         gradient_norms.clear()
@@ -350,7 +350,7 @@ def test_packed_documents_do_not_see_each_other(model_type, attention):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi"])  # not tied, tied, with a bias
 def test_loss_and_gradients_are_those_of_the_logits_of_the_model(model_type, monkeypatch):
-    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 64 * 5)
+    monkeypatch.setattr(divergences, "CHUNK_ELEMENTS", 64 * 5)
     model = tiny_model(model_type)
     for parameter in model.parameters():
         if parameter.dim() == 1:
