@@ -150,7 +150,11 @@ def freeze(model: "transformers.PreTrainedModel", what: str | int | None) -> Non
     else:
         frozen = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
         frozen += [getattr(base, "embeddings", None)]
-        frozen += _layers(model, what)[:what] if isinstance(what, int) else []
+        if isinstance(what, int):
+            _, layers = layer_list(model)
+            if what > len(layers):
+                raise InputError(f"freeze: there are {len(layers)} layers, not {what}")
+            frozen += layers[:what]
     for module in frozen:
         for parameter in module.parameters() if module is not None else ():
             parameter.requires_grad = False
@@ -158,14 +162,13 @@ def freeze(model: "transformers.PreTrainedModel", what: str | int | None) -> Non
         raise InputError(f"freeze: {what} leaves nothing to train")
 
 
-def _layers(model: "transformers.PreTrainedModel", wanted: int) -> list[torch.nn.Module]:
-    count = model.config.num_hidden_layers
-    if wanted > count:
-        raise InputError(f"freeze: there are {count} layers, not {wanted}")
-    for module in model.base_model.modules():
+def layer_list(model: "transformers.PreTrainedModel") -> tuple[str, torch.nn.ModuleList]:
+    """(the name of the list of a model's layers, the list)"""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
-    raise InputError(f"freeze: {model.config.model_type} has no list of {count} layers")
+            return name, module
+    raise InputError(f"model: {model.config.model_type} has no list of {count} layers")
 
 
 BASE = "model.safetensors"

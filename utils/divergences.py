@@ -17,13 +17,15 @@ Each is multiplied by T², so that its gradient keeps its size (Hinton et al. 20
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import linear, pad
 
 from utils.loss import IGNORE_INDEX
+from utils.randomness import random_key
 
 CHUNK_ELEMENTS = 2**24  # of logits: 64 MB in fp32
 LEAST = -1e30  # of log-probabilities: 0 x this is 0, as 0 x -inf is not
@@ -283,3 +285,38 @@ def chunk_rows(vocabulary: int, cap: float | None = None) -> int:
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def add_projection(model: Any, teacher: Any, seed: int) -> torch.nn.Module:
+    """From the student's width to the teacher's, where they differ; trained with the student.
+
+    A part of the model: checkpoints keep it, an export leaves it out (Jiao et al. 2020, TinyBERT).
+    """
+    mine, theirs = (c.get_text_config().hidden_size for c in (model.config, teacher.config))
+    if mine == theirs:
+        return torch.nn.Identity()
+    torch.manual_seed(random_key(seed, "projection"))
+    model.distillation_projection = torch.nn.Linear(mine, theirs, bias=False)
+    return model.distillation_projection
+
+
+def hidden_loss(
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    layers: Sequence[int],
+    projection: torch.nn.Module,
+    kept: torch.Tensor,
+) -> torch.Tensor:
+    """Σ over the tokens that are kept of the mean squared difference, of embeddings and layers.
+
+    Args:
+        student, teacher: of the embeddings and of each layer, (rows, tokens, width).
+        layers: as `paired_layers` gives them.
+        kept: (rows, tokens), booleans.
+    """
+    pairs = zip(student, (teacher[layer] for layer in (0, *layers)), strict=True)
+    losses = [
+        (projection(mine[kept]).float() - theirs[kept].float()).square().mean(1).sum()
+        for mine, theirs in pairs
+    ]
+    return torch.stack(losses).mean()

@@ -98,7 +98,8 @@ class Data(Protocol):
 class Update(NamedTuple):
     """What has become of a step; the same on every rank."""
 
-    losses: dict[str, float]  # of the global batch, by name
+    loss: float  # of the global batch
+    losses: dict[str, float]  # what it is made of, by name
     gradient_norm: float  # before clipping
     applied: bool  # whether the weights have changed
 
@@ -108,7 +109,8 @@ class Engine:
 
     Args:
         objective: a module that holds the model. Its `forward(**batch)` returns named sums of
-            losses, its `counts(batch)` tells what each is divided by; `names` lists them.
+            losses, its `counts(batch)` tells what each is divided by; `names` lists them. Its
+            `weights`, if it has them, are those of the losses in their sum, by name; else 1.
         arguments: a `TrainingArguments`.
     """
 
@@ -183,6 +185,8 @@ class Engine:
             self.module.optimizer.gradient_accumulation_steps = len(batches)
         sums = torch.zeros(len(counts), device=accelerator.device)
         divisors = torch.tensor([max(n, 1) for n in counts.values()], device=accelerator.device)
+        weights = getattr(self.objective, "weights", {})
+        weights = torch.tensor([weights.get(name, 1.0) for name in counts], device=sums.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             torch.manual_seed(random_key(a.seed, step, index, accelerator.process_index))
@@ -191,11 +195,12 @@ class Engine:
                     terms = self.module(**{k: v.to(accelerator.device) for k, v in batch.items()})
                 terms = torch.stack([terms[name].float() for name in counts])
                 sums += terms.detach()
-                loss = (terms / divisors).sum()
+                loss = (terms * weights / divisors).sum()
                 if is_last:
                     means = accelerator.reduce(sums, "sum") / divisors
+                    total = (means * weights).sum()
                     allowed = limit if a.skip_loss_spikes else math.inf
-                    good = means.sum().isfinite() & (means.sum() <= allowed)
+                    good = total.isfinite() & (total <= allowed)
                     # every rank sees the same loss; a bad one makes the gradients non-finite, and
                     # the update is skipped: no rank waits for the accelerator to decide
                     loss = loss * torch.where(good, 1.0, math.nan)
@@ -204,7 +209,8 @@ class Engine:
             if self.deepspeed:
                 self.module.step()  # counts the micro-batch; after the last one it updates
         norm, applied = self._update()
-        return Update(dict(zip(counts, means.tolist(), strict=True)), norm, applied)
+        losses = dict(zip(counts, means.tolist(), strict=True))
+        return Update(float(total), losses, norm, applied)
 
     def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
         if self.deepspeed:

@@ -134,7 +134,7 @@ def export(
     expected, rewritten = read_reference(checkpoint), []
     read = partial(load_pretrained, trust_remote_code=trust_remote_code)
     try:
-        with _by_itself(), locked(output_dir), written_aside(output_dir) as folder:
+        with by_itself(), locked(output_dir), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
             config = _unquantized(read(transformers.AutoConfig, checkpoint))
             if is_adapter:
@@ -166,7 +166,7 @@ def export(
 
 
 @contextmanager
-def _by_itself() -> Iterator[None]:
+def by_itself() -> Iterator[None]:
     """Models are whole, as under ZeRO-3 they would not be, and transformers and peft are silent."""
     from transformers.integrations import deepspeed as integration  # which takes Accelerate
 
@@ -282,7 +282,7 @@ def check_adapter(model: Any, merge: bool) -> None:
         return
     adapter, config = copy.deepcopy(model.peft_config["default"]), copy.deepcopy(model.config)
     adapter.init_lora_weights = True  # other ways look at the weights of the base
-    with _by_itself(), torch.device("meta"):
+    with by_itself(), torch.device("meta"):
         written = _as_written(_adapted(config, copy.deepcopy(adapter)))
         client = architecture_of(config)(config).to("meta")  # not all of XLNet is built there
         report = client.load_adapter(peft_config=adapter, adapter_state_dict=written)

@@ -50,9 +50,13 @@ class ModelArguments(Settings):
     trust_remote_code: bool = False  # run the Python that comes with a model or a tokenizer
 
     def check(self) -> None:
-        if self.tokenizer is None and self.model_name_or_path is None:
+        if self.tokenizer_name is None:
             raise InputError("tokenizer: give a folder or Hub name")
         super().check()
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        return self.tokenizer or self.model_name_or_path
 
 
 def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
@@ -67,7 +71,7 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
     Raises:
         InputError: there is none, or one without a vocabulary, or not for that class.
     """
-    name, trust = arguments.tokenizer or arguments.model_name_or_path, arguments.trust_remote_code
+    name, trust = arguments.tokenizer_name, arguments.trust_remote_code
     try:
         options |= {"config": _config_beside(arguments)} if arguments.tokenizer else {}
         tokenizer = load_pretrained(transformers.AutoTokenizer, name, trust, **options)

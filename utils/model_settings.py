@@ -78,6 +78,19 @@ def load_model(
     return model, loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}
 
 
+def quantization(bits: str, dtype: torch.dtype) -> Any:
+    """Of linear layers: "8bit" (LLM.int8, Dettmers et al. 2022) or "4bit" (NF4, its scales
+    quantized too: Dettmers et al. 2023, QLoRA), which compute in `dtype`."""
+    if bits == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def check_not_pickled(folder: str, loading: str) -> None:
     """Raises InputError for pickled weights alone; `loading`: the Python that reads them."""
     for pickled, safe in (("pytorch_model*.bin", "model*"), ("adapter_model.bin", "adapter_model")):

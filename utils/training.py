@@ -290,7 +290,7 @@ class Training:
         self.data_states.update(data.states)
         record = {
             "step": state.step,
-            "loss": sum(update.losses.values()),
+            "loss": update.loss,
             **(update.losses if len(update.losses) > 1 else {}),
             "learning_rate": rate,
             "grad_norm": update.gradient_norm,

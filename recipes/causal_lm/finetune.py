@@ -35,6 +35,7 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.model import load_tokenizer, model_config
+from utils.model_settings import quantization
 from utils.ranks import launched_with, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -156,12 +157,7 @@ def main() -> None:
 
     options = {}
     if args.load_in_4bit:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=base_dtype(args),
-        )
+        options["quantization_config"] = quantization("4bit", base_dtype(args))
     training = Training(args, folder)
     model, trained = task_model(
         args, config, transformers.AutoModelForCausalLM, "CAUSAL_LM", folder.path, **options
