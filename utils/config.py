@@ -126,8 +126,12 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
     leave(status)  # other ranks may wait in a collective; exit hooks would wait for ever
 
 
-def parse(settings: type[AnySettings], argv: list[str] | None = None) -> AnySettings:
+def parse(
+    settings: type[AnySettings], argv: list[str] | None = None, *others: type[AnySettings]
+) -> AnySettings:
     """Read `[CONFIG.yaml] [--key value …]` into an instance of the dataclass `settings`.
+
+    Where there are `others`, of the one that has most of the keys.
 
     Values on the command line are YAML (`--sources '[{path: a.jsonl}]'`), but text as it stands
     for a field whose type is `str` or a union that begins with it (`--prompt "def "`); a dotted
@@ -140,13 +144,16 @@ def parse(settings: type[AnySettings], argv: list[str] | None = None) -> AnySett
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(usage(settings))
+        print("\n".join(map(usage, (settings, *others))))
         sys.exit(0)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     if argv and not argv[0].startswith("-"):
         values, places = read_yaml(argv[0])
         argv = argv[1:]
+    keys = {*values, *(key.partition(".")[0] for key, _ in _options(argv))}
+    kinds = {kind: keys & kind.__dataclass_fields__.keys() for kind in (settings, *others)}
+    settings = max(kinds, key=lambda kind: len(kinds[kind]))
     defaults = {field.name: default(field) for field in dataclasses.fields(settings)}
     for key, text in _options(argv):
         top, dot, _ = key.partition(".")

@@ -38,7 +38,7 @@ MEASURED_AT_THE_END = {
 DATA_ONCE = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
 # what runs write in their folders
 FILES = ("config.yaml", "metrics.jsonl", "finished.json", "README.md", "predictions.jsonl")
-FOLDERS = ("checkpoints", "model", "base_model", "plots")
+FOLDERS = ("checkpoints", "model", "base_model", "student", "plots")
 LONGEST = "checkpoints/.step-00000000.partial/rank-00000-of-00001.safetensors"
 
 

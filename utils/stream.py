@@ -156,11 +156,12 @@ class TrainingStream(torch.utils.data.IterableDataset):
 
 
 def collate(features: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Features of rows → a batch of int64 tensors of shape (rows, sequence_length)."""
-    return {
-        name: torch.from_numpy(np.stack([row[name] for row in features])).long()
-        for name in features[0]
-    }
+    """Features of rows → a batch of tensors (rows, sequence_length, …), of int64 or float32."""
+    batch = {}
+    for name in features[0]:
+        values = torch.from_numpy(np.stack([row[name] for row in features]))
+        batch[name] = values if values.is_floating_point() else values.long()
+    return batch
 
 
 def _as_it_is(rows: list[Row]) -> list[Row]:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from chunked_loss import summed_cross_entropy, token_scores
 from utils.config import InputError
-from utils.divergences import changed_logits
+from utils.divergences import Logits, changed_logits
 from utils.loss import IGNORE_INDEX, LEAK, amplified, changes, check_packing
 
 # settings by which models of transformers scale and cap their logits
@@ -70,9 +70,10 @@ class CausalHead:
         InputError: there is no linear output layer, or the model's own logits or loss are others.
     """
 
-    def __init__(self, model: "transformers.PreTrainedModel"):
+    def __init__(self, model: "transformers.PreTrainedModel", keeps_layers: bool = False):
         output_layer(model)
         self.model, self.router_weight = model, router_weight(model)
+        self.keeps_layers, self.layers = keeps_layers, ()
         self.names = ("cross_entropy", "router_aux_loss") if self.router_weight else ("loss",)
         self.change: tuple[float, float | None] | None = None  # (scale, cap) of the logits
 
@@ -83,6 +84,8 @@ class CausalHead:
         lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What enters the output layer, (rows, tokens, width), and the sum of any further loss.
+
+        Of all layers, if `keeps_layers`, they are in `layers` until the next call.
 
         Args:
             input_ids: (rows, tokens).
@@ -110,12 +113,15 @@ class CausalHead:
         tokens = input_ids.numel()
         if self.router_weight and lengths is not None:
             tokens = int(lengths.sum())
+        if self.keeps_layers:
+            inputs["output_hidden_states"] = True
         with ExitStack() as hooks:
             hooks.callback(layer.register_forward_pre_hook(keep).remove)
             if 0 < tokens < input_ids.numel():
                 hook = self.model.base_model.register_forward_hook(leave_out_padding)
                 hooks.callback(hook.remove)
             output = self._forward(**inputs)
+        self.layers = output.get("hidden_states", ())
         if len(found) != 1 or found[0].shape[:-1] != input_ids.shape:
             raise InputError(
                 f"model: {self.model.config.model_type} has more than one prediction of each token"
@@ -124,6 +130,11 @@ class CausalHead:
             return found[0], {}
         loss = torch.as_tensor(self._router_loss(output) * tokens, device=input_ids.device)
         return found[0], {"router_aux_loss": loss}
+
+    def logits(self, hidden: torch.Tensor) -> Logits:
+        """Of hidden states (rows, width); they are not held."""
+        layer = output_layer(self.model)
+        return Logits(hidden, layer.weight, layer.bias, *self.change)
 
     def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The sum over the targets."""

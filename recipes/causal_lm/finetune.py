@@ -16,7 +16,6 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 import signal
 from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 if __name__ == "__main__":
@@ -27,19 +26,19 @@ import transformers
 
 from causal_head import CausalHead, check_model, output_layer
 from chat_rendering import set_ends
+from conversation_data import read_conversations
 from conversation_evaluation import evaluate_answers, write_answers
-from conversations import ConversationArguments, collate, set_chat_template, to_examples
+from conversations import ConversationArguments, collate, set_chat_template
 from finetuning_plan import check_trained_part, finetuning_plan
 from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, at_end, command, parse
-from utils.epochs import Epochs, digest, hold_out
+from utils.epochs import Epochs
 from utils.model import load_tokenizer, model_config
 from utils.model_settings import quantization
 from utils.ranks import launched_with, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
-from utils.tables import read_table
 from utils.training import Training
 
 USAGE = """
@@ -137,22 +136,12 @@ def main() -> None:
     tokenizer = load_tokenizer(args)
     set_chat_template(tokenizer, args)
     config = model_config(args, tokenizer)
-    tables = (args.train_data, args.validation_data, args.test_data)
-    rows = [[row for table in part for row in read_table(table)] for part in tables]
-    examples = [to_examples(part, tokenizer, args) if part else ([], {}) for part in rows]
-    parts, left_out = zip(*examples, strict=True)
-    (train, validation, test), leaks = hold_out(parts, itemgetter("messages"), args)
+    data = read_conversations(tokenizer, args)
+    train, validation, test = data.parts
     args = args.for_examples(len(train))
-    fingerprint = {
-        "the training data": digest(e["messages"] + (e["tools"] or []) for e in train),
-        "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
-    }
-    del rows, examples
-    for example in train:
-        del example["messages"], example["tools"]  # texts that nothing reads again
     output_layer(check_trained_part(config, args))
     folder = RunFolder(args.output_dir, args.resume)
-    if folder.is_finished(args, fingerprint["the training data"]):
+    if folder.is_finished(args, data.fingerprint["the training data"]):
         return
 
     options = {}
@@ -168,7 +157,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(train, collate, fingerprint, args),
+        Epochs(train, collate, data.fingerprint, args),
     )
     scores_of = partial(training.forward, per_token=True)
     check_model(objective, lambda batch: scores_of(batch)[0], args.sequence_length)
@@ -185,9 +174,7 @@ def main() -> None:
     if training.stopped:
         return
 
-    facts = {"trained": trainable_share(trained), "conversations": f"{len(train):,}", **leaks}
-    for part, counts in zip(("train", "validation", "test"), left_out, strict=True):
-        facts |= {f"{part} conversations {name}": n for name, n in counts.items() if n}
+    facts = {"trained": trainable_share(trained), **data.facts}
     if test:
         training.load_best()
         results = evaluate(test)

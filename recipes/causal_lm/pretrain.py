@@ -16,7 +16,7 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 """
 
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,10 @@ if __name__ == "__main__":
 import torch
 import transformers
 
-from bits_per_byte import baselines, evaluate_by_domain
+from bits_per_byte import baselines
 from causal_head import CausalHead, check_model
 from packing import DocumentEncoder, begin_as_documents, packed_rows
+from text_evaluation import TextEvaluationArguments, evaluate_documents, write_samples
 from utils.arguments import TrainingArguments
 from utils.config import InputError, at_end, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
@@ -40,11 +41,9 @@ from utils.model import (
     model_config,
     optional_inputs,
 )
-from utils.model_settings import max_positions
 from utils.report import conclude
 from utils.run_folder import RunFolder
-from utils.scoring import generate_texts
-from utils.sources import Source, check_held_out, held_out_documents
+from utils.sources import check_held_out, held_out_documents
 from utils.stream import TrainingStream
 from utils.training import Training
 
@@ -57,23 +56,12 @@ print(generate("def ", max_new_tokens=60)[0]["generated_text"])
 
 
 @dataclass
-class Arguments(TrainingArguments, StreamArguments, ModelArguments):
+class Arguments(TrainingArguments, StreamArguments, TextEvaluationArguments, ModelArguments):
     """Pretrain a causal language model on a stream of raw text."""
 
-    validation_sources: list[Source] = field(default_factory=list)  # each read once
-    test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
     baselines: bool = False  # gzip -9 and a unigram model beside the bits per byte of the test
     packing: bool = True  # rows full of documents, which do not see each other; false: one a row
-    eval_documents: int | None = None  # of each validation source; null: all
-    sample_prompts: list[str] = field(default_factory=list)  # continued at each evaluation
     dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
-
-    def check(self) -> None:
-        super().check()
-        if self.eval_documents is not None and self.eval_documents < 1:
-            raise InputError(f"eval_documents must be at least 1, not {self.eval_documents}")
-        if self.validation_sources:
-            self.check_metric(["eval_loss", "eval_bits_per_byte"])
 
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | ({} if self.packing else {"packing": False})
@@ -120,40 +108,6 @@ def check_positions(model: torch.nn.Module) -> None:
         )
 
 
-def evaluate(training: Training, sources, encode, args: Arguments) -> dict[str, Any] | None:
-    """Loss and bits per byte on held-out documents, by domain; None when a signal interrupts."""
-    documents = held_out_documents(sources, args.eval_documents, args)
-    losses, size = partial(training.forward, per_token=True), args.per_device_batch_size
-    return evaluate_by_domain(
-        training.ranks,
-        documents,
-        encode,
-        losses,
-        args.sequence_length,
-        size,
-        args.packing,
-        args.on_bad_record,
-    )
-
-
-def write_samples(
-    training: Training, model, tokenizer, encode, prompts: list[str]
-) -> list[dict] | None:
-    """What the model writes after each prompt: 60 tokens, drawn at temperature 0.8.
-
-    None when a signal interrupts.
-    """
-    positions, _ = max_positions(model.config)
-    room = min(60, positions // 2)
-    begun = [tokens[:-1][room - positions :] for tokens in encode(prompts)]
-    options = {"do_sample": True, "temperature": 0.8}
-    texts = generate_texts(training, model, tokenizer, begun, room, **options)
-    if texts is None:
-        return None
-    pairs = zip(prompts, texts, strict=True)
-    return [{"prompt": prompt, "text": text} for prompt, text in pairs]
-
-
 @at_end
 def main() -> None:
     args = parse(Arguments)
@@ -182,12 +136,13 @@ def main() -> None:
     rows_of = partial(packed_rows, lanes, args.sequence_length, packing=args.packing)
     data = TrainingStream(lanes, rows_of, args)
     training.prepare(objective, model, tokenizer, data, flops_per_token=lambda step: flops)
-    check_model(objective, partial(training.forward, per_token=True), args.sequence_length)
+    losses = partial(training.forward, per_token=True)
+    check_model(objective, losses, args.sequence_length)
     for step in training.steps():
         if training.evaluates():
             results: dict[str, Any] | None = {}
             if args.validation_sources:
-                results = evaluate(training, args.validation_sources, encode, args)
+                results = evaluate_documents(training, args.validation_sources, encode, losses)
             samples = write_samples(training, model, tokenizer, encode, args.sample_prompts)
             # a resume evaluates again where a signal cut the samples short
             training.record_evaluation(None if samples is None else results)
@@ -198,7 +153,7 @@ def main() -> None:
 
     facts = {"parameters": f"{parameter_count(config)['total']:,}"}
     if args.test_sources:
-        results = evaluate(training, args.test_sources, encode, args)
+        results = evaluate_documents(training, args.test_sources, encode, losses)
         if results is None:
             return training.stop()
         training.record_test(results)

@@ -1,0 +1,90 @@
+"""What a student is distilled on: a stream of text, or conversations; each with its evaluation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from chat_rendering import set_ends
+from conversation_data import read_conversations
+from conversation_evaluation import evaluate_answers, write_answers
+from conversations import collate, set_chat_template
+from on_policy import Sampler
+from packing import DocumentEncoder, begin_as_documents, packed_rows
+from teacher_cache import TeacherCache, fingerprint
+from text_evaluation import evaluate_documents, write_samples
+from utils.engine import Data
+from utils.epochs import Epochs
+from utils.lanes import Corpus, Lanes
+from utils.sources import check_held_out
+from utils.stream import TrainingStream
+from utils.training import Training
+
+# a batch → (loss, whether the label is the most likely token) of each position
+Scores = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Text:
+    """Raw text, as `pretrain.py` reads and evaluates it."""
+
+    metric = "bits_per_byte"
+
+    def __init__(self, tokenizer: Any, arguments: Any):
+        self.tokenizer, self.arguments = tokenizer, arguments
+        self.encode = DocumentEncoder(tokenizer)
+        begin_as_documents(tokenizer, self.encode.begin)
+        self.corpus = Corpus(arguments)
+        held_out = arguments.validation_sources + arguments.test_sources
+        check_held_out(held_out, arguments.eval_documents, arguments)
+        self.fingerprint = self.corpus.fingerprint()
+        self.facts: dict[str, Any] = {}
+        self.cache = None
+        if arguments.teacher_cache is not None:
+            expected = fingerprint(arguments, self.corpus, self.encode)
+            self.cache = TeacherCache(arguments, expected)
+        self.has_validation = bool(arguments.validation_sources)
+        self.has_test = bool(arguments.test_sources)
+
+    def steps(self, training: Training, model: Any) -> TrainingStream:
+        a, lanes = self.arguments, Lanes(self.corpus, self.encode)
+        rows_of = partial(packed_rows, lanes, a.sequence_length, packing=a.packing)
+        return TrainingStream(lanes, self.cache.rows if self.cache else rows_of, a)
+
+    def evaluate(self, training: Training, scores: Scores, split: str) -> dict[str, Any] | None:
+        sources = getattr(self.arguments, f"{split}_sources")
+        return evaluate_documents(training, sources, self.encode, lambda batch: scores(batch)[0])
+
+    def samples(self, training: Training, model: Any) -> list[dict[str, str]] | None:
+        prompts = self.arguments.sample_prompts
+        return write_samples(training, model, self.tokenizer, self.encode, prompts)
+
+
+class Conversations:
+    """Conversations, as `finetune.py` reads and evaluates them: the assistant's tokens count."""
+
+    metric = "loss"
+
+    def __init__(self, tokenizer: Any, arguments: Any):
+        self.tokenizer = tokenizer
+        set_chat_template(tokenizer, arguments)
+        self.data = read_conversations(tokenizer, arguments)
+        self.train, self.validation, self.test = self.data.parts
+        self.arguments = arguments.for_examples(len(self.train))
+        self.fingerprint = self.data.fingerprint["the training data"]
+        self.facts = self.data.facts
+        self.has_validation, self.has_test = bool(self.validation), bool(self.test)
+
+    def steps(self, training: Training, model: Any) -> Data:
+        set_ends(model.generation_config, self.tokenizer)
+        sampler = None
+        if self.arguments.on_policy_share:
+            sampler = Sampler(training, model, self.tokenizer, self.train, self.arguments)
+        return Epochs(self.train, collate, self.data.fingerprint, self.arguments, vary=sampler)
+
+    def evaluate(self, training: Training, scores: Scores, split: str) -> dict[str, Any] | None:
+        return evaluate_answers(training, getattr(self, split), scores)
+
+    def samples(self, training: Training, model: Any) -> list[dict[str, str]] | None:
+        chosen = self.validation[: self.arguments.sample_answers]
+        return write_answers(training, model, self.tokenizer, chosen)
