@@ -247,9 +247,11 @@ def student_model(
 
     a = arguments
     if a.is_carved:
-        path = folder / "student"
-        with AcceleratorState().main_process_first():
-            if not path.exists():
+        path, ranks = folder / "student", AcceleratorState()
+        # before a checkpoint there may be one of other settings
+        is_new = not any(folder.glob("checkpoints/step-*")) or not path.exists()
+        with ranks.main_process_first():
+            if ranks.is_main_process and is_new:
                 _write_student(a, config, auto_model, path)
         a = replace(a, model_name_or_path=str(path))
     return build_model(a, config, auto_model)

@@ -101,87 +101,100 @@ class Arguments(DistillationArguments, EncoderArguments):
 class DistillationLoss(ObservedEncoder):
     """Sums over tokens of what the student lacks of its teacher, and of the masked tokens' loss.
 
-    The teacher sees the rows of the student, in evaluation mode; it is no submodule.
+    The teacher sees what the student sees. It is no part of this module: `train()`, an optimizer
+    and what wraps the module do not reach it.
 
     Args:
+        taught: the teacher; see `observed`.
         projection: from the student's width to the teacher's.
-        layers: for each layer of the student that of the teacher, from 1.
+        layers: of the teacher, beside each of the student's: as `check_pair` gives them.
     """
 
     def __init__(
         self,
         model: "transformers.PreTrainedModel",
-        teacher: "transformers.PreTrainedModel",
+        taught: ObservedEncoder,
         projection: torch.nn.Module,
         layers: list[int],
         arguments: Arguments,
     ):
-        super().__init__(model, arguments.objective, arguments.packing)
-        self.arguments, self.projection, self.layers = arguments, projection, layers
-        self._teacher = (ObservedEncoder(teacher, arguments.objective, arguments.packing),)
-        given = {
-            name.removesuffix("_weight"): getattr(arguments, name) for name in Arguments.weights
-        }
-        # that of the labels is logged in any case, and gives every weight of a head its gradient
-        self.weights = {"mlm_loss": given.pop("hard")}
-        self.weights |= {f"{name}_loss": weight for name, weight in given.items() if weight}
+        a, count = arguments, model.config.get_text_config().num_hidden_layers
+        of_attention = {*range(1, count + 1)} if a.attention_weight else set()
+        of_attention |= {count} if a.relation_weight else set()
+        super().__init__(model, a.packing, bool(a.hidden_weight), of_attention)
+        self.projection, self.layers, self.divergence = projection, layers, a.as_divergence
+        self.relation_heads, self.related = (
+            a.relation_heads,
+            (count, relation_layer(a, taught.config)),
+        )
+        self._taught = (taught,)  # which torch does not take for a part
+        given = {name.removesuffix("_weight"): getattr(a, name) for name in a.weights}
+        self.weights = {f"{name}_loss": weight for name, weight in given.items() if weight}
+        # in any case: it is logged, and no weight of the head is left without a gradient
+        self.weights["hard_loss"] = a.hard_weight
         self.names = tuple(self.weights)
-        last = model.config.get_text_config().num_hidden_layers
-        related = arguments.relation_layer or teacher.config.get_text_config().num_hidden_layers
-        self.related = (last, related)
-        self.observed: tuple[set[int], set[int]] = (set(), set())  # layers of student and teacher
-        if arguments.attention_weight:
-            self.observed = ({*range(1, last + 1)}, {*layers})
-        if arguments.relation_weight:
-            self.observed = tuple(o | {n} for o, n in zip(self.observed, self.related, strict=True))
+        self.learns_all = a.soft_tokens == "all" and "soft_loss" in self.names
 
     @property
-    def teacher(self) -> ObservedEncoder:
-        return self._teacher[0]
+    def taught(self) -> ObservedEncoder:
+        return self._taught[0]
 
     def forward(self, per_target: bool = False, **batch: torch.Tensor) -> dict[str, Any]:
-        """As that of `MaskedLoss`: the sum of each loss, or `per_target` those of the student."""
+        """
+        Args:
+            batch: as that of `MaskedLoss`.
+
+        Returns:
+            {name: its sum}, or if `per_target` what `MaskedLoss` gives for the student.
+        """
         if per_target:
             return super().forward(per_target=True, **batch)
         batch = self.without_empty_columns(batch)
-        kept, labels = batch["sequence_ids"] > 0, batch["labels"]
+        kept, labels, names = batch["sequence_ids"] > 0, batch["labels"], self.names
         is_target = labels != IGNORE_INDEX
-        seen = kept if self.learns("soft") and self.arguments.soft_tokens == "all" else is_target
+        seen = kept if self.learns_all else is_target
         places = seen.flatten().nonzero().squeeze(1)
-        signals = partial(ObservedEncoder.signals, batch=batch, hidden_states=self.learns("hidden"))
-        mine = signals(self, targets=places, attention=self.observed[0])
+        mine = self.signals(batch, places)
         with torch.no_grad():
-            theirs = signals(self.teacher, targets=places, attention=self.observed[1])
-        of_target = mine.entering[is_target[seen]]
-        losses = {"mlm_loss": summed_losses(self.logits(of_target), labels[is_target])[0]}
-        if self.learns("soft"):
-            logits = self.teacher.logits(theirs.entering)
-            with whole(logits.weight, logits.bias):
-                divergence = self.arguments.as_divergence
-                student = self.logits(mine.entering)
-                losses["soft_loss"] = summed_losses(student, None, logits, divergence)[1]
-        if self.learns("cosine"):
-            student = self.projection(mine.last_hidden_state[kept])
-            losses["cosine_loss"] = cosine_loss(student, theirs.last_hidden_state[kept])
-        if self.learns("hidden"):
-            states = (mine.hidden_states, theirs.hidden_states)
+            theirs = self.taught.signals(batch, places)
+        student = self.logits(mine.entering[is_target[seen]])
+        losses = {"hard_loss": summed_losses(student, labels[is_target])[0]}
+        if "soft_loss" in names:
+            student, teacher = self.logits(mine.entering), self.taught.logits(theirs.entering)
+            with whole(teacher.weight, teacher.bias):
+                losses["soft_loss"] = summed_losses(student, None, teacher, self.divergence)[1]
+        if "cosine_loss" in names:
+            last = self.projection(mine.last_hidden_state[kept])
+            losses["cosine_loss"] = cosine_loss(last, theirs.last_hidden_state[kept])
+        if "hidden_loss" in names:
+            states = mine.hidden_states, theirs.hidden_states
             losses["hidden_loss"] = hidden_loss(*states, self.layers, self.projection, kept)
         rows, attention = batch["sequence_ids"], (mine.attention, theirs.attention)
-        if self.learns("attention"):
+        if "attention_loss" in names:
             losses["attention_loss"] = attention_loss(*attention, self.layers, rows)
-        if self.learns("relation"):
+        if "relation_loss" in names:
             pair = (found[layer] for found, layer in zip(attention, self.related, strict=True))
-            losses["relation_loss"] = relation_loss(*pair, self.arguments.relation_heads, rows)
+            losses["relation_loss"] = relation_loss(*pair, self.relation_heads, rows)
         return losses
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         targets = int((batch["labels"] != IGNORE_INDEX).sum())
-        counts = dict.fromkeys(self.names, int((batch["sequence_ids"] > 0).sum()))
-        of_targets = ["mlm_loss"] + ["soft_loss"] * (self.arguments.soft_tokens == "masked")
-        return counts | {name: targets for name in of_targets if name in counts}
+        tokens = int((batch["sequence_ids"] > 0).sum())
+        of_targets = ("hard_loss",) if self.learns_all else ("hard_loss", "soft_loss")
+        return {name: targets if name in of_targets else tokens for name in self.names}
 
-    def learns(self, name: str) -> bool:
-        return f"{name}_loss" in self.weights
+
+def observed(
+    teacher: "transformers.PreTrainedModel", layers: list[int], a: Arguments
+) -> ObservedEncoder:
+    """The teacher, with what of it is learnt."""
+    of_attention = {*layers} if a.attention_weight else set()
+    of_attention |= {relation_layer(a, teacher.config)} if a.relation_weight else set()
+    return ObservedEncoder(teacher, a.packing, bool(a.hidden_weight), of_attention)
+
+
+def relation_layer(arguments: Arguments, teacher: Any) -> int:
+    return arguments.relation_layer or teacher.get_text_config().num_hidden_layers
 
 
 def check_pair(args: Arguments, student: Any, teacher: Any) -> list[int]:
@@ -209,8 +222,10 @@ def check_pair(args: Arguments, student: Any, teacher: Any) -> list[int]:
                     f"{width}"
                 )
         count = teacher.get_text_config().num_hidden_layers
-        if args.relation_layer is not None and args.relation_layer > count:
-            raise InputError(f"relation_layer: {args.relation_layer} of the teacher's {count}")
+        if relation_layer(args, teacher) > count:
+            raise InputError(
+                f"relation_layer: {args.relation_layer} is not among the teacher's 1 to {count}"
+            )
     return layers
 
 
@@ -249,37 +264,39 @@ def main() -> None:
 
     training = Training(args, folder)
     teacher = load_teacher(args, configs[0], auto_model, training.accelerator)
+    taught = observed(teacher, layers, args)
+
+    @torch.no_grad()
+    def of_teacher(batch: dict[str, torch.Tensor], **flags: Any) -> Any:
+        batch = {name: tensor.to(training.accelerator.device) for name, tensor in batch.items()}
+        with training.accelerator.autocast():
+            return taught(**batch, **flags)
+
+    lengths = {phase.sequence_length for phase in args.all_phases()}
+    scores_of_teacher = partial(of_teacher, per_target=True)
+    with of_the_teacher():
+        check_objective(taught, scores_of_teacher, lengths)
+        check_signals(of_teacher, teacher.config.model_type)
     model = student_model(args, configs[1], auto_model, folder.path)
     is_projected = args.hidden_weight or args.cosine_weight
     projection = add_projection(model, teacher, args.seed) if is_projected else torch.nn.Identity()
-    objective = DistillationLoss(model, teacher, projection, layers, args)
-
+    objective = DistillationLoss(model, taught, projection, layers, args)
     flops = {}
-    for length in {phase.sequence_length for phase in args.all_phases()}:
+    for length in lengths:
         both = [flops_per_token(config, length, auto_model, predicted) for config in configs]
         flops[length] = both[0] / 3 + both[1]  # of a forward pass alone, and of both
     lanes = Lanes(corpus, encode)
     rows_of = partial(example_rows, lanes, make_examples, args.phase_rows(), args.packing)
-    stream = TrainingStream(lanes, rows_of, args)
     training.prepare(
         objective,
         model,
         tokenizer,
-        stream,
+        TrainingStream(lanes, rows_of, args),
         flops_per_token=lambda step: flops[args.phase_at(step - 1).sequence_length],
     )
     scores = partial(training.forward, per_target=True)
-
-    @torch.no_grad()
-    def scores_of_teacher(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        batch = {name: tensor.to(training.accelerator.device) for name, tensor in batch.items()}
-        with training.accelerator.autocast():
-            return objective.teacher(per_target=True, **batch)
-
-    check_objective(objective, scores, {*flops})
-    with of_the_teacher():
-        check_objective(objective.teacher, scores_of_teacher, {*flops})
-    check_signals(objective, training.forward)
+    check_objective(objective, scores, lengths)
+    check_signals(training.forward, model.config.model_type)
     evaluation = MaskedEvaluation(training, encode, make_examples, scores, args.packing)
     for step in training.steps():
         if training.evaluates():
@@ -289,15 +306,16 @@ def main() -> None:
     if training.stopped:
         return
 
-    counts = [parameter_count(config, auto_model)["total"] for config in configs]
-    facts = {"parameters": f"{counts[1]:,}", "the teacher's parameters": f"{counts[0]:,}"}
+    whole_count, count = (f"{parameter_count(c, auto_model)['total']:,}" for c in configs)
+    facts = {"parameters": count, "parameters of the teacher": whole_count}
     if args.test_sources:
         results = evaluation.test()
-        of_teacher = results and replace(evaluation, scores=scores_of_teacher).test()
-        if of_teacher is None:
+        theirs = results and replace(evaluation, scores=scores_of_teacher).test()
+        if theirs is None:
             return training.stop()
+        results |= {name.replace("eval_", "teacher_"): value for name, value in theirs.items()}
         training.record_test(results)
-        facts |= facts_of_test(results) | facts_of_test(of_teacher, "the teacher's ")
+        facts |= facts_of_test(results)
     facts |= facts_of_sequences(folder.records())
     conclude(training, "Encoder", "fill-mask", USAGE, facts)
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch.nn.functional import normalize
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -46,23 +47,36 @@ class Signals(NamedTuple):
 
 
 class ObservedEncoder(MaskedLoss):
-    """A masked language model, and what it computes on the way to its logits."""
+    """A masked language model, and what it computes on the way to its logits.
 
-    of_base: list | None = None  # what its base model gives, while that is wanted
-    is_settled = False  # whether the logits are known to be what the output layer says
+    Args:
+        hidden_states: whether those of all layers are wanted.
+        attention: layers, from 1, whose queries, keys and values are.
+    """
 
-    def signals(
+    def __init__(
         self,
-        batch: dict[str, torch.Tensor],
-        targets: torch.Tensor,
+        model: "transformers.PreTrainedModel",
+        packing: bool,
         hidden_states: bool = False,
         attention: Collection[int] = (),
-    ) -> Signals:
+    ):
+        super().__init__(model, "mlm", packing)
+        self.flags = {"output_hidden_states": True} if hidden_states else {}
+        self.attention = attention
+        self.of_base: list | None = None  # what the base model gives, while that is wanted
+        self.is_settled = False  # whether the logits are known to be what the output layer says
+
+    def forward(self, per_target: bool = False, **batch: torch.Tensor) -> Any:
+        """As that of `MaskedLoss`, or unless `per_target` the signals of all that is no padding."""
+        if per_target:
+            return super().forward(per_target=True, **batch)
+        return self.signals(batch, (batch["sequence_ids"] > 0).flatten().nonzero().squeeze(1))
+
+    def signals(self, batch: dict[str, torch.Tensor], targets: torch.Tensor) -> Signals:
         """
         Args:
             targets: positions of the flattened rows, which the heads are to see.
-            hidden_states: whether those of all layers are wanted.
-            attention: layers, from 1, whose queries, keys and values are.
 
         Raises:
             InputError: the model keeps some of it to itself, or changes its logits.
@@ -77,14 +91,13 @@ class ObservedEncoder(MaskedLoss):
             return (given[0][:, :1],)  # the logits of one position are the model's way to its end
 
         self.of_base = []
-        flags = {"output_hidden_states": True} if hidden_states else {}
         with ExitStack() as observed:
             observed.callback(layer.register_forward_pre_hook(keep).remove)
-            if attention:
-                observed.enter_context(observed_attention(found, attention))
-            logits = self.output(batch, targets, **flags).logits
+            if self.attention:
+                observed.enter_context(observed_attention(found, self.attention))
+            logits = self.output(batch, targets, **self.flags).logits
         (last, states), self.of_base = self.of_base, None
-        if {*attention} - found.keys():
+        if {*self.attention} - found.keys():
             raise InputError(
                 f"model: {kind} has an attention of its own, which attention_weight and "
                 "relation_weight cannot look into"

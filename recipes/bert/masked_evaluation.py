@@ -55,7 +55,8 @@ class MaskedEvaluation:
         return self.loss_and_accuracy(documents, a.phase_at(max(step - 1, 0)).sequence_length)
 
     def test(self) -> dict[str, Any] | None:
-        """Of the test sources, at the length of the last phase."""
+        """Of the test sources, by the best weights, at the length of the last phase."""
+        self.training.load_best()
         a = self.training.arguments
         documents, length = partial(held_out_documents, a.test_sources, None, a), a.row_length
         results = self.loss_and_accuracy(documents(), length)
@@ -200,10 +201,10 @@ class MaskedEvaluation:
         return totals
 
 
-def facts_of_test(results: dict[str, Any], whose: str = "") -> dict[str, str]:
+def facts_of_test(results: dict[str, Any]) -> dict[str, str]:
     """What a card says of them."""
     return {
-        f"{whose}{name.removeprefix('eval_').replace('_', ' ')} of the test documents": f"{v:.4f}"
+        f"{name.removeprefix('eval_').replace('_', ' ')} of the test documents": f"{v:.4f}"
         for name, v in results.items()
         if isinstance(v, float)
     }

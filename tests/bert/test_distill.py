@@ -1,7 +1,6 @@
 """Distilling encoders: every loss by its definition, one sequence at a time, in float64; runs."""
 
 import copy
-import json
 import shutil
 from itertools import islice
 
@@ -17,7 +16,7 @@ from example_rows import features, fit
 from launching import TINY_BERT, checkpoints, metrics, run, state, steps, tiny_run
 from masking import ExampleMaker, MaskingArguments
 from recipes.bert import distill
-from recipes.bert.distill import Arguments, DistillationLoss
+from recipes.bert.distill import Arguments, DistillationLoss, observed
 from sentence_encoder import SentenceEncoder
 from utils.divergences import add_projection
 from utils.loss import IGNORE_INDEX
@@ -66,7 +65,9 @@ def objective_of(student=NARROW, teacher=TEACHER, layers=LAYERS, packing=True, *
     model, teacher = build(student), build(teacher, seed=1).requires_grad_(False)
     arguments = Arguments(packing=packing, **(EVERYTHING | settings))
     projection = add_projection(model, teacher, 0)
-    return DistillationLoss(model, teacher, projection, layers, arguments)
+    return DistillationLoss(
+        model, observed(teacher, layers, arguments), projection, layers, arguments
+    )
 
 
 def total(objective, batch):
@@ -77,12 +78,12 @@ def total(objective, batch):
 def reference(objective, batch, soft_tokens="all"):
     """(sum of each loss, what it is divided by): of each sequence alone, dense, in float64."""
     student = copy.deepcopy(objective.model).double()
-    teacher = copy.deepcopy(objective.teacher.model).double()
+    teacher = copy.deepcopy(objective.taught.model).double()
     for model in (student, teacher):
         model.base_model._forward_hooks.clear()
     projection = getattr(student, "distillation_projection", lambda x: x)
     names = [
-        f"{name}_loss" for name in ("mlm", "soft", "cosine", "hidden", "attention", "relation")
+        f"{name}_loss" for name in ("hard", "soft", "cosine", "hidden", "attention", "relation")
     ]
     sums = dict.fromkeys(names, 0.0)
     tokens = targets = 0
@@ -95,7 +96,7 @@ def reference(objective, batch, soft_tokens="all"):
             tokens, targets = tokens + len(of), targets + int(masked.sum())
             s, t = (m(of[None].long(), output_hidden_states=True) for m in (student, teacher))
             log_p = log_softmax(s.logits[0], -1)
-            sums["mlm_loss"] -= log_p[masked, labels[masked].long()].sum()
+            sums["hard_loss"] -= log_p[masked, labels[masked].long()].sum()
             log_p, log_q = (log_softmax(x.logits[0] / 2, -1) for x in (s, t))
             of_soft = masked if soft_tokens == "masked" else slice(None)
             soft = kl_div(log_p[of_soft], log_q[of_soft], log_target=True, reduction="sum")
@@ -119,7 +120,7 @@ def reference(objective, batch, soft_tokens="all"):
                 p, q = (heads(x, 8) for x in (mine, theirs))
                 p, q = (log_softmax(x @ x.transpose(1, 2) / x.shape[2] ** 0.5, -1) for x in (p, q))
                 sums["relation_loss"] += kl_div(p, q, log_target=True, reduction="sum") / 8
-    counts = dict.fromkeys(names, tokens) | {"mlm_loss": targets}
+    counts = dict.fromkeys(names, tokens) | {"hard_loss": targets}
     if soft_tokens == "masked":
         counts["soft_loss"] = targets
     return student, sums, counts
@@ -194,9 +195,9 @@ def test_scores_are_those_that_become_probabilities(batch):
     size = int((rows["sequence_ids"] > 0).sum())
     rows = {name: values[:, :size] for name, values in rows.items()}
     objective.packing = False
-    objective.teacher.packing = False
-    model = objective.teacher.model
-    found = objective.teacher.signals(rows, torch.arange(3), attention={1, 2, 3, 4}).attention
+    objective.taught.packing = False
+    model = objective.taught.model
+    found = objective.taught(**rows).attention
     model.set_attn_implementation("eager")
     output = model(rows["input_ids"], output_attentions=True)
     assert len(output.attentions) == len(found) == 4
@@ -221,13 +222,13 @@ def test_the_teacher_is_out_of_reach(batch):
     dropping = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
     objective, rows = objective_of(NARROW | dropping, TEACHER | dropping), batch(True)
     seen = []
-    objective.teacher.model.register_forward_hook(lambda *given: seen.append(given[-1].logits))
+    objective.taught.model.register_forward_hook(lambda *given: seen.append(given[-1].logits))
     objective.train()
     losses = [total(objective, rows) for _ in range(2)]
     assert losses[0] != losses[1]
     assert torch.equal(*seen)
     losses[0].backward()
-    teacher = objective.teacher.model
+    teacher = objective.taught.model
     assert not any(module.training for module in teacher.modules())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not {*map(id, objective.parameters())} & {*map(id, teacher.parameters())}
@@ -301,7 +302,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(distil, tea
         assert record["loss"] == record["grad_norm"] == 0
         for name in ("soft", "cosine", "hidden", "attention", "relation"):
             assert record[f"{name}_loss"] == 0
-        assert record["mlm_loss"] > 1
+        assert record["hard_loss"] > 1
     given, trained = (
         load_file(f / "model.safetensors") for f in (teacher_folder, ended.folder / "model")
     )
@@ -325,16 +326,16 @@ def test_a_run_learns_resumes_and_exports_what_clients_read(
         assert last < first, name
     for record in records:
         weighted = [
-            w * record[f"{name.removesuffix('_weight')}_loss".replace("hard", "mlm")]
-            for name, w in WEIGHTS.items()
+            w * record[f"{name.removesuffix('_weight')}_loss"] for name, w in WEIGHTS.items()
         ]
         assert record["loss"] == pytest.approx(sum(weighted), rel=1e-5)
-    assert "the teacher's mlm loss of the test documents" in ended.output
+    assert "teacher mlm loss of the test documents" in ended.output
 
     trained, report = AutoModelForMaskedLM.from_pretrained(
         ended.folder / "model", output_loading_info=True
     )
-    assert not report["unexpected_keys"] and not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
     assert trained.config.hidden_size == 16
     assert not any(
         "projection" in key for key in load_file(ended.folder / "model" / "model.safetensors")
@@ -370,28 +371,128 @@ def test_a_carved_student_begins_with_layers_of_the_teacher(distil, teacher_fold
     )
 
 
-LAUNCHES = [("multi_cpu", {"hidden_weight": 1.0}), ("zero1", WEIGHTS), ("zero3", WEIGHTS)]
+def test_a_student_that_was_not_trained_is_carved_anew(distil, teacher_folder):
+    """A start may have been killed before its first checkpoint, and its layers may be others."""
+    given = load_file(teacher_folder / "model.safetensors")
+    for layer in (1, 3):
+        ended = distil(student_layers=[layer], max_steps=1)
+        assert ended.status == 0, ended.error
+        student = load_file(ended.folder / "student" / "model.safetensors")
+        key = "bert.encoder.layer.{}.output.dense.weight"
+        assert torch.equal(student[key.format(0)], given[key.format(layer)])
+        for path in ended.folder.iterdir():
+            if path.is_file():
+                path.unlink()
+            elif path.name != "student":
+                shutil.rmtree(path)
 
 
-@pytest.mark.parametrize(("config", "weights"), LAUNCHES, ids=[name for name, _ in LAUNCHES])
-def test_two_processes_are_as_one(config, weights, tmp_path, prose_folder, wordpiece_folder):
-    """Whatever is learnt, no parameter is left without a gradient; ZeRO-3 splits both models."""
-    teacher = TEACHER | {"hidden_size": 64, "vocab_size": 2048}
-    student = {**NARROW, "vocab_size": 2048}
+LAUNCHES = {"multi_cpu": {"hidden_weight": 1.0}, "zero1": WEIGHTS, "zero3": WEIGHTS}
+
+
+@pytest.mark.parametrize("config", LAUNCHES)
+def test_two_processes_are_as_one(
+    config, distil, tmp_path, teacher_folder, prose_folder, wordpiece_folder
+):
+    """Whatever is learnt, no weight is left without a gradient; ZeRO-3 splits both models."""
     settings = {
         "teacher.model_name_or_path": None,
-        "teacher.model": teacher,
+        "teacher.model": TEACHER | {"hidden_size": 64, "vocab_size": 2048},
         "student_layers": None,
-        "model": student,
+        "model": NARROW | {"vocab_size": 2048},
         "max_steps": 3,
         **dict.fromkeys(WEIGHTS, 0.0),
-        **weights,
+        **LAUNCHES[config],
     }
-    for name, (launch, processes) in {"one": (None, 1), "two": (config, 2)}.items():
-        line = words(tmp_path / name, None, prose_folder, wordpiece_folder, **settings)
-        run(launch, processes, line, tmp_path / "log.txt", script=DISTILL)
-    one, two = (steps(tmp_path / name) for name in ("one", "two"))
+    one = distil("one", **settings)
+    assert one.status == 0, one.error
+    line = words(tmp_path / "two", teacher_folder, prose_folder, wordpiece_folder, **settings)
+    run(config, 2, line, tmp_path / "log.txt", script=DISTILL)
+    one, two = steps(one.folder), steps(tmp_path / "two")
     assert len(one) == 3
-    for key in one[0].keys() - {"step", "tokens", "learning_rate"}:
+    assert one[0].keys() == two[0].keys()
+    for key in one[0]:
         expected = [record[key] for record in one]
         np.testing.assert_allclose([r[key] for r in two], expected, rtol=1e-5, err_msg=key)
+
+
+SCRATCH = {"teacher.model_name_or_path": None}
+OTHER_HEADS = {"student_layers": None, "model": NARROW | {"num_attention_heads": 4}}
+REFUSED = [
+    ({"temperature": 0}, "temperature must be more than 0, not 0"),
+    ({"temperature": -1.5}, "temperature must be more than 0, not -1.5"),
+    ({"cosine_weight": -1.0}, "cosine_weight must be 0 or more, not -1.0"),
+    (
+        dict.fromkeys(WEIGHTS, 0.0),
+        "soft_weight, hard_weight, hidden_weight, cosine_weight, attention_weight, "
+        "relation_weight: all are 0: there is nothing to learn",
+    ),
+    ({"objective": "mlm_nsp"}, "objective: mlm_nsp is not distilled: leave it at mlm"),
+    ({"student_layers": [0, 4]}, "student_layers: [0, 4] are not among the teacher's 0 to 3"),
+    ({"layer_map": [2, 5]}, "layer_map: [2, 5] must name for each of the student's 2 layers one"),
+    ({"layer_map": [4]}, "layer_map: [4] must name for each of the student's 2 layers one of the"),
+    ({"relation_layer": 5}, "relation_layer: 5 is not among the teacher's 1 to 4"),
+    ({"relation_layer": 0}, "relation_layer must be at least 1, not 0"),
+    ({"relation_heads": 0}, "relation_heads must be at least 1, not 0"),
+    ({"relation_heads": 48}, "relation_heads: 48 do not divide the student's width of 32"),
+    (OTHER_HEADS, "attention_weight: the student has 4 heads a layer and the teacher 2: make"),
+    ({"torch_compile": True}, "torch_compile: attention_weight and relation_weight look into the"),
+    (SCRATCH, "teacher: give its model_name_or_path, or a model from scratch"),
+    ({"teacher.model": TEACHER}, "teacher: give its model_name_or_path, or a model from scratch"),
+    ({"model_name_or_path": "TEACHER"}, "student_layers: model_name_or_path brings a student of"),
+    (
+        {"teacher.model_name_or_path": "OWN"},
+        "is in the output_dir of its own student: name another",
+    ),
+    (
+        {"teacher.model_name_or_path": "HEADLESS"},
+        "cls.predictions.bias: it was trained for another",
+    ),
+    ({"teacher.model_name_or_path": "OTHER"}, "is not that of"),
+    (
+        {"teacher.model_name_or_path": "SHORT"},
+        "64 is more than the model's max_position_embeddings",
+    ),
+    (
+        SCRATCH | {"teacher.model": TEACHER | {"model_type": "deberta"}},
+        "teacher: model: deberta cannot be trained on packed rows",
+    ),
+    (
+        SCRATCH | {"teacher.model": TEACHER | {"model_type": "deberta"}, "packing": False},
+        "teacher: model: deberta has an attention of its own, which attention_weight and",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory, teacher_folder, wordpiece):
+    """What cannot teach: one without a head, one of another tokenizer, one of shorter rows."""
+    folder = tmp_path_factory.mktemp("teachers")
+    headless = AutoModelForSequenceClassification.from_pretrained(teacher_folder)
+    build(TEACHER | {"max_position_embeddings": 40}).save_pretrained(folder / "SHORT")
+    for model, name in ((headless, "HEADLESS"), (build(TEACHER), "OTHER")):
+        model.save_pretrained(folder / name)
+    for name in ("HEADLESS", "SHORT"):
+        wordpiece.save_pretrained(folder / name)
+    vocabulary = wordpiece.get_vocab()
+    first, second = (t for t, i in sorted(vocabulary.items(), key=lambda x: x[1])[40:42])
+    swapped = vocabulary | {first: vocabulary[second], second: vocabulary[first]}
+    type(wordpiece)(vocab=swapped, do_lower_case=True).save_pretrained(folder / "OTHER")
+    return {name: str(folder / name) for name in ("HEADLESS", "OTHER", "SHORT")}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_bad_input_is_one_message(settings, message, distil, teachers, teacher_folder, tmp_path):
+    own = tmp_path / "run" / "model"
+    places = teachers | {"OWN": str(own), "TEACHER": str(teacher_folder)}
+    if "OWN" in settings.values():
+        shutil.copytree(teacher_folder, own)
+    settings = {
+        key: places.get(value, value) if isinstance(value, str) else value
+        for key, value in settings.items()
+    }
+    ended = distil(**{"sequence_length": 64} | settings)
+    assert ended.status == 2, ended.error
+    (line,) = [line for line in ended.error.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not [path for path in (tmp_path / "run").rglob("*") if own not in (path, *path.parents)]
