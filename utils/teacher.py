@@ -89,6 +89,11 @@ class DistillationArguments(ModelArguments):
             raise InputError(
                 f"teacher: {path} is in the output_dir of its own student: name another output_dir"
             )
+        if given.dtype in ("8bit", "4bit") and given.model:
+            raise InputError(
+                f"teacher.dtype: {given.dtype} is for weights that are loaded: give "
+                "teacher.model_name_or_path"
+            )
         if given.dtype in ("8bit", "4bit") and (
             launched_zero_stage() == 3 or launched_with("FSDP")
         ):

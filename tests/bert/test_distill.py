@@ -237,6 +237,13 @@ def test_the_teacher_is_out_of_reach(batch):
     }
 
 
+def test_what_projects_is_of_the_students_dtype():
+    """ZeRO-3 splits all weights together, and takes but one."""
+    student, teacher = build(NARROW).to(torch.bfloat16), build(TEACHER)
+    assert add_projection(student, teacher, 0).weight.dtype == torch.bfloat16
+    assert isinstance(add_projection(teacher, teacher, 0), torch.nn.Identity)
+
+
 def test_rows_without_any_target_count_nothing(batch):
     objective = objective_of()
     rows = collate([features([], 64)])
@@ -438,6 +445,7 @@ REFUSED = [
     (OTHER_HEADS, "attention_weight: the student has 4 heads a layer and the teacher 2: make"),
     ({"torch_compile": True}, "torch_compile: attention_weight and relation_weight look into the"),
     (SCRATCH, "teacher: give its model_name_or_path, or a model from scratch"),
+    (SCRATCH | {"teacher.model": TEACHER, "teacher.dtype": "4bit"}, "teacher.dtype: 4bit is for"),
     ({"teacher.model": TEACHER}, "teacher: give its model_name_or_path, or a model from scratch"),
     ({"model_name_or_path": "TEACHER"}, "student_layers: model_name_or_path brings a student of"),
     (
