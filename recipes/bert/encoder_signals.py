@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch.nn.functional import normalize
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from masked_loss import MaskedLoss
 from utils.config import InputError
@@ -126,7 +125,9 @@ class ObservedEncoder(MaskedLoss):
 @contextmanager
 def observed_attention(found: dict[int, Attention], layers: Collection[int]) -> Iterator[None]:
     """In this context the attention of models of transformers leaves what enters it in `found`."""
-    get, called = ALL_ATTENTION_FUNCTIONS.get_interface, 0
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions  # takes a second
+
+    get, called = functions.get_interface, 0
 
     def get_observed(*names: Any) -> Callable:
         function = get(*names)
@@ -140,11 +141,11 @@ def observed_attention(found: dict[int, Attention], layers: Collection[int]) -> 
 
         return observed
 
-    ALL_ATTENTION_FUNCTIONS.get_interface = get_observed
+    functions.get_interface = get_observed
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS.get_interface
+        del functions.get_interface
 
 
 def cosine_loss(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
