@@ -83,7 +83,7 @@ class ObservedEncoder(MaskedLoss):
         layer, entering, found = self.model.get_output_embeddings(), [], {}
         kind = self.config.model_type
         if not isinstance(layer, torch.nn.Linear):
-            raise InputError(f"model: {kind} has no linear output layer to learn from")
+            raise InputError(f"model: {kind} has no linear output layer")
 
         def keep(_: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             entering.append(given[0])
@@ -101,6 +101,8 @@ class ObservedEncoder(MaskedLoss):
                 f"model: {kind} has an attention of its own, which attention_weight and "
                 "relation_weight cannot look into"
             )
+        if len(entering) != 1:
+            raise InputError(f"model: {kind} has other logits than those of its output layer")
         entering = entering[0].flatten(0, -2)
         if not self.is_settled and len(entering):
             ours = self.logits(entering)
