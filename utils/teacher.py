@@ -139,7 +139,9 @@ def teacher_config(arguments: Any, tokenizer: Any) -> Any:
     try:
         return model_config(arguments.of_teacher(), tokenizer)
     except InputError as error:
-        raise InputError(f"teacher: {error}") from None
+        path = arguments.teacher.model_name_or_path or "from scratch"
+        where = looked_for(arguments.teacher.model_name_or_path or "")
+        raise InputError(f"teacher {path}: {error}{where}") from None
 
 
 def load_teacher(

@@ -8,6 +8,7 @@ teacher, on any number of processes, and its state is the number of a row.
     teacher_cache/cache.json  lane-00000/rows-000000000.parquet …
 """
 
+import itertools
 import json
 import math
 import os
@@ -140,24 +141,25 @@ class TeacherCache:
 
     def _group(self, file: pq.ParquetFile, group: int) -> list[dict[str, Any]]:
         try:
-            columns = file.read_row_group(group).to_pydict()
+            table = file.read_row_group(group)
         except (OSError, pa.ArrowException) as error:
             raise InputError(
                 f"teacher_cache: a shard in {self.folder} is damaged: remove it and write it again "
                 f"with --write_teacher_cache true ({error})",
                 one_rank=True,
             ) from None
-        rows = zip(*columns.values(), strict=True)
-        return [dict(zip(columns, values, strict=True)) for values in rows]
+        columns = {name: _values(table[name].combine_chunks()) for name in table.column_names}
+        return [
+            {name: column[row] for name, column in columns.items()} for row in range(len(table))
+        ]
 
     def _row(self, lane: int, number: int, values: dict[str, Any]) -> Row:
-        features = {name: np.array(values[name], np.int32) for name in FEATURES}
+        features = {name: values[name] for name in FEATURES}
         is_target = features["shift_labels"] != IGNORE_INDEX
         shape = (len(is_target), self.top_k)
         ids, log_probabilities = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        ids[is_target] = np.array(values["top_ids"], np.int32).reshape(-1, self.top_k)
-        kept = np.array(values["top_log_probabilities"], np.float32).reshape(-1, self.top_k)
-        log_probabilities[is_target] = kept
+        ids[is_target] = values["top_ids"].reshape(-1, self.top_k)
+        log_probabilities[is_target] = values["top_log_probabilities"].reshape(-1, self.top_k)
         features |= {"lengths": np.int32(values["lengths"]), "top_ids": ids}
         features["top_log_probabilities"] = log_probabilities
         state = {"row": number, "seen": json.loads(values["seen"])}
@@ -298,6 +300,15 @@ def _write_shard(path: Path, rows: list[Row], tops: list[tuple[np.ndarray, np.nd
         )
         size = os.path.getsize(aside)
     return size
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Of a column, row by row; lists as arrays."""
+    if not isinstance(column, pa.ListArray):
+        return column.to_pylist()
+    offsets = column.offsets.to_pylist()
+    values = column.values.to_numpy(zero_copy_only=False)
+    return [values[start:end] for start, end in itertools.pairwise(offsets)]
 
 
 def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
