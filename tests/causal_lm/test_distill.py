@@ -309,20 +309,14 @@ def test_a_teacher_with_an_adapter(distil, teacher_folder, tmp_path):
     adapted.save_pretrained(tmp_path / "lora")
     adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "whole")
-    given = {
-        "model_name_or_path": str(teacher_folder),
-        "adapter_name_or_path": str(tmp_path / "lora"),
+    given = {"model_name_or_path": str(teacher_folder)}
+    teachers = {
+        "adapter": given | {"adapter_name_or_path": str(tmp_path / "lora")},
+        "merged": {"model_name_or_path": str(tmp_path / "whole")},
+        "plain": given,
     }
-    runs = [
-        distil("adapter", teacher=given, **settings),
-        distil(
-            "merged",
-            teacher={"model_name_or_path": str(tmp_path / "whole")},
-            student_layers=[0, 2],
-            max_steps=2,
-        ),
-        distil("plain", **settings),
-    ]
+    settings = {"student_layers": [0, 2], "max_steps": 2}
+    runs = [distil(name, teacher=teacher, **settings) for name, teacher in teachers.items()]
     assert [ended.error for ended in runs if ended.status] == []
     losses = [[record["loss"] for record in steps(ended.folder)] for ended in runs]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
