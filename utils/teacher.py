@@ -62,6 +62,7 @@ class DistillationArguments(ModelArguments):
     # for each layer of the student the teacher's, counted from 1 (its output; embeddings stand
     # beside embeddings); null: student_layers, or evenly spread
     layer_map: list[int] | None = None
+    dry_run: bool = False  # print parameters, FLOPs and memory, and load nothing
     weights: ClassVar[Sequence[str]] = ("soft_weight", "hard_weight", "hidden_weight")
 
     def check(self) -> None:
