@@ -32,12 +32,13 @@ from typing import Any
 
 import yaml
 
-from utils.program import at_end, leave
-from utils.usage import (
+from utils.program import (
     alternatives,
+    at_end,
     default,
     in_brief,
     launched_rank,
+    leave,
     looked_for,
     plain,
     show,

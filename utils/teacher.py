@@ -22,8 +22,8 @@ from utils.fragments import gathered
 from utils.integrity import write_checksums
 from utils.model import ModelArguments, build_model, empty_model, load_tokenizer, model_config
 from utils.model_settings import check_not_pickled, quantization
+from utils.program import looked_for
 from utils.ranks import launched_with, launched_zero_stage
-from utils.usage import looked_for
 
 
 @dataclass

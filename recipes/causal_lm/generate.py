@@ -36,7 +36,7 @@ from utils.config import InputError, command, parse
 from utils.files import written_aside
 from utils.integrity import locked
 from utils.model_settings import load_model, load_pretrained
-from utils.usage import looked_for
+from utils.program import looked_for
 
 
 @dataclass

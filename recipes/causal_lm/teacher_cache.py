@@ -37,12 +37,12 @@ from utils.files import written_aside
 from utils.integrity import checksum
 from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
+from utils.program import announced, say
 from utils.progress import progress_bar
 from utils.run_folder import RunFolder
 from utils.stream import Row, collate
 from utils.teacher import load_teacher, whole
 from utils.training import Training
-from utils.usage import announced, say
 
 MANIFEST = "cache.json"
 

@@ -47,11 +47,11 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.model import check_positions, load_tokenizer, model_config
+from utils.program import say, spared, warn
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.scoring import check_finite, score_examples, write_predictions
 from utils.training import Training
-from utils.usage import say, spared, warn
 
 USAGE = """
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
