@@ -308,8 +308,10 @@ def add_projection(model: Any, teacher: Any, seed: int) -> torch.nn.Module:
     if mine == theirs:
         return torch.nn.Identity()
     torch.manual_seed(random_key(seed, "projection"))
-    model.distillation_projection = torch.nn.Linear(mine, theirs, bias=False)
-    return model.distillation_projection
+    # ZeRO-3 takes one dtype for all that it splits
+    projection = torch.nn.Linear(mine, theirs, bias=False).to(model.dtype)
+    model.distillation_projection = projection
+    return projection
 
 
 def hidden_loss(

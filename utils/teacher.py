@@ -90,6 +90,11 @@ class DistillationArguments(ModelArguments):
             raise InputError(
                 f"teacher: {path} is in the output_dir of its own student: name another output_dir"
             )
+        if given.dtype in ("8bit", "4bit") and given.model:
+            raise InputError(
+                f"teacher.dtype: {given.dtype} is for weights that are loaded: give "
+                "teacher.model_name_or_path"
+            )
         if given.dtype in ("8bit", "4bit") and (
             launched_zero_stage() == 3 or launched_with("FSDP")
         ):
@@ -250,9 +255,11 @@ def student_model(
 
     a = arguments
     if a.is_carved:
-        path = folder / "student"
-        with AcceleratorState().main_process_first():
-            if not path.exists():
+        path, ranks = folder / "student", AcceleratorState()
+        # before a checkpoint there may be one of other settings
+        is_new = not any(folder.glob("checkpoints/step-*")) or not path.exists()
+        with ranks.main_process_first():
+            if ranks.is_main_process and is_new:
                 _write_student(a, config, auto_model, path)
         a = replace(a, model_name_or_path=str(path))
     return build_model(a, config, auto_model)

@@ -1,7 +1,9 @@
 """Whether an encoder can be trained as the recipe does it: settled by numbers, before any step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from textwrap import shorten
+from typing import Any
 
 import torch
 
@@ -27,21 +29,34 @@ def check_objective(objective: torch.nn.Module, scores: Scores, lengths: Iterabl
         return scores(_unmasked(**batch))["mlm"][0].view(batch["input_ids"].shape)
 
     how = "packed" if objective.packing else "padded"
+    advice = ": set packing: false" if objective.packing else ""
+    # models fail in ways of their own on a mask they do not expect
+    failure = f"model: {kind} cannot be trained on {how} rows"
+    with trial(failure, advice), amplified(objective.model):
+        for length in sorted(lengths):
+            _check_targets(losses, scores, length, vocabulary, kind)
+            if objective.packing:
+                # what a mask hides weighs exactly 0, in every precision
+                check_packing(losses, (1, length), vocabulary)
+
+
+def check_signals(forward: Callable[[dict[str, torch.Tensor]], Any], kind: str) -> None:
+    """Raises InputError unless a model of that kind gives what is distilled."""
+    tokens, places = torch.arange(8)[None], torch.arange(8)[None]
+    with trial(f"model: {kind} does not give what is to be distilled"):
+        forward(_unmasked(tokens, places))
+
+
+@contextmanager
+def trial(problem: str, advice: str = "") -> Iterator[None]:
+    """In this context whatever a model fails with is an InputError, which begins so."""
     try:
-        with amplified(objective.model):
-            for length in sorted(lengths):
-                _check_targets(losses, scores, length, vocabulary, kind)
-                if objective.packing:
-                    # what a mask hides weighs exactly 0, in every precision
-                    check_packing(losses, (1, length), vocabulary)
+        yield
     except (InputError, torch.OutOfMemoryError, torch.distributed.DistBackendError):
         raise
-    except Exception as error:  # models fail in ways of their own on a mask they do not expect
-        advice = ": set packing: false" if objective.packing else ""
-        raise InputError(
-            f"model: {kind} cannot be trained on {how} rows "
-            f"({type(error).__name__}: {shorten(str(error), 100)}){advice}"
-        ) from None
+    except Exception as error:
+        cause = f"{type(error).__name__}: {shorten(str(error), 100)}"
+        raise InputError(f"{problem} ({cause}){advice}") from None
 
 
 def _check_targets(

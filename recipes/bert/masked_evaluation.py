@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,20 @@ from utils.config import InputError
 from utils.lanes import encode_documents
 from utils.loss import IGNORE_INDEX
 from utils.scoring import batches
-from utils.sources import BadRecords, Document
+from utils.sources import BadRecords, Document, held_out_documents
 from utils.training import Training
 
 WINDOW_DOCUMENTS = 64
 
 # batch → term → (loss, whether the most likely one was right) of each target, row by row
 Scores = Callable[[dict[str, torch.Tensor]], dict[str, tuple[torch.Tensor, torch.Tensor]]]
+
+USAGE = """
+from transformers import pipeline
+
+fill = pipeline("fill-mask", "{model}")
+print(fill(f"the sum of two {fill.tokenizer.mask_token}.")[0]["sequence"])
+"""
 
 
 @dataclass
@@ -37,6 +45,25 @@ class MaskedEvaluation:
     make_examples: ExampleMaker
     scores: Scores
     packing: bool
+
+    def validation(self, step: int) -> dict[str, Any] | None:
+        """Of the validation sources after `step` steps, at the length of that step's phase."""
+        a = self.training.arguments
+        if not a.validation_sources:
+            return {}
+        documents = held_out_documents(a.validation_sources, a.eval_documents, a)
+        return self.loss_and_accuracy(documents, a.phase_at(max(step - 1, 0)).sequence_length)
+
+    def test(self) -> dict[str, Any] | None:
+        """Of the test sources, by the best weights, at the length of the last phase."""
+        self.training.load_best()
+        a = self.training.arguments
+        documents, length = partial(held_out_documents, a.test_sources, None, a), a.row_length
+        results = self.loss_and_accuracy(documents(), length)
+        if results is None or not (per_domain := a.pseudo_perplexity_documents):
+            return results
+        more = self.pseudo_perplexity(documents(), per_domain, length)
+        return None if more is None else results | more
 
     def loss_and_accuracy(
         self, documents: Iterator[Document], sequence_length: int
@@ -172,3 +199,18 @@ class MaskedEvaluation:
                 by_domain = totals.setdefault(term, {})
                 by_domain[name] = by_domain.get(name, 0) + values
         return totals
+
+
+def facts_of_test(results: dict[str, Any]) -> dict[str, str]:
+    """What a card says of them."""
+    return {
+        f"{name.removeprefix('eval_').replace('_', ' ')} of the test documents": f"{v:.4f}"
+        for name, v in results.items()
+        if isinstance(v, float)
+    }
+
+
+def facts_of_sequences(records: list[dict[str, Any]]) -> dict[str, str]:
+    """What a card says of the examples that were trained on, as they were counted last."""
+    counted = (r["sequence_counts"] for r in reversed(records) if "sequence_counts" in r)
+    return {name.replace("_", " "): f"{count:,}" for name, count in next(counted, {}).items()}

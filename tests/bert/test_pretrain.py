@@ -20,12 +20,13 @@ from transformers import (
     pipeline,
 )
 
+import masked_loss
 from conftest import make_prose, write_jsonl
 from example_rows import features, fit
 from launching import checkpoints, metrics, state, steps
+from masked_loss import MaskedLoss
 from masking import ExampleMaker, MaskingArguments
 from recipes.bert import pretrain as bert
-from recipes.bert.pretrain import MaskedLoss
 from sentence_encoder import SentenceEncoder
 from utils.loss import IGNORE_INDEX
 from utils.stream import collate
@@ -466,13 +467,13 @@ def test_a_dry_run_refuses_what_the_run_refuses(settings, message, pretrain_bert
 
 def test_rows_of_every_phase_are_packed_on_trial(pretrain_bert, monkeypatch):
     """A model that keeps sequences apart in short rows alone is refused before the first step."""
-    block_diagonal_mask = bert.block_diagonal_mask
+    block_diagonal_mask = masked_loss.block_diagonal_mask
 
     def mask_of_short_rows(sequence_ids, *rest):
         mask = block_diagonal_mask(sequence_ids, *rest)
         return mask if sequence_ids.shape[1] <= 32 else torch.zeros_like(mask)
 
-    monkeypatch.setattr(bert, "block_diagonal_mask", mask_of_short_rows)
+    monkeypatch.setattr(masked_loss, "block_diagonal_mask", mask_of_short_rows)
     assert pretrain_bert("short", max_steps=1).status == 0
     ended = pretrain_bert("phases", **PHASES)
     assert ended.status == 2

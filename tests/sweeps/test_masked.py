@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
 
 from example_rows import features, fit
 from masked_check import check_objective
+from masked_loss import MaskedLoss, check_model
 from masking import Example
-from recipes.bert.pretrain import MaskedLoss, check_model
 from sweeps.architectures import (
     CannotBuild,
     documents,

@@ -24,7 +24,7 @@ from transformers import (
 
 from finetuning_plan import parameter_parts
 from launching import CAUSAL_LM, ROOT, run
-from recipes.bert.pretrain import MaskedLoss
+from masked_loss import MaskedLoss
 from utils.adapters import AdapterArguments, add_adapter, freeze
 from utils.arguments import TrainingArguments
 from utils.config import InputError
