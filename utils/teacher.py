@@ -239,11 +239,14 @@ def student_config(arguments: Any, of_teacher: Any, tokenizer: Any) -> Any:
 
 
 def student_model(
-    arguments: Any, config: Any, auto_model: Any, folder: Path
+    arguments: Any, config: Any, auto_model: Any, folder: Path, of_teacher: Any = None
 ) -> "transformers.PreTrainedModel":
     """The model that is trained; all ranks call it together.
 
     One that is carved from the teacher is written to `folder`/student, and read from there.
+
+    Args:
+        of_teacher: the teacher's configuration, where it is not what its settings alone make.
     """
     from accelerate.state import AcceleratorState
 
@@ -252,15 +255,18 @@ def student_model(
         path = folder / "student"
         with AcceleratorState().main_process_first():
             if not path.exists():
-                _write_student(a, config, auto_model, path)
+                _write_student(a, config, auto_model, path, of_teacher)
         a = replace(a, model_name_or_path=str(path))
     return build_model(a, config, auto_model)
 
 
-def _write_student(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:
+def _write_student(
+    arguments: Any, config: Any, auto_model: Any, path: Path, of_teacher: Any
+) -> None:
     a = arguments.of_teacher()
+    of_teacher = copy.deepcopy(of_teacher) or model_config(a, load_tokenizer(a))
     with by_itself():
-        teacher = build_model(a, model_config(a, load_tokenizer(a)), auto_model)
+        teacher = build_model(a, of_teacher, auto_model)
         if a.teacher.adapter_name_or_path:
             import peft
 

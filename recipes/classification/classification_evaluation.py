@@ -83,6 +83,18 @@ def as_facts(results: dict[str, Any], split: str, whose: str = "") -> dict[str, 
     }
 
 
+def kept_share(
+    args: ClassificationArguments, results: dict[str, Any], taught: dict[str, Any]
+) -> dict[str, str]:
+    """For the card, the student's score by that of its teacher: Sanh et al. 2019."""
+    usual = "pearsonr" if args.problem_type == "regression" else "accuracy"
+    name = args.eval_metric if args.is_greater_better else f"eval_{usual}"
+    mine, theirs = results[name], taught[name]
+    if mine is None or not theirs or theirs < 0:
+        return {}
+    return {f"share of the teacher's {name.removeprefix('eval_')} kept": f"{mine / theirs:.1%}"}
+
+
 def write_predicted(
     training: Training, names: list[str], logits: np.ndarray, labels: np.ndarray
 ) -> dict[str, Any]:
