@@ -159,6 +159,7 @@ def load_teacher(
     dtype, options = PRECISIONS[a.mixed_precision], {}
     if given.dtype in ("8bit", "4bit"):
         options["quantization_config"] = quantization(given.dtype, dtype)
+        options["quantization_config"].llm_int8_skip_modules = _heads(config, auto_model)
     elif given.dtype != "auto":
         dtype = getattr(torch, given.dtype)
     try:
@@ -185,6 +186,12 @@ def load_teacher(
     }
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     return engine.module.eval()
+
+
+def _heads(config: Any, auto_model: Any) -> list[str]:
+    """What stands beside the base model: small, or of few rows, and all of what is learnt from."""
+    model = empty_model(copy.deepcopy(config), auto_model)
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _without_head(model: Any) -> str | None:

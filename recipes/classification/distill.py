@@ -16,6 +16,8 @@ the teacher's scores beside the student's.
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -91,7 +93,7 @@ class Arguments(ClassificationArguments, DistillationArguments):
         plain = ("forward_kl", 1.0)
         if self.problem_type == "regression" and (self.divergence, self.temperature) != plain:
             raise InputError("divergence and temperature: a regression has no probabilities")
-        if (self.augmented_copies or 1) < 1:
+        if self.augmented_copies is not None and self.augmented_copies < 1:
             raise InputError(f"augmented_copies must be at least 1, not {self.augmented_copies}")
         if self.augmented_copies and not self.augmentation:
             raise InputError("augmented_copies: give augmentation too, which makes them")
@@ -110,13 +112,23 @@ class Arguments(ClassificationArguments, DistillationArguments):
         return replace(super().of_teacher(), tokenizer=own, new_head=False)
 
     def lacks_label(self, split: str, row: TableRow) -> bool:
-        """Whether a row counts as one without a label."""
-        if split != "train" or self.on_missing_label == "fail":
+        """Whether a row counts as one without a label.
+
+        Raises:
+            InputError: a row of train_data has none, and that was not said.
+        """
+        if split != "train":
             return split == "transfer"
         value = row.find(self.label_column)
         # of several labels in a text, an empty one says that there are none
         is_blank = isinstance(value, str) and not value.strip() and not self.label_separator
-        return value is None or is_blank
+        is_lacking = value is None or is_blank
+        if is_lacking and self.on_missing_label == "fail":
+            raise InputError(
+                f"{row.place}: {self.label_column} is missing: set on_missing_label: unlabelled, "
+                "or give texts without labels as transfer_data"
+            )
+        return is_lacking
 
 
 class DistillationLoss(ClassificationLoss):
@@ -212,23 +224,31 @@ class DistillationLoss(ClassificationLoss):
         return {name: found[name] for name in self.names}
 
 
+@contextmanager
+def said_of_the_teacher() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"teacher: {error}") from None
+
+
 @at_end
 def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
     tables["transfer"] = args.transfer_data
     rows = read_labelled_texts(tables, args, args.lacks_label)
-    tokenizer, teacher_tokenizer = load_tokenizer(args), load_tokenizer(args.of_teacher())
+    with said_of_the_teacher():
+        teacher_tokenizer = load_tokenizer(args.of_teacher())
+    tokenizer = load_tokenizer(args)
     of_teacher = teacher_config(args, teacher_tokenizer)
     # the names also of rows that are held out of the training rows
     given = teacher_labels(of_teacher, args)
     rows, names = keep_labels(rows, given, args, of_teacher=True)
     if given is None:
         configure(of_teacher, names, args.problem_type, {})
-    try:
+    with said_of_the_teacher():
         check_tokenizer(teacher_tokenizer, of_teacher, args.sequence_length)
-    except InputError as error:
-        raise InputError(f"teacher: {error}") from None
     config = student_config(args, of_teacher, tokenizer)
     check_own_labels(config, args, names)
     needing = [
@@ -267,8 +287,9 @@ def main() -> None:
     auto_model = transformers.AutoModelForSequenceClassification
     teacher = load_teacher(args, of_teacher, auto_model, training.accelerator)
     model = student_model(args, config, auto_model, folder.path, of_teacher)
-    for each in (teacher, model):
-        check_positions(each, args.sequence_length)
+    check_positions(model, args.sequence_length)
+    with said_of_the_teacher():
+        check_positions(teacher, args.sequence_length)
     objective = DistillationLoss(model, teacher, args, weights, layers)
     varied = rows["train"] * (1 + args.copies)
     augmenter = Augmenter(varied, args.augmentation, args.seed) if args.augmentation else None
@@ -307,8 +328,9 @@ def main() -> None:
         if taught is None:
             return training.stop()
         if split == "test":
-            of_teacher = {f"teacher_{k.removeprefix('eval_')}": x for k, x in taught.items()}
-            training.record_test(results | of_teacher)
+            named = {k.replace("eval_", "teacher_test_"): value for k, value in taught.items()}
+            training.log({"step": training.state.step, **named})
+            training.record_test(results)
         facts |= as_facts(results, split) | as_facts(taught, split, " by the teacher")
         facts |= kept_share(args, results, taught)
         facts |= write_predicted(training, names, logits, labels[split])
