@@ -119,11 +119,12 @@ class Arguments(ClassificationArguments, DistillationArguments):
         """
         if split != "train":
             return split == "transfer"
-        value = row.find(self.label_column)
+        may_lack = self.on_missing_label == "unlabelled"
+        value = (row.find if may_lack else row.get)(self.label_column)
         # of several labels in a text, an empty one says that there are none
         is_blank = isinstance(value, str) and not value.strip() and not self.label_separator
         is_lacking = value is None or is_blank
-        if is_lacking and self.on_missing_label == "fail":
+        if is_lacking and not may_lack:
             raise InputError(
                 f"{row.place}: {self.label_column} is missing: set on_missing_label: unlabelled, "
                 "or give texts without labels as transfer_data"

@@ -15,6 +15,7 @@ from classification_examples import Example, collate, encode, labelled_examples,
 from labelled_texts import LabelledText, label_ids
 from utils.config import InputError
 from utils.epochs import hold_out
+from utils.usage import warn
 
 
 def parts_of_transfer(
@@ -54,6 +55,10 @@ def transfer_labels(
     labelled = sum(row.label is not None for row in rows["train"])
     if not labelled and not arguments.soft_weight and not arguments.hidden_weight:
         raise InputError("hard_weight: no row of train_data has a label to learn")
+    if not labelled and arguments.hard_weight:
+        warn(
+            f"no row of train_data has a {arguments.label_column}: the teacher alone is learnt from"
+        )
     found = {
         split: label_ids(part[:labelled] if split == "train" else part, names, arguments)
         for split, part in rows.items()

@@ -604,7 +604,10 @@ REFUSED = {
         {"tokenizer": "W", "student_layers": [0]},
         "student_layers: .* is not the tokenizer of the teacher",
     ),
-    "nothing there": ({"teacher": {"model_name_or_path": "/nowhere"}}, "teacher: tokenizer: cannot load /now"),
+    "nothing there": (
+        {"teacher": {"model_name_or_path": "/nowhere"}},
+        "teacher: tokenizer: cannot load /now",
+    ),
     "an adapter": ({"teacher.adapter_name_or_path": "W"}, "teacher.adapter_name_or_path: the lab"),
     "no teacher": ({"teacher": {}}, "teacher: give its model_name_or_path"),
     "temperature": ({"temperature": 0.0}, "temperature must be more than 0"),
