@@ -16,9 +16,9 @@ import transformers
 from utils import checkpoint
 from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
+from utils.program import say
 from utils.randomness import random_key
 from utils.ranks import launched_with
-from utils.usage import say
 
 # variables of Accelerate in whose place the recipe has settings
 EXPORTED = {

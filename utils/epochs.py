@@ -18,9 +18,9 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError
 from utils.engine import Step
 from utils.files import find_local_files
+from utils.program import warn
 from utils.randomness import Draws
 from utils.tables import FORMATS
-from utils.usage import warn
 
 MICRO_BATCH_COST = 256  # tokens of padding that are cheaper than one more micro-batch
 

@@ -20,8 +20,8 @@ from utils import checkpoint
 from utils.config import InputError, at_end, write_yaml
 from utils.files import written_aside
 from utils.integrity import Lock, changed_files
+from utils.program import launched_rank, say, warn
 from utils.ranks import launched_world_size
-from utils.usage import launched_rank, say, warn
 
 # settings that a finished run has no use for any more; what its data are, they say themselves
 FREE = {

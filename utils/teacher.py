@@ -22,8 +22,8 @@ from utils.fragments import gathered
 from utils.integrity import write_checksums
 from utils.model import ModelArguments, build_model, empty_model, load_tokenizer, model_config
 from utils.model_settings import check_not_pickled, quantization
+from utils.program import looked_for
 from utils.ranks import launched_with, launched_zero_stage
-from utils.usage import looked_for
 
 
 @dataclass
@@ -62,6 +62,7 @@ class DistillationArguments(ModelArguments):
     # for each layer of the student the teacher's, counted from 1 (its output; embeddings stand
     # beside embeddings); null: student_layers, or evenly spread
     layer_map: list[int] | None = None
+    dry_run: bool = False  # print parameters, FLOPs and memory, and load nothing
     weights: ClassVar[Sequence[str]] = ("soft_weight", "hard_weight", "hidden_weight")
 
     def check(self) -> None:

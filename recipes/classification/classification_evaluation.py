@@ -10,9 +10,9 @@ from classification_arguments import ClassificationArguments
 from classification_examples import Example
 from classification_metrics import measure, probabilities, undefined_metrics
 from utils.config import InputError
+from utils.program import spared, warn
 from utils.scoring import check_finite, score_examples, write_predictions
 from utils.training import Training
-from utils.usage import spared, warn
 
 USAGE = """
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline

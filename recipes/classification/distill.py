@@ -57,6 +57,7 @@ from utils.epochs import Epochs, digest
 from utils.memory import parameter_count
 from utils.model import check_positions, load_tokenizer
 from utils.model_settings import tokenizer_settings
+from utils.program import say
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.tables import Table, TableRow
@@ -69,7 +70,6 @@ from utils.teacher import (
     teacher_config,
 )
 from utils.training import Training
-from utils.usage import say
 
 
 @dataclass

@@ -50,10 +50,10 @@ from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs, digest, hold_out
 from utils.model import check_positions, load_tokenizer, model_config
+from utils.program import say
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.training import Training
-from utils.usage import say
 
 
 @dataclass

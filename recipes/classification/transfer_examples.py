@@ -15,7 +15,7 @@ from classification_examples import Example, collate, encode, labelled_examples,
 from labelled_texts import LabelledText, label_ids
 from utils.config import InputError
 from utils.epochs import hold_out
-from utils.usage import warn
+from utils.program import warn
 
 
 def parts_of_transfer(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import cache_shards
 import teacher_cache
 from conftest import WORDS, write_jsonl
 from launching import TINY_RUN, checkpoints, command_line, metrics, run, steps
@@ -389,7 +390,7 @@ def test_a_cache_of_all_tokens_is_the_teacher(distil, tmp_path):
 
 def test_a_cached_run_goes_on_and_an_interrupted_cache_too(distil, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 3)
-    monkeypatch.setattr(teacher_cache, "GROUP_ROWS", 2)
+    monkeypatch.setattr(cache_shards, "GROUP_ROWS", 2)
     settings = cached(tmp_path / "cache", cache_top_k=8, save_steps=2, keep_last=3)
     assert distil("run", **settings, write_teacher_cache=True).status == 0
     files = sorted((tmp_path / "cache").rglob("*.parquet"))

@@ -468,6 +468,16 @@ def test_students_from_the_teachers_layers_a_checkpoint_and_a_config(
     assert not [name for name in exported if "projection" in name]
 
 
+def test_a_teacher_from_scratch_has_the_labels_of_the_data(distil, wordpiece_folder):
+    """Its layers are the same in the student that is made of them."""
+    settings = {"hard_weight": 0.0, "weight_decay": 0.0, "student_layers": [0, 1], "max_steps": 2}
+    ended = distil(teacher={"model": STUDENT}, tokenizer=wordpiece_folder, **settings)
+    assert ended.status == 0, ended.error
+    assert [record["soft_loss"] for record in steps(ended.folder)] == [0, 0]
+    config = json.loads((ended.folder / "model/config.json").read_text())
+    assert [*config["id2label"].values()] == sorted(NAMES)
+
+
 def test_the_export_is_the_student_and_says_what_was_predicted(distil):
     ended = distil(max_steps=12, learning_rate=1e-2, temperature=2.0)
     assert ended.status == 0, ended.error
