@@ -17,7 +17,7 @@ the teacher's scores beside the student's.
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -108,7 +108,9 @@ class Arguments(ClassificationArguments, DistillationArguments):
     def of_teacher(self) -> "Arguments":
         """With its own tokenizer, if it has one."""
         path = self.teacher.model_name_or_path
-        own = path if path and tokenizer_settings(path) else self.tokenizer_name
+        own = path or self.tokenizer_name
+        with suppress(OSError):  # there is nothing at all, which is said where it is to be read
+            own = own if own and tokenizer_settings(own) else self.tokenizer_name
         return replace(super().of_teacher(), tokenizer=own, new_head=False)
 
     def lacks_label(self, split: str, row: TableRow) -> bool:
