@@ -87,8 +87,8 @@ class Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, of_teacher: PreTrainedTokenizerBase):
         self.tokenizer, self.of_teacher = tokenizer, of_teacher
-        names = tokenizer.model_input_names == of_teacher.model_input_names
-        self.is_one = names and have_same_tokens(tokenizer, of_teacher)
+        own, its = ((each.model_input_names, each.pad_token_id) for each in (tokenizer, of_teacher))
+        self.is_one = own == its and have_same_tokens(tokenizer, of_teacher)
 
     def read(self, rows: list[LabelledText], labels: np.ndarray) -> tuple[list[Example], int]:
         """As `labelled_examples`."""

@@ -438,6 +438,29 @@ def test_a_decoder_with_its_own_tokenizer_teaches_an_encoder(
     assert f"share of the teacher's accuracy kept | {share} |" in card.replace("&#x27;", "'")
 
 
+def test_a_teacher_is_told_which_text_is_which_though_its_student_is_not(distil, teacher, tmp_path):
+    """BERT has token types, and DistilBERT none, of one tokenizer."""
+    parts = {}
+    for seed, part in enumerate(("train", "validation", "test")):
+        rows = [
+            row | {"other": text["text"]}
+            for row, text in zip(rows_of(16, seed), rows_of(16, 9), strict=True)
+        ]
+        parts[f"{part}_data"] = [{"path": write_jsonl(tmp_path / f"{part}.jsonl", rows)}]
+    model = {"model_type": "distilbert", "dim": 32, "hidden_dim": 64, "n_heads": 2, "n_layers": 1}
+    settings = {"text_pair_column": "other", "sequence_length": 64, "max_steps": 2}
+    ended = distil(**parts, model=model, hidden_weight=0.1, **settings)
+    assert ended.status == 0, ended.error
+    classify = pipeline("text-classification", str(teacher), top_k=None)
+    losses = []
+    for row in rows:
+        pair = {"text": row["text"], "text_pair": row["other"]}
+        found = classify([pair], truncation=True, max_length=64)[0]
+        losses += [-np.log(r["score"]) for r in found if r["label"] == row["label"]]
+    taught, _ = metrics(ended.folder)[-2:]
+    assert taught["teacher_test_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
 def test_students_from_the_teachers_layers_a_checkpoint_and_a_config(
     distil, teacher, wordpiece_folder, tmp_path
 ):
