@@ -177,6 +177,7 @@ class Engine:
         """
         a, accelerator = self.arguments, self.accelerator
         self.objective.train()
+        self.loaded = None  # the weights move on from it
         self.rows = batches[-1]["input_ids"] if batches else self.rows
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]

@@ -52,7 +52,8 @@ class Epochs:
 
     @property
     def files(self) -> list[str]:
-        tables = self.arguments.train_data
+        a = self.arguments
+        tables = [*a.train_data, *getattr(a, "transfer_data", ())]
         return [file for table in tables for file in find_local_files(table.path, FORMATS)]
 
     def fingerprint(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ FREE = {
     *("output_dir", "resume", "report_to", "logging_steps", "save_steps", "keep_last"),
     *("keep_every", "per_device_batch_size", "per_device_eval_batch_size", "torch_compile"),
     *("gradient_checkpointing", "attn_implementation", "dataloader_num_workers"),
-    *("on_bad_record", "verify_sources", "train_sources", "train_data"),
+    *("on_bad_record", "verify_sources", "train_sources", "train_data", "transfer_data"),
 }
 # the end of a run is done again for them
 MEASURED_AT_THE_END = {

@@ -165,6 +165,7 @@ def load_teacher(
     dtype, options = PRECISIONS[a.mixed_precision], {}
     if given.dtype in ("8bit", "4bit"):
         options["quantization_config"] = quantization(given.dtype, dtype)
+        options["quantization_config"].llm_int8_skip_modules = _heads(config, auto_model)
     elif given.dtype != "auto":
         dtype = getattr(torch, given.dtype)
     try:
@@ -191,6 +192,12 @@ def load_teacher(
     }
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     return engine.module.eval()
+
+
+def _heads(config: Any, auto_model: Any) -> list[str]:
+    """What stands beside the base model: small, or of few rows, and all of what is learnt from."""
+    model = empty_model(copy.deepcopy(config), auto_model)
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _without_head(model: Any) -> str | None:
@@ -245,11 +252,14 @@ def student_config(arguments: Any, of_teacher: Any, tokenizer: Any) -> Any:
 
 
 def student_model(
-    arguments: Any, config: Any, auto_model: Any, folder: Path
+    arguments: Any, config: Any, auto_model: Any, folder: Path, of_teacher: Any = None
 ) -> "transformers.PreTrainedModel":
     """The model that is trained; all ranks call it together.
 
     One that is carved from the teacher is written to `folder`/student, and read from there.
+
+    Args:
+        of_teacher: the teacher's configuration, where it is not what its settings alone make.
     """
     from accelerate.state import AcceleratorState
 
@@ -260,15 +270,18 @@ def student_model(
         is_new = not any(folder.glob("checkpoints/step-*")) or not path.exists()
         with ranks.main_process_first():
             if ranks.is_main_process and is_new:
-                _write_student(a, config, auto_model, path)
+                _write_student(a, config, auto_model, path, of_teacher)
         a = replace(a, model_name_or_path=str(path))
     return build_model(a, config, auto_model)
 
 
-def _write_student(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:
+def _write_student(
+    arguments: Any, config: Any, auto_model: Any, path: Path, of_teacher: Any
+) -> None:
     a = arguments.of_teacher()
+    of_teacher = copy.deepcopy(of_teacher) or model_config(a, load_tokenizer(a))
     with by_itself():
-        teacher = build_model(a, model_config(a, load_tokenizer(a)), auto_model)
+        teacher = build_model(a, of_teacher, auto_model)
         if a.teacher.adapter_name_or_path:
             import peft
 
