@@ -172,12 +172,13 @@ def load_teacher(
         model = build_model(a.of_teacher(), config, auto_model, dtype, **options)
     except InputError as error:
         raise InputError(f"teacher: {error}") from None
-    if given.model_name_or_path and (lacking := _without_head(model)):
+    drawn = [name for name in model.newly_initialized if "pooler" not in name]
+    if drawn:
         raise InputError(
-            f"teacher: {given.model_name_or_path} has no {lacking}: it was trained for another task"
+            f"teacher: {given.model_name_or_path} has no {drawn[0]}: it is of another task"
         )
     if given.adapter_name_or_path:
-        model = _with_adapter(model, given.adapter_name_or_path)
+        model = _with_adapter(model, given.adapter_name_or_path).base_model.model
     model.requires_grad_(False).eval()
     stage = launched_zero_stage()
     if stage < 3:
@@ -200,17 +201,12 @@ def _heads(config: Any, auto_model: Any) -> list[str]:
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
-def _without_head(model: Any) -> str | None:
-    """The first weight that was to be loaded and had to be drawn, but for poolers."""
-    return next((name for name in model.newly_initialized if "pooler" not in name), None)
-
-
 def _with_adapter(model: Any, path: str) -> Any:
     import peft
 
     check_not_pickled(path, f"peft.PeftModel.from_pretrained(base, {path!r})")
     try:
-        return peft.PeftModel.from_pretrained(model, path).base_model.model
+        return peft.PeftModel.from_pretrained(model, path)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         problem = " ".join(str(error).split())[:200] + looked_for(path)
         raise InputError(f"teacher.adapter_name_or_path: {path} does not fit: {problem}") from None
@@ -283,10 +279,7 @@ def _write_student(
     with by_itself():
         teacher = build_model(a, of_teacher, auto_model)
         if a.teacher.adapter_name_or_path:
-            import peft
-
-            teacher = peft.PeftModel.from_pretrained(teacher, a.teacher.adapter_name_or_path)
-            teacher = teacher.merge_and_unload()
+            teacher = _with_adapter(teacher, a.teacher.adapter_name_or_path).merge_and_unload()
         student = carved(teacher, empty_model(config, auto_model, "cpu"), arguments.student_layers)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
