@@ -66,14 +66,15 @@ class DistillationArguments(ModelArguments):
     weights: ClassVar[Sequence[str]] = ("soft_weight", "hard_weight", "hidden_weight")
 
     def check(self) -> None:
-        given, carved = self.teacher, [self.student_layers, self.student_intermediate_size]
+        given = self.teacher
         if bool(given.model_name_or_path) == bool(given.model):
             raise InputError("teacher: give its model_name_or_path, or a model from scratch")
         if given.adapter_name_or_path and not given.model_name_or_path:
             raise InputError("teacher.adapter_name_or_path: give model_name_or_path, its base")
-        if carved != [None, None] and self.model_name_or_path:
+        usual = type(self).__dataclass_fields__["model"].default_factory()
+        if self.is_carved and (self.model_name_or_path or self.model != usual):
             raise InputError(
-                "student_layers: model_name_or_path brings a student of its own: give one of them"
+                "student_layers: model_name_or_path and model are students of their own: give one"
             )
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature must be more than 0, not {self.temperature}")

@@ -67,6 +67,8 @@ def distil(call, corpus_folder, teacher_folder, tmp_path):
     def start(name="run", **settings):
         folder = tmp_path / name
         values = SETTINGS | {"output_dir": folder} | settings
+        if values.keys() & {"student_layers", "student_intermediate_size"}:
+            values["model"] = settings.get("model", {"model_type": "llama"})
         values.setdefault("train_sources", [{"path": str(corpus_folder / "train-0.jsonl")}])
         values.setdefault("teacher", {"model_name_or_path": str(teacher_folder)})
         return call(distill.main, command_line(values), folder)
@@ -113,6 +115,8 @@ def converse(call, conversations, teacher_folder, tmp_path):
             "global_batch_size": 8,
             "sample_answers": 1,
         }
+        if "student_layers" in settings:
+            del values["model"]
         return call(distill.main, command_line(values | settings), tmp_path / name)
 
     return start
@@ -344,7 +348,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(distil, tmp_path):
 def test_processes_and_stages_change_no_number(
     stage, distil, corpus_folder, teacher_folder, tmp_path
 ):
-    values = SETTINGS | {
+    values = {k: v for k, v in SETTINGS.items() if k != "model"} | {
         "teacher": {"model_name_or_path": str(teacher_folder)},
         "train_sources": [{"path": str(corpus_folder / "train-0.jsonl")}],
         "validation_sources": [{"path": str(corpus_folder / "validation.jsonl")}],
@@ -554,7 +558,8 @@ REFUSED = {
     "no cache": ({"teacher_cache": "C"}, "there is none in .*C: write it"),
     "nameless cache": ({"write_teacher_cache": True}, "name the folder: teacher_cache"),
     "hidden of cache": ({"teacher_cache": "C", "hidden_weight": 1.0}, "no hidden states"),
-    "two students": ({"model_name_or_path": "T", "student_layers": [0]}, "give one of them"),
+    "two students": ({"model_name_or_path": "T", "student_layers": [0]}, "students of their own"),
+    "a student twice": ({"model": TEACHER, "student_layers": [0]}, "students of their own"),
     "key": ({"techer": "x"}, "techer"),
 }
 

@@ -654,7 +654,7 @@ REFUSED = {
     "copies": ({"augmented_copies": 2}, "augmented_copies: give augmentation too"),
     "no copies": ({"augmented_copies": 0, "augmentation": {}}, "augmented_copies must be at le"),
     "new head": ({"new_head": True}, "new_head: from scratch every head is new"),
-    "two students": ({"model_name_or_path": "T", "student_layers": [0]}, "give one of them"),
+    "two students": ({"model_name_or_path": "T", "student_layers": [0]}, "students of their own"),
     "longer rows": ({"sequence_length": 65}, "teacher.*sequence_length: 65 is more than"),
     "no transfer file": ({"transfer_data": [{"path": "none.jsonl"}]}, "no file none.jsonl"),
     "encoder-decoder": (
