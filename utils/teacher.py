@@ -91,14 +91,13 @@ class DistillationArguments(ModelArguments):
             raise InputError(
                 f"teacher: {path} is in the output_dir of its own student: name another output_dir"
             )
-        if given.dtype in ("8bit", "4bit") and given.model:
+        is_quantized = given.dtype in ("8bit", "4bit")
+        if is_quantized and given.model:
             raise InputError(
                 f"teacher.dtype: {given.dtype} is for weights that are loaded: give "
                 "teacher.model_name_or_path"
             )
-        if given.dtype in ("8bit", "4bit") and (
-            launched_zero_stage() == 3 or launched_with("FSDP")
-        ):
+        if is_quantized and (launched_zero_stage() == 3 or launched_with("FSDP")):
             raise InputError(
                 f"teacher.dtype: {given.dtype} cannot be split over the processes by ZeRO-3 and "
                 "FSDP: launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"

@@ -457,7 +457,7 @@ REFUSED = [
     ),
     (
         {"teacher.model_name_or_path": "HEADLESS"},
-        "cls.predictions.bias: it was trained for another",
+        "cls.predictions.bias: it is of another task",
     ),
     ({"teacher.model_name_or_path": "OTHER"}, "is not that of"),
     (

@@ -127,6 +127,8 @@ def distil(call, texts, teacher, tmp_path, monkeypatch):
     def start(name="run", data=texts, given=teacher, **settings):
         values = {"output_dir": tmp_path / name, **tables(data), **TINY}
         values |= {"teacher": {"model_name_or_path": str(given)}}
+        if "student_layers" in settings:
+            values.pop("model", None)
         return call(distill.main, command_line(values | settings), tmp_path / name)
 
     return start
