@@ -294,6 +294,16 @@ def test_a_wider_teacher_is_met_through_a_projection_that_is_not_exported(
     assert metrics(again.folder) == metrics(ended.folder)
 
 
+def test_hidden_states_alone(distil):
+    settings = {"soft_weight": 0.0, "hidden_weight": 1.0, "student_layers": [0, 3]}
+    ended = distil(**settings, learning_rate=1e-3)
+    assert ended.status == 0, ended.error
+    records = steps(ended.folder)
+    assert [r["loss"] for r in records] == [r["hidden_loss"] for r in records]
+    assert records[-1]["hidden_loss"] < records[0]["hidden_loss"]
+    assert records[0]["soft_loss"] > 0  # measured
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "8bit", "4bit"])
 def test_a_teacher_in_fewer_bits_is_nearly_the_same(dtype, distil, tokenizer, tmp_path):
     tiny_llama(tmp_path / "teacher", tokenizer, hidden_size=64, intermediate_size=128)
@@ -486,6 +496,8 @@ def test_answers_of_the_student_are_the_same_whatever_they_are_sampled_with(
         monkeypatch.setattr(Sampler, "__call__", original)
         assert runs[name].status == 0, runs[name].error
     assert seen["whole"][:4] == seen["narrow"][:4]
+    losses = [[record["loss"] for record in steps(one.folder)] for one in runs.values()]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
     never = converse("never", max_steps=6)
     pairs = zip(steps(runs["whole"].folder), steps(never.folder), strict=True)
     assert 0 < sum(own["tokens"] == given["tokens"] for own, given in pairs) < 6
