@@ -44,6 +44,7 @@ from classification_examples import (
     configure,
     labelled_examples,
 )
+from classification_loss import ClassificationLoss
 from labelled_texts import label_ids, label_names, read_labelled_texts
 from recipes.classification import finetune as classification
 from utils.config import InputError, command, parse
@@ -124,7 +125,7 @@ def train_recipe(args: classification.Arguments, prepared: tuple, observe: Obser
         training = Training(args, RunFolder(folder))
         make = TrainingExamples(examples, tokenizer, None, None, args.seed)
         to_batch = partial(collate, pad_token_id=tokenizer.pad_token_id, label=0)
-        objective = classification.ClassificationLoss(model, args.problem_type)
+        objective = ClassificationLoss(model, args.problem_type)
         data = Epochs(examples, to_batch, {"the training data": ""}, args, vary=make)
         training.prepare(objective, model, tokenizer, data)
         observe_recipe(training, args.max_steps, observe)

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-UTILS_FILES = 36
-UTILS_LINES = 7_900
+UTILS_FILES = 35
+UTILS_LINES = 7_960
 FILE_LINES = 350
 
 UTILS = [path for path in sorted(ROOT.glob("utils/**/*.py")) if path.name != "__init__.py"]

@@ -26,8 +26,8 @@ from utils.model import (
     train_shared_padding,
 )
 from utils.model_settings import check_not_pickled
+from utils.program import looked_for
 from utils.randomness import random_key
-from utils.usage import looked_for
 
 if TYPE_CHECKING:
     import peft  # takes seconds, and is needed with an adapter alone

@@ -49,7 +49,7 @@ from utils.fragments import (
     whole_constants,
 )
 from utils.integrity import changed_file, size_and_checksum
-from utils.usage import warn
+from utils.program import warn
 
 CONSTANTS = "constants.safetensors"
 STATE = "state.json"

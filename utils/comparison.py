@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from utils.checkpoint import added
 from utils.config import InputError
 from utils.model_settings import architecture_of
-from utils.usage import say
+from utils.program import say
 
 if TYPE_CHECKING:
     from utils.training import Training

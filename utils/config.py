@@ -32,12 +32,13 @@ from typing import Any
 
 import yaml
 
-from utils.program import at_end, leave
-from utils.usage import (
+from utils.program import (
     alternatives,
+    at_end,
     default,
     in_brief,
     launched_rank,
+    leave,
     looked_for,
     plain,
     show,
@@ -45,7 +46,6 @@ from utils.usage import (
     usage,
 )
 
-AnySettings = typing.TypeVar("AnySettings")
 SILENCE = 5.0  # seconds a silent rank outlives its error: the launcher ends all with the first
 CONFIG_BYTES, CONFIG_VALUES = 2**20, 100_000  # a few lines of aliases can stand for billions
 
@@ -126,12 +126,9 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
     leave(status)  # other ranks may wait in a collective; exit hooks would wait for ever
 
 
-def parse(
-    settings: type[AnySettings], argv: list[str] | None = None, *others: type[AnySettings]
-) -> AnySettings:
-    """Read `[CONFIG.yaml] [--key value …]` into an instance of the dataclass `settings`.
-
-    Where there are `others`, of the one that has most of the keys.
+def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> Any:
+    """Read `[CONFIG.yaml] [--key value …]` into an instance of the dataclass `settings`; of several
+    of the one that has most of the keys.
 
     Values on the command line are YAML (`--sources '[{path: a.jsonl}]'`), but text as it stands
     for a field whose type is `str` or a union that begins with it (`--prompt "def "`); a dotted
@@ -143,8 +140,9 @@ def parse(
         InputError: unknown key, one twice in the file, wrong type, missing value, unreadable file.
     """
     argv = sys.argv[1:] if argv is None else argv
+    kinds = settings if isinstance(settings, tuple) else (settings,)
     if "--help" in argv or "-h" in argv:
-        print("\n".join(map(usage, (settings, *others))))
+        print("\n".join(map(usage, kinds)))
         sys.exit(0)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -152,8 +150,7 @@ def parse(
         values, places = read_yaml(argv[0])
         argv = argv[1:]
     keys = {*values, *(key.partition(".")[0] for key, _ in _options(argv))}
-    kinds = {kind: keys & kind.__dataclass_fields__.keys() for kind in (settings, *others)}
-    settings = max(kinds, key=lambda kind: len(kinds[kind]))
+    settings = max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys()))
     defaults = {field.name: default(field) for field in dataclasses.fields(settings)}
     for key, text in _options(argv):
         top, dot, _ = key.partition(".")

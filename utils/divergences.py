@@ -111,10 +111,12 @@ class _Summed(torch.autograd.Function):
         labels, teacher, divergence, row_weights, weights = losses
         student = Logits(hidden, weight, bias, scale, cap)
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]  # a frozen head needs none
-        wants_gradient = of_hidden or of_weight or of_bias
+        given = zip(weights, (labels is not None, teacher is not None), strict=True)
+        is_weighted = any(weight and is_given for weight, is_given in given)
+        wants_gradient = is_weighted and (of_hidden or of_weight or of_bias)
         wide = _wide(hidden)
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        hidden_grad = torch.empty_like(hidden) if of_hidden else None
+        hidden_grad = torch.zeros_like(hidden) if of_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if of_weight else None
         bias_grad = torch.zeros_like(bias, dtype=wide) if of_bias else None
         if weight is not None:
@@ -173,7 +175,7 @@ class _Summed(torch.autograd.Function):
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         pairs = list(zip(of_sums, ctx.weights, strict=True))
         used = [pair for pair, is_used in zip(pairs, ctx.used, strict=True) if is_used and pair[1]]
-        factor = used[0][0] / used[0][1]
+        factor = used[0][0] / used[0][1] if used else 0.0
         for value, weight in used[1:]:
             torch._assert_async(torch.isclose(value, factor * weight, equal_nan=True))
         grads = (hidden_grad, weight_grad, bias_grad)

@@ -16,9 +16,9 @@ import transformers
 from utils import checkpoint
 from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
+from utils.program import say
 from utils.randomness import random_key
 from utils.ranks import launched_with
-from utils.usage import say
 
 # variables of Accelerate in whose place the recipe has settings
 EXPORTED = {
@@ -177,6 +177,7 @@ class Engine:
         """
         a, accelerator = self.arguments, self.accelerator
         self.objective.train()
+        self.loaded = None  # the weights move on from it
         self.rows = batches[-1]["input_ids"] if batches else self.rows
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]

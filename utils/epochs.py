@@ -18,9 +18,9 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError
 from utils.engine import Step
 from utils.files import find_local_files
+from utils.program import warn
 from utils.randomness import Draws
 from utils.tables import FORMATS
-from utils.usage import warn
 
 MICRO_BATCH_COST = 256  # tokens of padding that are cheaper than one more micro-batch
 
@@ -52,7 +52,8 @@ class Epochs:
 
     @property
     def files(self) -> list[str]:
-        tables = self.arguments.train_data
+        a = self.arguments
+        tables = [*a.train_data, *getattr(a, "transfer_data", ())]
         return [file for table in tables for file in find_local_files(table.path, FORMATS)]
 
     def fingerprint(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import zstandard
 from fsspec.utils import glob_translate
 
 from utils.config import InputError
-from utils.usage import warn, warn_once
+from utils.program import warn, warn_once
 
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # waits before a read that failed is tried again
 REMOTE_BLOCK = 2**21  # bytes of a range that is fetched

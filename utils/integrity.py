@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from utils.config import InputError
-from utils.usage import warn_once
+from utils.program import warn_once
 
 CHECKSUMS = "checksums.xxh3"  # of the weights beside it; `xxhsum --check` reads it
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.config import InputError
+from utils.program import announced
 from utils.randomness import keyed_permutation
 from utils.ranks import launched_world_size
 from utils.records import Shard
@@ -32,7 +33,6 @@ from utils.sources import (
     read,
     too_many_domains,
 )
-from utils.usage import announced
 
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 LONG_TEXT = 2**21  # bytes that a tokenizer may take seconds for

@@ -211,6 +211,20 @@ def plan(
     return "\n".join(lines)
 
 
+def distillation_plan(
+    config: Any, of_teacher: Any, arguments: Any, auto_model: Any = None, **more: Any
+) -> str:
+    """The student's `plan`, and what its teacher weighs on each process."""
+    bits = {"8bit": 8, "4bit": 4, "float32": 32, "bfloat16": 16, "float16": 16}
+    auto = 32 if arguments.mixed_precision == "no" else 16
+    count = parameter_count(of_teacher, auto_model)["total"]
+    size = count * bits.get(arguments.teacher.dtype, auto) / 8 / 2**30
+    weighs = (
+        f"teacher      {count:,} parameters, about {size:.1f} GiB beside it; under ZeRO-3 split"
+    )
+    return f"{plan(config, arguments, auto_model=auto_model, **more)}\n\n{weighs}"
+
+
 def memory_section(parts: dict[str, int], mixed_precision: str, **settings: Any) -> list[str]:
     """The lines of a plan about `memory_table`, which takes the same."""
     held = ["frozen weights"] * ("frozen" in parts) + ["weights", "gradients", "optimizer"]

@@ -29,7 +29,7 @@ from utils.model_settings import (
     settings_read,
     tokenizer_settings,
 )
-from utils.usage import looked_for, say
+from utils.program import looked_for, say
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # numbers, accents, lines and blanks: where tokenizers differ

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from utils.files import written_aside
+from utils.program import printable
 from utils.run_folder import RunFolder
-from utils.usage import printable
 
 matplotlib.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
 LABEL = 40  # characters of a name

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from utils.config import InputError
+from utils.program import PATIENCE, launched_rank, say, spared
 from utils.run_state import RunState
-from utils.usage import PATIENCE, launched_rank, say, spared
 
 if TYPE_CHECKING:
     import accelerate

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from utils.config import InputError
-from utils.program import StopSignals
-from utils.usage import launched_rank, looked_for
+from utils.program import StopSignals, launched_rank, looked_for
 
 DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 BATCH_PARTS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -19,9 +19,9 @@ from utils.comparison import PRECISIONS, reference_of_run
 from utils.config import read_yaml
 from utils.export import export
 from utils.files import written_aside
+from utils.program import printable, say, spared
 from utils.run_folder import RunFolder
 from utils.sources import FORMATS
-from utils.usage import printable, say, spared
 
 if TYPE_CHECKING:
     from utils.training import Training

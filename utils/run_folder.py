@@ -20,15 +20,15 @@ from utils import checkpoint
 from utils.config import InputError, at_end, write_yaml
 from utils.files import written_aside
 from utils.integrity import Lock, changed_files
+from utils.program import launched_rank, say, warn
 from utils.ranks import launched_world_size
-from utils.usage import launched_rank, say, warn
 
 # settings that a finished run has no use for any more; what its data are, they say themselves
 FREE = {
     *("output_dir", "resume", "report_to", "logging_steps", "save_steps", "keep_last"),
     *("keep_every", "per_device_batch_size", "per_device_eval_batch_size", "torch_compile"),
     *("gradient_checkpointing", "attn_implementation", "dataloader_num_workers"),
-    *("on_bad_record", "verify_sources", "train_sources", "train_data"),
+    *("on_bad_record", "verify_sources", "train_sources", "train_data", "transfer_data"),
 }
 # the end of a run is done again for them
 MEASURED_AT_THE_END = {

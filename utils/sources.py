@@ -19,9 +19,9 @@ import pyarrow.parquet
 
 from utils.config import InputError, Settings
 from utils.files import READ_ERRORS, find_local_files, find_remote_files
+from utils.program import announced, looked_for, warn
 from utils.records import Shard, records
 from utils.tables import ABSENT, value_at
-from utils.usage import announced, looked_for, warn
 
 # .json.gz: JSON lines too, as C4 and Dolma name theirs
 FORMATS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")

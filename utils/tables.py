@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from utils.config import InputError
 from utils.files import find_local_files
-from utils.usage import looked_for
+from utils.program import looked_for
 
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")

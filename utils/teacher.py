@@ -22,8 +22,8 @@ from utils.fragments import gathered
 from utils.integrity import write_checksums
 from utils.model import ModelArguments, build_model, empty_model, load_tokenizer, model_config
 from utils.model_settings import check_not_pickled, quantization
+from utils.program import looked_for
 from utils.ranks import launched_with, launched_zero_stage
-from utils.usage import looked_for
 
 
 @dataclass
@@ -62,17 +62,19 @@ class DistillationArguments(ModelArguments):
     # for each layer of the student the teacher's, counted from 1 (its output; embeddings stand
     # beside embeddings); null: student_layers, or evenly spread
     layer_map: list[int] | None = None
+    dry_run: bool = False  # print parameters, FLOPs and memory, and load nothing
     weights: ClassVar[Sequence[str]] = ("soft_weight", "hard_weight", "hidden_weight")
 
     def check(self) -> None:
-        given, carved = self.teacher, [self.student_layers, self.student_intermediate_size]
+        given = self.teacher
         if bool(given.model_name_or_path) == bool(given.model):
             raise InputError("teacher: give its model_name_or_path, or a model from scratch")
         if given.adapter_name_or_path and not given.model_name_or_path:
             raise InputError("teacher.adapter_name_or_path: give model_name_or_path, its base")
-        if carved != [None, None] and self.model_name_or_path:
+        usual = type(self).__dataclass_fields__["model"].default_factory()
+        if self.is_carved and (self.model_name_or_path or self.model != usual):
             raise InputError(
-                "student_layers: model_name_or_path brings a student of its own: give one of them"
+                "student_layers: model_name_or_path and model are students of their own: give one"
             )
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"temperature must be more than 0, not {self.temperature}")
@@ -89,14 +91,13 @@ class DistillationArguments(ModelArguments):
             raise InputError(
                 f"teacher: {path} is in the output_dir of its own student: name another output_dir"
             )
-        if given.dtype in ("8bit", "4bit") and given.model:
+        is_quantized = given.dtype in ("8bit", "4bit")
+        if is_quantized and given.model:
             raise InputError(
                 f"teacher.dtype: {given.dtype} is for weights that are loaded: give "
                 "teacher.model_name_or_path"
             )
-        if given.dtype in ("8bit", "4bit") and (
-            launched_zero_stage() == 3 or launched_with("FSDP")
-        ):
+        if is_quantized and (launched_zero_stage() == 3 or launched_with("FSDP")):
             raise InputError(
                 f"teacher.dtype: {given.dtype} cannot be split over the processes by ZeRO-3 and "
                 "FSDP: launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
@@ -144,7 +145,9 @@ def teacher_config(arguments: Any, tokenizer: Any) -> Any:
     try:
         return model_config(arguments.of_teacher(), tokenizer)
     except InputError as error:
-        raise InputError(f"teacher: {error}") from None
+        path = arguments.teacher.model_name_or_path or "from scratch"
+        where = looked_for(arguments.teacher.model_name_or_path or "")
+        raise InputError(f"teacher {path}: {error}{where}") from None
 
 
 def load_teacher(
@@ -162,18 +165,20 @@ def load_teacher(
     dtype, options = PRECISIONS[a.mixed_precision], {}
     if given.dtype in ("8bit", "4bit"):
         options["quantization_config"] = quantization(given.dtype, dtype)
+        options["quantization_config"].llm_int8_skip_modules = _heads(config, auto_model)
     elif given.dtype != "auto":
         dtype = getattr(torch, given.dtype)
     try:
         model = build_model(a.of_teacher(), config, auto_model, dtype, **options)
     except InputError as error:
         raise InputError(f"teacher: {error}") from None
-    if given.model_name_or_path and (lacking := _without_head(model)):
+    drawn = [name for name in model.newly_initialized if "pooler" not in name]
+    if drawn:
         raise InputError(
-            f"teacher: {given.model_name_or_path} has no {lacking}: it was trained for another task"
+            f"teacher: {given.model_name_or_path} has no {drawn[0]}: it is of another task"
         )
     if given.adapter_name_or_path:
-        model = _with_adapter(model, given.adapter_name_or_path)
+        model = _with_adapter(model, given.adapter_name_or_path).base_model.model
     model.requires_grad_(False).eval()
     stage = launched_zero_stage()
     if stage < 3:
@@ -190,9 +195,10 @@ def load_teacher(
     return engine.module.eval()
 
 
-def _without_head(model: Any) -> str | None:
-    """The first weight that was to be loaded and had to be drawn, but for poolers."""
-    return next((name for name in model.newly_initialized if "pooler" not in name), None)
+def _heads(config: Any, auto_model: Any) -> list[str]:
+    """What stands beside the base model: small, or of few rows, and all of what is learnt from."""
+    model = empty_model(copy.deepcopy(config), auto_model)
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _with_adapter(model: Any, path: str) -> Any:
@@ -200,7 +206,7 @@ def _with_adapter(model: Any, path: str) -> Any:
 
     check_not_pickled(path, f"peft.PeftModel.from_pretrained(base, {path!r})")
     try:
-        return peft.PeftModel.from_pretrained(model, path).base_model.model
+        return peft.PeftModel.from_pretrained(model, path)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         problem = " ".join(str(error).split())[:200] + looked_for(path)
         raise InputError(f"teacher.adapter_name_or_path: {path} does not fit: {problem}") from None
@@ -242,11 +248,14 @@ def student_config(arguments: Any, of_teacher: Any, tokenizer: Any) -> Any:
 
 
 def student_model(
-    arguments: Any, config: Any, auto_model: Any, folder: Path
+    arguments: Any, config: Any, auto_model: Any, folder: Path, of_teacher: Any = None
 ) -> "transformers.PreTrainedModel":
     """The model that is trained; all ranks call it together.
 
     One that is carved from the teacher is written to `folder`/student, and read from there.
+
+    Args:
+        of_teacher: the teacher's configuration, where it is not what its settings alone make.
     """
     from accelerate.state import AcceleratorState
 
@@ -257,20 +266,20 @@ def student_model(
         is_new = not any(folder.glob("checkpoints/step-*")) or not path.exists()
         with ranks.main_process_first():
             if ranks.is_main_process and is_new:
-                _write_student(a, config, auto_model, path)
+                _write_student(a, config, auto_model, path, of_teacher)
         a = replace(a, model_name_or_path=str(path))
     return build_model(a, config, auto_model)
 
 
-def _write_student(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:
+def _write_student(
+    arguments: Any, config: Any, auto_model: Any, path: Path, of_teacher: Any
+) -> None:
     a = arguments.of_teacher()
+    of_teacher = copy.deepcopy(of_teacher) or model_config(a, load_tokenizer(a))
     with by_itself():
-        teacher = build_model(a, model_config(a, load_tokenizer(a)), auto_model)
+        teacher = build_model(a, of_teacher, auto_model)
         if a.teacher.adapter_name_or_path:
-            import peft
-
-            teacher = peft.PeftModel.from_pretrained(teacher, a.teacher.adapter_name_or_path)
-            teacher = teacher.merge_and_unload()
+            teacher = _with_adapter(teacher, a.teacher.adapter_name_or_path).merge_and_unload()
         student = carved(teacher, empty_model(config, auto_model, "cpu"), arguments.student_layers)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:

@@ -26,11 +26,11 @@ from utils.engine import Data, Engine, Step, start_processes
 from utils.export import ModelFiles
 from utils.integrity import describe_files
 from utils.optimizer import adamw
+from utils.program import announced, say
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks, end_together
 from utils.run_folder import RunFolder, check_continues
 from utils.run_state import RunState, totals
-from utils.usage import announced, say
 
 
 class Training:

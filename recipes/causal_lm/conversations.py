@@ -17,8 +17,8 @@ from chat_rendering import Message, check_bounded, generation_header, turn_ends
 from chat_tokens import encode_conversations
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
+from utils.program import looked_for, warn
 from utils.tables import TableRow, naming_failures
-from utils.usage import looked_for, warn
 
 # whom each role may follow; None: the beginning
 FOLLOWS = {

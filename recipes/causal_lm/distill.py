@@ -10,7 +10,7 @@ CPU process, two, eight GPUs:
         recipes/causal_lm/distill.py recipes/causal_lm/configs/distill_7b_conversations.yaml
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 \\
         recipes/causal_lm/distill.py recipes/causal_lm/configs/distill_8b_slimpajama.yaml \\
-        --write_teacher_cache true
+        --teacher_cache runs/causal_lm/teacher_cache --write_teacher_cache true
 
 The same command continues a run, or a cache, that was stopped.
 """
@@ -36,7 +36,7 @@ from utils.config import InputError, at_end, command, parse
 from utils.divergences import TopTokens, add_projection, hidden_loss, summed_losses
 from utils.lanes import StreamArguments
 from utils.loss import IGNORE_INDEX
-from utils.memory import flops_per_token, parameter_count
+from utils.memory import distillation_plan, flops_per_token, parameter_count
 from utils.model import load_tokenizer
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -97,6 +97,9 @@ class ConversationsArguments(DistillationArguments, FinetuningArguments, Convers
     def fixed(self) -> dict[str, Any]:
         names = ("packing", "on_policy_share", "on_policy_tokens", "on_policy_temperature")
         return super().fixed() | {name: getattr(self, name) for name in names}
+
+
+Arguments = (TextArguments, ConversationsArguments)  # the keys of a config say which
 
 
 class DistillationLoss(torch.nn.Module):
@@ -196,14 +199,17 @@ class DistillationLoss(torch.nn.Module):
 
 @at_end
 def main() -> None:
-    args = parse(TextArguments, None, ConversationsArguments)
+    args = parse(Arguments)
     auto_model = transformers.AutoModelForCausalLM
     tokenizer = load_tokenizer(args)
     of_teacher = teacher_config(args, tokenizer)
-    if isinstance(args, TextArguments) and args.write_teacher_cache:
+    if getattr(args, "write_teacher_cache", False) and not args.dry_run:
         return write_cache(args, of_teacher, tokenizer)
     config = student_config(args, of_teacher, tokenizer)
     layers = paired_layers(args, config, of_teacher) if args.hidden_weight else []
+    if args.dry_run:
+        print(distillation_plan(config, of_teacher, args))
+        return
     kind = Text if isinstance(args, TextArguments) else Conversations
     data = kind(tokenizer, args)
     args = data.arguments

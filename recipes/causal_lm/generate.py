@@ -8,6 +8,11 @@ The likeliest continuation, printed as its tokens come; four samples; the two be
     python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model --prompt "def " \
         --num_beams 8 --num_return_sequences 2
 
+The same text sooner, drafted by a smaller model of the same tokenizer:
+
+    python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model --prompt "def " \
+        --assistant_model_name_or_path runs/causal_lm/distill_demo/model
+
 Many prompts, the texts also written to a file:
 
     python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model \
@@ -32,11 +37,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from prompt_files import read_prompts
 from utils.config import InputError, command, parse
 from utils.files import written_aside
 from utils.integrity import locked
-from utils.model_settings import load_model, load_pretrained
-from utils.usage import looked_for
+from utils.model_settings import load_model, load_pretrained, quiet
+from utils.program import looked_for
 
 
 @dataclass
@@ -44,6 +50,8 @@ class Arguments:
     """Generate text with a causal language model: an exported folder, or a name on the Hub."""
 
     model_name_or_path: str
+    # a smaller model that drafts what this one verifies: the same text, sooner
+    assistant_model_name_or_path: str | None = None
     prompt: str | list[str] | None = None  # a text to continue; in a YAML file also a list of them
     prompt_file: str | None = None  # a prompt a line; .jsonl: an object with a "prompt" a line
     output_file: str | None = None  # JSON lines of "prompt" and "text"; null: only printed
@@ -82,6 +90,11 @@ class Arguments:
                 f"num_return_sequences ({self.num_return_sequences}) is more than num_beams "
                 f"({self.num_beams}): raise num_beams, or sample (temperature above 0, one beam)"
             )
+        if self.assistant_model_name_or_path and self.num_beams * self.num_return_sequences > 1:
+            raise InputError(
+                "assistant_model_name_or_path: it drafts one text of a prompt: leave num_beams and "
+                "num_return_sequences at 1"
+            )
         if self.output_file is not None and Path(self.output_file).is_dir():
             raise InputError(f"output_file {self.output_file} is a folder: name a file")
         if self.output_file is not None and not os.access(Path(self.output_file).parent, os.W_OK):
@@ -93,6 +106,10 @@ def main() -> None:
     prompts = read_prompts(args)
     tokenizer, model = load(args.model_name_or_path, args.dtype, args.trust_remote_code)
     encoded = encode(prompts, tokenizer, model, args.max_new_tokens)
+    assistant, batch_size = None, args.batch_size
+    if args.assistant_model_name_or_path is not None:
+        assistant, batch_size = load_assistant(args, tokenizer, model), 1
+        encode(prompts, tokenizer, assistant, args.max_new_tokens)  # it has to have room, too
 
     # All choices are made here: of a generation_config.json beside the model only its ends count.
     ends = end_tokens(tokenizer, model)
@@ -117,8 +134,8 @@ def main() -> None:
     streams = len(prompts) == args.num_return_sequences == args.num_beams == 1
     progress = tqdm(total=len(prompts), unit="prompt", disable=streams)
     rows = []
-    for first in range(0, len(prompts), args.batch_size):
-        batch = encoded[first : first + args.batch_size]
+    for first in range(0, len(prompts), batch_size):
+        batch = encoded[first : first + batch_size]
         length = max(map(len, batch))
         # Padding stands on the left, so that a text goes on where its prompt ends, and is a token
         # that the prompt holds: the repetition penalty of transformers 5.17 sees padding.
@@ -129,6 +146,7 @@ def main() -> None:
             attention_mask=torch.tensor(attention_mask, device=model.device),
             streamer=Stream(tokenizer) if streams else None,
             stopping_criteria=[interrupt],
+            assistant_model=assistant,
         )
         for number, sequence in enumerate(sequences.tolist()):
             row, which = divmod(number, args.num_return_sequences)
@@ -158,42 +176,6 @@ def main() -> None:
             raise InputError(f"cannot write {args.output_file}: {error.strerror}") from None
 
 
-def read_prompts(args: Arguments) -> list[tuple[str, str]]:
-    """The prompts, each with the place where it stands, for messages."""
-    if args.prompt_file is None:
-        texts = [args.prompt] if isinstance(args.prompt, str) else args.prompt
-        prompts = [(f"prompt {number}", text) for number, text in enumerate(texts, start=1)]
-    else:
-        try:
-            # of Windows: a byte order mark is no part of the first prompt
-            with open(args.prompt_file, encoding="utf-8-sig") as file:
-                lines = [line.removesuffix("\n") for line in file]
-        except OSError as error:
-            raise InputError(f"cannot read {args.prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{args.prompt_file} is not UTF-8 text: {error.reason}") from None
-        prompts = [(f"{args.prompt_file}, line {n}", line) for n, line in enumerate(lines, start=1)]
-        if args.prompt_file.endswith(".jsonl"):
-            prompts = [(place, prompt_of_json(place, line)) for place, line in prompts]
-    if not prompts:
-        raise InputError(f"{args.prompt_file or 'prompt'} is empty: there is nothing to continue")
-    for place, text in prompts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, or bytes that the terminal gave
-            raise InputError(f"{place} is not Unicode: {text!a:.60}") from None
-    return prompts
-
-
-def prompt_of_json(place: str, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-        prompt.encode()  # fails on half a surrogate pair, which no tokenizer takes
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise InputError(f'{place}: expected {{"prompt": "a text"}}, not {line:.60}') from None
-    return prompt
-
-
 def load(
     name: str, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedTokenizerBase, "transformers.PreTrainedModel"]:
@@ -214,6 +196,40 @@ def load(
         named = ", ".join(sorted(missing)[:3])
         raise InputError(f"{name} has no causal language model: it lacks the weights {named}")
     return tokenizer, model
+
+
+def load_assistant(
+    args: Arguments, tokenizer: PreTrainedTokenizerBase, model: "transformers.PreTrainedModel"
+) -> "transformers.PreTrainedModel":
+    """The model that drafts (Leviathan et al. 2023), with as many words as the one that verifies.
+
+    Raises:
+        InputError: another tokenizer, or a model that cannot take back what it has read.
+    """
+    name, others = args.assistant_model_name_or_path, args.model_name_or_path
+    own, assistant = load(name, args.dtype, args.trust_remote_code)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"assistant_model_name_or_path: {name} has another tokenizer than {others}: it must "
+            "draft the same tokens"
+        )
+    for path, each in ((others, model), (name, assistant)):
+        if getattr(each, "_is_stateful", False):
+            raise InputError(
+                f"assistant_model_name_or_path: {path} ({each.config.model_type}) is recurrent and "
+                "cannot take back a draft"
+            )
+    size, held = (m.config.get_text_config().vocab_size for m in (model, assistant))
+    if size != held:  # padding at the end: a draft of it is as likely as one of the end
+        with quiet():
+            assistant.resize_token_embeddings(size, mean_resizing=False)
+        end = end_tokens(tokenizer, model)[:1] or [0]
+        for layer in (assistant.get_input_embeddings(), assistant.get_output_embeddings()):
+            layer.weight.data[held:] = layer.weight.data[end]
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.data[held:] = layer.bias.data[end]
+    assistant.generation_config = GenerationConfig()
+    return assistant
 
 
 def encode(

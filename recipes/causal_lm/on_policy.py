@@ -12,10 +12,10 @@ import transformers
 
 from chat_rendering import turn_ends
 from utils.loss import IGNORE_INDEX
+from utils.program import warn
 from utils.randomness import Draws, random_key
 from utils.scoring import score_examples
 from utils.training import Training
-from utils.usage import warn
 
 
 class Sampler:

@@ -10,7 +10,6 @@ teacher, on any number of processes, and its state is the number of a row.
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,11 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
 
+from cache_shards import (
+    FEATURES,
+    SHARD_ROWS,
+    read_shard,
+    shard,
+    shards,
+    state_after,
+    write_shard,
+)
 from causal_head import CausalHead
 from packing import DocumentEncoder, packed_rows
 from utils.config import InputError, Settings
@@ -31,16 +37,14 @@ from utils.files import written_aside
 from utils.integrity import checksum
 from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
+from utils.program import announced, say
 from utils.progress import progress_bar
 from utils.run_folder import RunFolder
 from utils.stream import Row, collate
 from utils.teacher import load_teacher, whole
 from utils.training import Training
-from utils.usage import announced, say
 
-SHARD_ROWS, GROUP_ROWS = 256, 8
 MANIFEST = "cache.json"
-FEATURES = ("input_ids", "shift_labels", "position_ids")
 
 
 @dataclass
@@ -111,7 +115,7 @@ class TeacherCache:
         wanted = arguments.rows_of_a_lane
         with announced(f"looking at {self.folder}"):
             for lane in range(arguments.lanes):
-                held = sum(rows for _, rows in _shards(self.folder, lane))
+                held = sum(rows for _, rows in shards(self.folder, lane))
                 if held < wanted:
                     raise InputError(
                         f"teacher_cache: {self.folder} is cut short: lane {lane} has {held:,} rows "
@@ -121,43 +125,21 @@ class TeacherCache:
     def rows(self, lane: int, state: dict[str, Any] | None) -> Iterator[Row]:
         """Of one lane, as `packed_rows` gives them, from the row on that the state tells."""
         number = 0 if state is None else state["row"]
-        for first, count in _shards(self.folder, lane):
+        for first, count in shards(self.folder, lane):
             if first + count <= number:
                 continue
-            with pq.ParquetFile(
-                _shard(self.folder, lane, first), page_checksum_verification=True
-            ) as file:
-                start = first
-                for group in range(file.num_row_groups):
-                    size = file.metadata.row_group(group).num_rows
-                    if start + size > number:
-                        rows = self._group(file, group)
-                        for values in rows[number - start :]:
-                            number += 1
-                            yield self._row(lane, number, values)
-                    start += size
+            for values in read_shard(shard(self.folder, lane, first), number - first):
+                number += 1
+                yield self._row(lane, number, values)
         raise InputError(f"teacher_cache: {self.folder} ends within the run", one_rank=True)
 
-    def _group(self, file: pq.ParquetFile, group: int) -> list[dict[str, Any]]:
-        try:
-            columns = file.read_row_group(group).to_pydict()
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(
-                f"teacher_cache: a shard in {self.folder} is damaged: remove it and write it again "
-                f"with --write_teacher_cache true ({error})",
-                one_rank=True,
-            ) from None
-        rows = zip(*columns.values(), strict=True)
-        return [dict(zip(columns, values, strict=True)) for values in rows]
-
     def _row(self, lane: int, number: int, values: dict[str, Any]) -> Row:
-        features = {name: np.array(values[name], np.int32) for name in FEATURES}
+        features = {name: values[name] for name in FEATURES}
         is_target = features["shift_labels"] != IGNORE_INDEX
         shape = (len(is_target), self.top_k)
         ids, log_probabilities = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        ids[is_target] = np.array(values["top_ids"], np.int32).reshape(-1, self.top_k)
-        kept = np.array(values["top_log_probabilities"], np.float32).reshape(-1, self.top_k)
-        log_probabilities[is_target] = kept
+        ids[is_target] = values["top_ids"].reshape(-1, self.top_k)
+        log_probabilities[is_target] = values["top_log_probabilities"].reshape(-1, self.top_k)
         features |= {"lengths": np.int32(values["lengths"]), "top_ids": ids}
         features["top_log_probabilities"] = log_probabilities
         state = {"row": number, "seen": json.loads(values["seen"])}
@@ -191,23 +173,22 @@ def write_cache(arguments: Any, of_teacher: Any, tokenizer: Any) -> None:
     lanes = Lanes(corpus, encode)
     rows_of = partial(packed_rows, lanes, a.sequence_length, packing=a.packing)
     mine = range(ranks.rank, a.lanes, ranks.world_size)
-    pending = (shard for lane in mine for shard in _missing(folder.path, lane, rows_of, a))
+    pending = (part for lane in mine for part in _missing(folder.path, lane, rows_of, a))
     total = sum(_count_missing(folder.path, lane, a) for lane in range(a.lanes))
     say(f"{total:,} rows of {a.sequence_length:,} tokens to be written to {folder.path}")
     size = tokens = 0
     with progress_bar(total, "asking the teacher", "rows") as bar:
         while True:
-            shard = next(pending, None)
-            if not ranks.any_rank(shard is not None):
+            path, rows = next(pending, (None, []))
+            if not ranks.any_rank(path is not None):
                 break
-            rows = [] if shard is None else shard[1]
             counts = ranks.gather([math.ceil(len(rows) / a.per_device_batch_size)])
             tops = _ask(training, head, rows, a, max(counts))
             if ranks.stopped:
                 break
             with ranks.together():
-                if shard is not None:
-                    size += _write_shard(shard[0], rows, tops)
+                if path is not None:
+                    size += write_shard(path, rows, tops)
             tokens += sum(len(ids) for ids, _ in tops)
             bar.update(sum(ranks.gather([len(rows)])))
     lanes.close()
@@ -256,73 +237,22 @@ def _missing(
     folder: Path, lane: int, rows_of: Any, arguments: Any
 ) -> Iterator[tuple[Path, list[Row]]]:
     """(the file, its rows) of the shards of a lane that are not there yet."""
-    shards, wanted = _shards(folder, lane), arguments.rows_of_a_lane
+    wanted = arguments.rows_of_a_lane
     state, held = None, 0
-    for first, count in shards:
+    for first, count in shards(folder, lane):
         if first != held or (count < SHARD_ROWS and first + count < wanted):
             break  # a shorter run ended here: this shard is written again
         held = first + count
-        with pq.ParquetFile(_shard(folder, lane, first)) as file:
-            last = file.read_row_group(file.num_row_groups - 1, ["state"])["state"][-1].as_py()
-        state = json.loads(last)
+        state = state_after(shard(folder, lane, first))
     rows = rows_of(lane, state)
     while held < wanted:
         part = [next(rows) for _ in range(min(SHARD_ROWS, wanted - held))]
-        yield _shard(folder, lane, held), part
+        yield shard(folder, lane, held), part
         held += len(part)
 
 
 def _count_missing(folder: Path, lane: int, arguments: Any) -> int:
-    return max(0, arguments.rows_of_a_lane - sum(count for _, count in _shards(folder, lane)))
-
-
-def _write_shard(path: Path, rows: list[Row], tops: list[tuple[np.ndarray, np.ndarray]]) -> int:
-    """Bytes of the file, which is there whole or not at all."""
-    columns: dict[str, Any] = {
-        name: _lists([row.features[name] for row in rows]) for name in FEATURES
-    }
-    columns["lengths"] = pa.array([int(row.features["lengths"]) for row in rows], pa.int32())
-    columns["tokens"] = pa.array([row.tokens for row in rows], pa.int32())
-    columns["seen"] = pa.array([json.dumps(row.state["seen"]) for row in rows])
-    columns["state"] = pa.array([json.dumps(row.state) for row in rows])
-    columns["top_ids"] = _lists([ids.astype(np.uint32).ravel() for ids, _ in tops])
-    columns["top_log_probabilities"] = _lists([kept.ravel() for _, kept in tops])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        pq.write_table(
-            pa.table(columns),
-            aside,
-            row_group_size=GROUP_ROWS,
-            compression="zstd",
-            write_page_checksum=True,
-        )
-        size = os.path.getsize(aside)
-    return size
-
-
-def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
-
-
-def _shard(folder: Path, lane: int, first: int) -> Path:
-    return folder / f"lane-{lane:05}" / f"rows-{first:09}.parquet"
-
-
-def _shards(folder: Path, lane: int) -> list[tuple[int, int]]:
-    """(number of its first row, rows) of a lane's shards, as far as they follow each other."""
-    found, number = [], 0
-    while (path := _shard(folder, lane, number)).exists():
-        try:
-            count = pq.read_metadata(path).num_rows
-        except (OSError, pa.ArrowException):
-            raise InputError(
-                f"teacher_cache: {path} is cut short or damaged: remove it and write it again with "
-                "--write_teacher_cache true"
-            ) from None
-        found.append((number, count))
-        number += count
-    return found
+    return max(0, arguments.rows_of_a_lane - sum(count for _, count in shards(folder, lane)))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -102,15 +102,9 @@ def labelled_examples(
     return examples, cut
 
 
-def collate(rows: list[list[Example]], pad_token_id: int, label: Any) -> dict[str, torch.Tensor]:
-    """Rows of one example or none to tensors, padded on the right to the longest.
-
-    Args:
-        label: any one: that of rows without an example, whose weight is 0.
-    """
-    empty = {"input_ids": np.array([pad_token_id]), "label": label, "weight": 0.0}
-    examples = [row[0] if row else empty for row in rows]
-    size = len(rows), max(len(example["input_ids"]) for example in examples)
+def padded(examples: list[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and perhaps token_type_ids: (rows, tokens of the longest)."""
+    size = len(examples), max(len(example["input_ids"]) for example in examples)
     batch = {"input_ids": torch.full(size, pad_token_id)}
     for name in ("attention_mask", *(n for n in ("token_type_ids",) if n in examples[0])):
         batch[name] = torch.zeros(size, dtype=torch.long)
@@ -119,10 +113,21 @@ def collate(rows: list[list[Example]], pad_token_id: int, label: Any) -> dict[st
         batch["attention_mask"][row, :length] = 1
         for name in batch.keys() & example.keys():
             batch[name][row, :length] = torch.from_numpy(example[name])
+    return batch
+
+
+def collate(rows: list[list[Example]], pad_token_id: int, label: Any) -> dict[str, torch.Tensor]:
+    """Rows of one example or none to tensors, padded on the right to the longest.
+
+    Args:
+        label: any one: that of rows without an example, whose weight is 0.
+    """
+    empty = {"input_ids": np.array([pad_token_id]), "label": label, "weight": 0.0}
+    examples = [row[0] if row else empty for row in rows]
     labels = torch.from_numpy(np.stack([example["label"] for example in examples]))
     is_id = labels.dim() == 1 and not labels.is_floating_point()
     return {
-        **batch,
+        **padded(examples, pad_token_id),
         "labels": labels if is_id else labels.float(),
         "weights": torch.tensor([example.get("weight", 1.0) for example in examples]),
         "noise_keys": torch.tensor([example.get("noise_key", 0) for example in examples]),

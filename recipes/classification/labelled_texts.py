@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -45,17 +46,23 @@ class LabelledTextArguments(Settings):
 
 
 class LabelledText(NamedTuple):
-    """A row: one text or a pair, and its label (a name, several names, or a number)."""
+    """A row: one text or a pair, and its label (a name, several names, or a number), if any."""
 
     texts: tuple[str, ...]
-    label: str | tuple[str, ...] | float
+    label: str | tuple[str, ...] | float | None
     place: str
 
 
 def read_labelled_texts(
-    tables: dict[str, list[Table]], arguments: LabelledTextArguments
+    tables: dict[str, list[Table]],
+    arguments: LabelledTextArguments,
+    lacks_label: Callable[[str, TableRow], bool] | None = None,
 ) -> dict[str, list[LabelledText]]:
     """All rows of the tables, by split; those of "train" decide what a list of 0 and 1 means.
+
+    Args:
+        lacks_label: (split, row) → whether the label is None, whatever stands there; null: all
+            rows have one.
 
     Raises:
         InputError: a missing column, an empty text, a label that is none; says where.
@@ -65,12 +72,17 @@ def read_labelled_texts(
     size = None
     for split, of_split in tables.items():
         rows = [row for table in of_split for row in read_table(table)]
-        labels = [_label(row, arguments) for row in rows]
+        labels = [
+            None if lacks_label and lacks_label(split, row) else _label(row, arguments)
+            for row in rows
+        ]
         if arguments.is_multi_label:
             if split == "train":
-                size = _vector_size(labels, arguments)
-            pairs = zip(rows, labels, strict=True)
-            labels = [_names_of(parts, row.place, size, arguments) for row, parts in pairs]
+                size = _vector_size([x for x in labels if x is not None], arguments)
+            labels = [
+                None if parts is None else _names_of(parts, row.place, size, arguments)
+                for row, parts in zip(rows, labels, strict=True)
+            ]
         found[split] = [
             LabelledText(
                 tuple(row.text(column) for column in columns if column is not None),
@@ -236,7 +248,7 @@ def label_ids(
         InputError: a label that is not among the names; says where.
     """
     if arguments.problem_type == "regression":
-        return np.array([row.label for row in rows])
+        return np.array([row.label for row in rows], np.float64)
     ids = {name: index for index, name in enumerate(names)}
     for row in rows:
         for name in _names(row):
@@ -247,7 +259,7 @@ def label_ids(
                     f"whose labels are: {known}"
                 )
     if not arguments.is_multi_label:
-        return np.array([ids[row.label] for row in rows])
+        return np.array([ids[row.label] for row in rows], np.int64)
     found = np.zeros((len(rows), len(names)), np.int64)
     for index, row in enumerate(rows):
         found[index, [ids[name] for name in row.label]] = 1

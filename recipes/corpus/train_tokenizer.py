@@ -33,8 +33,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from utils.config import InputError, command, parse
 from utils.files import written_aside
 from utils.integrity import locked
+from utils.program import announced
 from utils.sources import BadRecords, Document, Source, SourceArguments, check_documents, documents
-from utils.usage import announced
 
 # Llama 3's pattern, GPT-4's in effect; no token crosses the borders that it draws. Contractions,
 # words with the one sign before them, up to three digits, signs with the line breaks after them,

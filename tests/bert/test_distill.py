@@ -447,14 +447,17 @@ REFUSED = [
     (SCRATCH, "teacher: give its model_name_or_path, or a model from scratch"),
     (SCRATCH | {"teacher.model": TEACHER, "teacher.dtype": "4bit"}, "teacher.dtype: 4bit is for"),
     ({"teacher.model": TEACHER}, "teacher: give its model_name_or_path, or a model from scratch"),
-    ({"model_name_or_path": "TEACHER"}, "student_layers: model_name_or_path brings a student of"),
+    (
+        {"model_name_or_path": "TEACHER"},
+        "student_layers: model_name_or_path and model are students",
+    ),
     (
         {"teacher.model_name_or_path": "OWN"},
         "is in the output_dir of its own student: name another",
     ),
     (
         {"teacher.model_name_or_path": "HEADLESS"},
-        "cls.predictions.bias: it was trained for another",
+        "cls.predictions.bias: it is of another task",
     ),
     ({"teacher.model_name_or_path": "OTHER"}, "is not that of"),
     (

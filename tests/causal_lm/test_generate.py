@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MambaConfig,
     PreTrainedTokenizerFast,
     pipeline,
     set_seed,
@@ -128,8 +130,11 @@ def run(folder, tmp_path, monkeypatch):
         run.sequences, run.inputs = [], []
 
         def keep(self, input_ids, **kwargs):
-            run.inputs.append((input_ids.tolist(), kwargs["attention_mask"].tolist()))
+            mask = kwargs.get("attention_mask")
+            run.inputs.append((input_ids.tolist(), None if mask is None else mask.tolist()))
             sequences = original(self, input_ids, **kwargs)
+            if not torch.is_tensor(sequences):  # of an assistant
+                return sequences
             run.sequences += sequences.tolist()
             return sequences
 
@@ -664,3 +669,58 @@ def test_every_documented_command_parses(tmp_path, monkeypatch):
     assert len(commands) >= 8
     for words in commands:
         assert parse(generate.Arguments, words).model_name_or_path == "runs/demo/model"
+
+
+ASSISTANTS = {
+    "the model itself": {},
+    "one that drafts badly": {"hidden_size": 16, "num_hidden_layers": 1},
+    "one with more padding": {"vocab_size": VOCABULARY + 20},
+    "one with less padding": {"vocab_size": VOCABULARY - 1},
+}
+
+
+@pytest.mark.parametrize("kind", ASSISTANTS)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_an_assistant_changes_no_greedy_text(run, tmp_path, kind, penalty):
+    assistant = make_model(tmp_path / "assistant", **ASSISTANTS[kind])
+    make_tokenizer(assistant, template=True)
+    options = {"prompt": PROMPTS, "max_new_tokens": 24, "repetition_penalty": penalty}
+    alone, calls = run(**options), len(run.inputs)
+    assert len({row["text"] for row in alone}) == len(PROMPTS)
+    assert run(**options, assistant_model_name_or_path=assistant) == alone
+    assert len(run.inputs) > calls  # it drafts by `generate`, too
+
+
+def test_samples_with_an_assistant_have_the_distribution_of_the_model(run, tmp_path):
+    assistant = make_model(tmp_path / "assistant", hidden_size=16)
+    make_tokenizer(assistant, template=True)
+    options = {"prompt": ["def "] * 200, "max_new_tokens": 2, "temperature": 2.0, "top_k": 3}
+    counts = [
+        Counter(row["text"] for row in run(**options, **more))
+        for more in ({}, {"assistant_model_name_or_path": assistant})
+    ]
+    assert len(counts[0]) > 4
+    for text in counts[0] | counts[1]:
+        assert abs(counts[0][text] - counts[1][text]) < 30  # of 200: three deviations
+
+
+def test_an_assistant_that_cannot_help_is_refused(run, tmp_path):
+    other = make_model(tmp_path / "other")
+    tokenizer = make_tokenizer(other, template=True)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    short = make_model(tmp_path / "short", max_position_embeddings=16)
+    make_tokenizer(short, template=True)
+    recurrent = tmp_path / "recurrent"
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(recurrent)
+    make_tokenizer(recurrent, template=True)
+    for assistant, more, message in (
+        (other, {}, "has another tokenizer"),
+        (short, {}, "are more than the model's max_position_embeddings"),
+        (recurrent, {}, "is recurrent and cannot take back a draft"),
+        (tmp_path / "none", {}, "has no tokenizer that loads"),
+        (short, {"num_beams": 2}, "leave num_beams and num_return_sequences at 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(prompt="def ", assistant_model_name_or_path=assistant, **more)

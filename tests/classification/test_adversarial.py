@@ -17,7 +17,7 @@ from torch.nn.functional import (
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from adversarial import DEFAULTS, Adversarial
-from recipes.classification.finetune import ClassificationLoss
+from classification_loss import ClassificationLoss
 from utils.config import InputError
 
 WIDTH = 16

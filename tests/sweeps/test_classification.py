@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from classification_examples import check_tokenizer, collate, configure
-from recipes.classification.finetune import ClassificationLoss
+from classification_loss import ClassificationLoss
 from sweeps.architectures import (
     VOCABULARY,
     CannotBuild,

@@ -194,6 +194,19 @@ def test_other_weights_than_those_it_was_told_are_an_error():
         (hard + soft).backward()
 
 
+def test_what_has_no_weight_is_measured_and_gives_zeros():
+    """Not None: DistributedDataParallel waits for a gradient of every parameter."""
+    student, teacher = projection(0), projection(1)
+    labels = torch.zeros(ROWS, dtype=torch.long)
+    hard, soft = summed_losses(student, labels, teacher, Divergence(), None, 0.0, 0.0)
+    (alone, _) = summed_losses(student, labels, hard_weight=0.0)
+    assert hard == alone > 0 < soft
+    for value in (0.0 * hard + 0.0 * soft, 0.0 * alone):
+        for gradient, tensor in zip(gradients(value, *student[:3]), student, strict=False):
+            assert gradient.shape == tensor.shape
+            assert not gradient.any()
+
+
 @kinds
 def test_vocabularies_that_differ_by_padding(chunks, kind, beta):
     """The divergence is over the tokens that both have, the labels' loss over the student's."""

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from utils.program import say
 from utils.progress import in_batches, progress_bar, told
-from utils.usage import say
 
 
 class Terminal(io.StringIO):
