@@ -9,7 +9,7 @@ labels are few, the texts without any). Each is a run of the recipe in a process
 - causal LM: a new model of two layers, taught by the Llama of `make demo` on the sample corpus.
 - SmolLM2 (unpacked from 4-bit GGUF): fifteen of its thirty layers, one seed.
 - classifier: three of MiniLM's six layers and a new head, taught by MiniLM as fine-tuned on all
-  docstrings, with labels for 100, 1,000 and all of them.
+  docstrings, with labels for 100, 1,000 and all 8,000 of them.
 
 Results: benchmarks/results/distill_quality.md and .json.
 """
@@ -52,7 +52,8 @@ class Arguments:
     causal_lm_teacher: str = "runs/demo/model"
     causal_lm_steps: int = 80  # of 16 rows of 128 tokens
     smollm2_steps: int = 40  # of 4 rows of 256 tokens
-    classification_steps: int = 60  # of 32 docstrings
+    classification_steps: int = 60  # of 32 docstrings; of the teacher four times as many
+    labels: list[int] = field(default_factory=lambda: [100, 1000, 8000])  # that a classifier has
     results: str = "benchmarks/results/distill_quality"
 
 
@@ -111,7 +112,7 @@ def classification(args: Arguments, folder: Path) -> list[dict[str, Any]]:
     ]
     run("recipes/classification/finetune.py", [*whole, *steps], teacher)
     rows, count = [], len(Path(TASK, "train.jsonl").read_text().splitlines())
-    for labels in (100, 1000, count):
+    for labels in args.labels:
         common = [
             *steps,
             *("--teacher.model_name_or_path", str(teacher / "model")),
