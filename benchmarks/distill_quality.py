@@ -32,6 +32,7 @@ from utils.run_folder import RunFolder
 SAMPLE = [
     *("--train_sources", "[{path: data/sample/train-*.jsonl, name: sample}]"),
     *("--test_sources", "[{path: data/sample/test.jsonl, name: sample}]"),
+    *("--eval_documents", "200"),
 ]
 SMALL_LLAMA = (
     "{model_type: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 2, "
@@ -90,7 +91,7 @@ def smollm2(args: Arguments, folder: Path) -> list[dict[str, Any]]:
     common = [
         *SAMPLE,
         *("--teacher.model_name_or_path", str(teacher)),
-        *("--student_layers", str([*range(0, 30, 2)]), "--eval_documents", "100"),
+        *("--student_layers", str([*range(0, 30, 2)])),
         *("--sequence_length", "256", "--global_batch_size", "4", "--lanes", "4"),
         *("--per_device_batch_size", "4", "--learning_rate", "5e-4", "--warmup_steps", "4"),
         *("--max_steps", str(args.smollm2_steps)),
