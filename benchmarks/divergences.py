@@ -4,7 +4,8 @@
 
 4,096 hidden states of width 512 against a vocabulary of 65,536, in fp32; dense: the logits of both
 models, their log-softmax, `kl_div` and `cross_entropy` as PyTorch has them. Each measurement is a
-process of its own, and the two take turns. Results: benchmarks/results/divergences.md and .json.
+process of its own, and the two take turns. Memory is what both passes take beside the hidden states
+and weights of the two models. Results: benchmarks/results/divergences.md and .json.
 """
 
 import json
@@ -19,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, linear
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
-from utils.config import command, parse
+from utils.config import InputError, command, parse
 from utils.divergences import Divergence, Logits, summed_losses
 from utils.report import markdown_table
 
@@ -102,6 +103,9 @@ def main() -> None:
     rows = []
     for name, ways in measured.items():
         own, other = ways["chunked"], ways["dense"]
+        losses = [found["loss"] for found in own + other]
+        if max(losses) - min(losses) > 1e-5 * max(losses):
+            raise InputError(f"{name}: the two compute other losses: {losses}")
         values = {key: [[r[key] for r in x] for x in (own, other)] for key in own[0]}
         rows.append(
             [

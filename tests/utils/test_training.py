@@ -14,6 +14,7 @@ from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
+import text_evaluation
 from conftest import STOP_SIGNALS, make_documents, write_jsonl
 from launching import ROOT, TINY_RUN, checkpoints, metrics, state, steps, write_state
 from recipes.causal_lm import pretrain as causal_lm
@@ -97,14 +98,14 @@ MOMENTS = {
     "between two micro-batches": (Engine, "_backward", 7, 2),
     "in an update": (Engine, "_update", 5, 5),
     "in an evaluation": (Training, "forward", 4 + 2, 3),
-    "in an evaluation at a checkpoint": (causal_lm, "evaluate_by_domain", 4, 12),
+    "in an evaluation at a checkpoint": (text_evaluation, "evaluate_by_domain", 4, 12),
     "while samples are written": (causal_lm, "write_samples", 2, 6),
     "in a save": (checkpoint, "save_file", 4, 8),
     "before the rename of a save": (checkpoint, "sync", 8, 4),
     "while a checkpoint is brought up to date": (checkpoint, "update", 3, 6),
     "while old checkpoints are pruned": (checkpoint, "prune", 11, 12),
     "while the last checkpoint is brought up to date": (checkpoint, "update", 7, 12),
-    "in the last evaluation of all": (causal_lm, "evaluate_by_domain", 5, 12),
+    "in the last evaluation of all": (text_evaluation, "evaluate_by_domain", 5, 12),
 }
 
 
@@ -493,13 +494,13 @@ def test_what_one_rank_alone_fails_in_ends_all(failure, told, monkeypatch):
 
 RAISED = {
     # (function, which of its calls, what it raises, the step that is saved by then)
-    "in an evaluation": (causal_lm, "evaluate_by_domain", 2, SystemExit, 6),
+    "in an evaluation": (text_evaluation, "evaluate_by_domain", 2, SystemExit, 6),
     "in a forward of one": (Training, "forward", 4 + 2, SystemExit, 3),
     "while samples are written": (causal_lm, "write_samples", 3, InputError, 9),
     "by its results": (RunState, "note_evaluation", 1, InputError, 3),
     "by the next document": (stream, "collate", 4 * 7 + 2, SystemExit, 7),
-    "in the last evaluation": (causal_lm, "evaluate_by_domain", 4, SystemExit, 12),
-    "in the test": (causal_lm, "evaluate_by_domain", 5, InputError, 12),
+    "in the last evaluation": (text_evaluation, "evaluate_by_domain", 4, SystemExit, 12),
+    "in the test": (text_evaluation, "evaluate_by_domain", 5, InputError, 12),
     "by the card": (report, "write_card", 1, SystemExit, 12),
 }
 
