@@ -153,6 +153,7 @@ def main() -> None:
 
     facts = {"parameters": f"{parameter_count(config)['total']:,}"}
     if args.test_sources:
+        training.load_best()
         results = evaluate_documents(training, args.test_sources, encode, losses)
         if results is None:
             return training.stop()

@@ -659,3 +659,15 @@ def test_an_output_dir_that_cannot_be_written(pretrain):
     ended = pretrain(output_dir="/proc/run")
     assert ended.status == 2
     assert re.fullmatch(r"error: output_dir: cannot write in /proc: [\w ]+\n", ended.error)
+
+
+def test_the_test_is_of_the_best_weights_where_they_are_exported(pretrain, corpus_folder):
+    held_out = [{"path": str(corpus_folder / "validation.jsonl")}]
+    settings = {"validation_sources": held_out, "test_sources": held_out, "eval_documents": 10}
+    ended = pretrain(
+        **settings, load_best_model_at_end=True, eval_steps=1, max_steps=3, learning_rate=1.0
+    )
+    assert ended.status == 0, ended.error
+    losses = [record["eval_loss"] for record in metrics(ended.folder) if "eval_loss" in record]
+    assert losses[-1] > min(losses)
+    assert metrics(ended.folder)[-1]["test_loss"] == pytest.approx(min(losses), rel=1e-6)
