@@ -1,9 +1,12 @@
-"""What is trained of a model: all of it, a part, or a low-rank adapter beside it (LoRA)."""
+"""What is trained of a model: all of it, a part, a low-rank adapter beside it (LoRA), or a smaller
+model that is made of its layers."""
 
 import copy
 import dataclasses
 import filecmp
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -169,6 +172,47 @@ def layer_list(model: "transformers.PreTrainedModel") -> tuple[str, torch.nn.Mod
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return name, module
     raise InputError(f"model: {model.config.model_type} has no list of {count} layers")
+
+
+def carved(
+    teacher: "transformers.PreTrainedModel",
+    student: "transformers.PreTrainedModel",
+    layers: Sequence[int] | None,
+) -> "transformers.PreTrainedModel":
+    """The student with the weights of the teacher: of these layers; null: of all.
+
+    Where its MLPs are narrower, it gets the neurons whose weights are the largest: by the product
+    of the norms of what leads into a neuron and out of it.
+    """
+    name, blocks = layer_list(teacher)
+    layers = range(len(blocks)) if layers is None else layers
+    inside = re.compile(rf"({re.escape(name)}\.)(\d+)(\..+)")
+    given, sources, narrowed = teacher.state_dict(), {}, {}
+    for key, tensor in student.state_dict().items():
+        found = inside.fullmatch(key)
+        source = key if found is None else f"{found[1]}{layers[int(found[2])]}{found[3]}"
+        sources[key] = given[source]
+        if tensor.shape != given[source].shape:
+            narrowed.setdefault(found and found[2], {})[key] = tensor.shape
+    for shapes in narrowed.values():
+        dims = {
+            key: next(d for d, n in enumerate(shape) if n != sources[key].shape[d])
+            for key, shape in shapes.items()
+        }
+        sizes = {(sources[key].shape[dim], shapes[key][dim]) for key, dim in dims.items()}
+        if len(sizes) > 1:
+            raise InputError(
+                f"student_intermediate_size: the MLP of {teacher.config.model_type} has more than "
+                "one part in a matrix: give student_layers alone"
+            )
+        ((_, size),) = sizes
+        matrices = [(sources[k].float(), dim) for k, dim in dims.items() if sources[k].dim() == 2]
+        importance = torch.stack([x.norm(dim=1 - dim).log() for x, dim in matrices]).sum(0)
+        kept = importance.topk(size).indices.sort().values
+        for key, dim in dims.items():
+            sources[key] = sources[key].index_select(dim, kept)
+    student.load_state_dict(sources)
+    return student
 
 
 BASE = "model.safetensors"

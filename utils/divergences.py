@@ -280,18 +280,6 @@ def _compare(
     return loss, p, slope, slope.sum(1, keepdim=True)
 
 
-def top_tokens(logits: Logits, k: int, temperature: float) -> TopTokens:
-    """The k likeliest tokens of each row and their log-probabilities, the likeliest first."""
-    size, parts = chunk_rows(logits.vocabulary, logits.cap), []
-    for start in range(0, len(logits.hidden), size):
-        chunk = logits.rows(slice(start, start + size)).div_(temperature)
-        values, ids = chunk.topk(k)
-        parts.append((ids, values - chunk.logsumexp(1, keepdim=True)))
-    if not parts:
-        return TopTokens(logits.hidden.new_zeros(0, k).long(), logits.hidden.new_zeros(0, k))
-    return TopTokens(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
 def chunk_rows(vocabulary: int, cap: float | None = None) -> int:
     elements = CHUNK_ELEMENTS if cap is None else CHUNK_ELEMENTS // 2  # and the slope of the cap
     return max(1, elements // vocabulary)

@@ -2,9 +2,8 @@
 
 import copy
 import os
-import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import transformers
 
-from utils.adapters import layer_list
+from utils.adapters import carved
 from utils.comparison import PRECISIONS
 from utils.config import InputError
 from utils.divergences import Divergence
@@ -136,6 +135,15 @@ class DistillationArguments(ModelArguments):
         )
 
 
+@contextmanager
+def of_the_teacher() -> Iterator[None]:
+    """What is wrong in this context is wrong of the teacher."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"teacher: {error}") from None
+
+
 def teacher_config(arguments: Any, tokenizer: Any) -> Any:
     """The teacher's configuration, checked against the tokenizer and the length of a row.
 
@@ -168,10 +176,8 @@ def load_teacher(
         options["quantization_config"].llm_int8_skip_modules = _heads(config, auto_model)
     elif given.dtype != "auto":
         dtype = getattr(torch, given.dtype)
-    try:
+    with of_the_teacher():
         model = build_model(a.of_teacher(), config, auto_model, dtype, **options)
-    except InputError as error:
-        raise InputError(f"teacher: {error}") from None
     drawn = [name for name in model.newly_initialized if "pooler" not in name]
     if drawn:
         raise InputError(
@@ -285,47 +291,6 @@ def _write_student(
     with written_aside(path) as aside:
         student.save_pretrained(aside)
         write_checksums(aside)
-
-
-def carved(
-    teacher: "transformers.PreTrainedModel",
-    student: "transformers.PreTrainedModel",
-    layers: Sequence[int] | None,
-) -> "transformers.PreTrainedModel":
-    """The student with the weights of the teacher: of these layers; null: of all.
-
-    Where its MLPs are narrower, it gets the neurons whose weights are the largest: by the product
-    of the norms of what leads into a neuron and out of it.
-    """
-    name, blocks = layer_list(teacher)
-    layers = range(len(blocks)) if layers is None else layers
-    inside = re.compile(rf"({re.escape(name)}\.)(\d+)(\..+)")
-    given, sources, narrowed = teacher.state_dict(), {}, {}
-    for key, tensor in student.state_dict().items():
-        found = inside.fullmatch(key)
-        source = key if found is None else f"{found[1]}{layers[int(found[2])]}{found[3]}"
-        sources[key] = given[source]
-        if tensor.shape != given[source].shape:
-            narrowed.setdefault(found and found[2], {})[key] = tensor.shape
-    for shapes in narrowed.values():
-        dims = {
-            key: next(d for d, n in enumerate(shape) if n != sources[key].shape[d])
-            for key, shape in shapes.items()
-        }
-        sizes = {(sources[key].shape[dim], shapes[key][dim]) for key, dim in dims.items()}
-        if len(sizes) > 1:
-            raise InputError(
-                f"student_intermediate_size: the MLP of {teacher.config.model_type} has more than "
-                "one part in a matrix: give student_layers alone"
-            )
-        ((_, size),) = sizes
-        matrices = [(sources[k].float(), dim) for k, dim in dims.items() if sources[k].dim() == 2]
-        importance = torch.stack([x.norm(dim=1 - dim).log() for x, dim in matrices]).sum(0)
-        kept = importance.topk(size).indices.sort().values
-        for key, dim in dims.items():
-            sources[key] = sources[key].index_select(dim, kept)
-    student.load_state_dict(sources)
-    return student
 
 
 def paired_layers(arguments: Any, student: Any, teacher: Any) -> list[int]:

@@ -16,8 +16,7 @@ The same command continues a run that was stopped; `--dry_run true` prints the p
 """
 
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -40,7 +39,7 @@ from utils.config import InputError, at_end, command, parse
 from utils.divergences import add_projection, hidden_loss, summed_losses
 from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
-from utils.memory import flops_per_token, parameter_count, plan
+from utils.memory import distillation_plan, flops_per_token, parameter_count
 from utils.model import empty_model, load_tokenizer
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -49,6 +48,7 @@ from utils.stream import TrainingStream
 from utils.teacher import (
     DistillationArguments,
     load_teacher,
+    of_the_teacher,
     paired_layers,
     student_config,
     student_model,
@@ -229,15 +229,6 @@ def check_pair(args: Arguments, student: Any, teacher: Any) -> list[int]:
     return layers
 
 
-@contextmanager
-def of_the_teacher() -> Iterator[None]:
-    """What is wrong in this context is wrong of the teacher."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"teacher: {error}") from None
-
-
 @at_end
 def main() -> None:
     args = parse(Arguments)
@@ -251,7 +242,8 @@ def main() -> None:
     predicted = 1.0 if args.soft_weight and args.soft_tokens == "all" else args.mlm_probability
     if args.dry_run:
         phases = [(phase.sequence_length, phase.steps) for phase in args.phases]
-        print(plan(configs[1], args, phases, auto_model, predicted))
+        more = {"phases": phases, "predicted": predicted}
+        print(distillation_plan(configs[1], configs[0], args, auto_model, **more))
         return
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
     corpus = Corpus(args)

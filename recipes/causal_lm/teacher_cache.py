@@ -32,7 +32,7 @@ from cache_shards import (
 from causal_head import CausalHead
 from packing import DocumentEncoder, packed_rows
 from utils.config import InputError, Settings
-from utils.divergences import top_tokens
+from utils.divergences import Logits, TopTokens, chunk_rows
 from utils.files import written_aside
 from utils.integrity import checksum
 from utils.lanes import Corpus, Lanes
@@ -225,6 +225,18 @@ def _ask(
         for start, end in zip([0, *ends], ends, strict=False):
             found.append((ids[start:end], kept[start:end].astype(np.float16)))
     return found
+
+
+def top_tokens(logits: Logits, k: int, temperature: float) -> TopTokens:
+    """The k likeliest tokens of each row and their log-probabilities, the likeliest first."""
+    size, parts = chunk_rows(logits.vocabulary, logits.cap), []
+    for start in range(0, len(logits.hidden), size):
+        chunk = logits.rows(slice(start, start + size)).div_(temperature)
+        values, ids = chunk.topk(k)
+        parts.append((ids, values - chunk.logsumexp(1, keepdim=True)))
+    if not parts:
+        return TopTokens(logits.hidden.new_zeros(0, k).long(), logits.hidden.new_zeros(0, k))
+    return TopTokens(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def _no_row(length: int) -> dict[str, np.ndarray]:

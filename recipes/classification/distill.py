@@ -16,8 +16,7 @@ the teacher's scores beside the student's.
 """
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -64,6 +63,7 @@ from utils.tables import Table, TableRow
 from utils.teacher import (
     DistillationArguments,
     load_teacher,
+    of_the_teacher,
     paired_layers,
     student_config,
     student_model,
@@ -227,21 +227,13 @@ class DistillationLoss(ClassificationLoss):
         return found
 
 
-@contextmanager
-def said_of_the_teacher() -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"teacher: {error}") from None
-
-
 @at_end
 def main() -> None:
     args = parse(Arguments)
     tables = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
     tables["transfer"] = args.transfer_data
     rows = read_labelled_texts(tables, args, args.lacks_label)
-    with said_of_the_teacher():
+    with of_the_teacher():
         teacher_tokenizer = load_tokenizer(args.of_teacher())
     tokenizer = load_tokenizer(args)
     of_teacher = teacher_config(args, teacher_tokenizer)
@@ -250,7 +242,7 @@ def main() -> None:
     rows, names = keep_labels(rows, given, args, of_teacher=True)
     if given is None:
         configure(of_teacher, names, args.problem_type, {})
-    with said_of_the_teacher():
+    with of_the_teacher():
         check_tokenizer(teacher_tokenizer, of_teacher, args.sequence_length)
     config = student_config(args, of_teacher, tokenizer)
     check_own_labels(config, args, names)
@@ -291,7 +283,7 @@ def main() -> None:
     teacher = load_teacher(args, of_teacher, auto_model, training.accelerator)
     model = student_model(args, config, auto_model, folder.path, of_teacher)
     check_positions(model, args.sequence_length)
-    with said_of_the_teacher():
+    with of_the_teacher():
         check_positions(teacher, args.sequence_length)
     objective = DistillationLoss(model, teacher, args, weights, layers)
     varied = rows["train"] * (1 + args.copies)

@@ -98,23 +98,26 @@ def conversations(tmp_path_factory):
     return folder
 
 
+def of_conversations(data, teacher, output_dir):
+    return {k: v for k, v in SETTINGS.items() if k not in ("lanes", "model")} | {
+        "output_dir": output_dir,
+        "model": TINY_RUN["model"] | {"max_position_embeddings": 256},
+        "chat_template": str(data / "template.jinja"),
+        "train_data": [{"path": str(data / "train.jsonl")}],
+        "validation_data": [{"path": str(data / "validation.jsonl")}],
+        "teacher": {"model_name_or_path": str(teacher)},
+        "sequence_length": 64,
+        "global_batch_size": 8,
+        "sample_answers": 1,
+    }
+
+
 @pytest.fixture
 def converse(call, conversations, teacher_folder, tmp_path):
     """converse(name, **settings): on conversations."""
 
     def start(name="run", **settings):
-        values = {k: v for k, v in SETTINGS.items() if k not in ("lanes", "model")}
-        values |= {
-            "output_dir": tmp_path / name,
-            "model": TINY_RUN["model"] | {"max_position_embeddings": 256},
-            "chat_template": str(conversations / "template.jinja"),
-            "train_data": [{"path": str(conversations / "train.jsonl")}],
-            "validation_data": [{"path": str(conversations / "validation.jsonl")}],
-            "teacher": {"model_name_or_path": str(teacher_folder)},
-            "sequence_length": 64,
-            "global_batch_size": 8,
-            "sample_answers": 1,
-        }
+        values = of_conversations(conversations, teacher_folder, tmp_path / name)
         if "student_layers" in settings:
             del values["model"]
         return call(distill.main, command_line(values | settings), tmp_path / name)
@@ -514,21 +517,7 @@ def test_own_answers_on_two_processes_under_zero3(
     settings = {"on_policy_share": 1.0, "on_policy_tokens": 6, "max_steps": 2}
     alone = converse("one", **settings)
     assert alone.status == 0, alone.error
-    values = (
-        {k: v for k, v in SETTINGS.items() if k not in ("lanes", "model")}
-        | settings
-        | {
-            "output_dir": tmp_path / "two",
-            "model": TINY_RUN["model"] | {"max_position_embeddings": 256},
-            "chat_template": str(conversations / "template.jinja"),
-            "train_data": [{"path": str(conversations / "train.jsonl")}],
-            "validation_data": [{"path": str(conversations / "validation.jsonl")}],
-            "teacher": {"model_name_or_path": str(teacher_folder)},
-            "sequence_length": 64,
-            "global_batch_size": 8,
-            "sample_answers": 1,
-        }
-    )
+    values = of_conversations(conversations, teacher_folder, tmp_path / "two") | settings
     run("zero3", 2, command_line(values), tmp_path / "log.txt", script=DISTILL)
     one, two = (steps(folder) for folder in (alone.folder, tmp_path / "two"))
     assert [record["tokens"] for record in one] == [record["tokens"] for record in two]
