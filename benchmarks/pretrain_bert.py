@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,7 +28,14 @@ from transformers import (
 )
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
-from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
+from benchmarks.trainers import (
+    Observer,
+    observe_recipe,
+    observed,
+    peak_memory,
+    timed,
+    trainer_settings,
+)
 from example_rows import example_rows
 from masking import ExampleMaker
 from recipes.bert import pretrain as bert
@@ -186,35 +192,7 @@ def measure_speed(arguments: Arguments, name: str, seed: int) -> dict[str, float
 
 
 def measure_memory(arguments: Arguments, name: str) -> int:
-    """Bytes at the peak of a few steps, less those that were in use before the first.
-
-    On a CPU it is the resident memory of the process (VmHWM of Linux, set back before the first
-    step; `ru_maxrss` would begin with what imports and data took at their worst).
-    """
-    found = {}
-
-    def observe(step: int, tokens: int) -> None:
-        if step == 0:
-            reset_peak()
-        if step in (0, MEMORY_STEPS):
-            found[step] = peak_bytes()
-
-    PEERS[name](arguments.recipe(0), MEMORY_STEPS, observe)
-    return found[MEMORY_STEPS] - found[0]
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return peak_memory(partial(PEERS[name], arguments.recipe(0), MEMORY_STEPS), MEMORY_STEPS)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,23 @@ def observe_recipe(training: Training, steps: int, observe: Observer) -> None:
             break
 
 
-def observed(trainer: type[Trainer], observe: Observer) -> type[Trainer]:
-    """The trainer's class, made to count what it trains on."""
+def tokens_of(trainer: Trainer, inputs: dict[str, Any]) -> int:
+    """What a trainer has seen with this batch: more than before by what is no padding."""
+    mask = inputs.get("attention_mask")
+    count = inputs["input_ids"].numel() if mask is None else mask.sum()
+    return trainer.counted.useful + int(count)
+
+
+def observed(
+    trainer: type[Trainer],
+    observe: Observer,
+    count: Callable[[Trainer, Any], int] = tokens_of,
+) -> type[Trainer]:
+    """The trainer's class, made to count what it trains on.
+
+    Args:
+        count: trainer, batch → useful tokens so far, asked after each batch.
+    """
 
     class Observed(TrainerCallback):
         def __init__(self):
@@ -42,9 +58,9 @@ def observed(trainer: type[Trainer], observe: Observer) -> type[Trainer]:
             super().__init__(*args, callbacks=[self.counted], **options)
 
         def training_step(self, model, inputs, *rest):
-            mask = inputs.get("attention_mask")
-            self.counted.useful += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-            return super().training_step(model, inputs, *rest)
+            loss = super().training_step(model, inputs, *rest)
+            self.counted.useful = count(self, inputs)
+            return loss
 
     return ObservedTrainer
 
@@ -83,3 +99,35 @@ def timed(train: Callable[[Observer], None], first: int, last: int) -> dict[str,
     train(observe)
     seconds, tokens = (b - a for a, b in zip(marks[first], marks[last], strict=True))
     return {"seconds": seconds, "tokens": tokens}
+
+
+def peak_memory(train: Callable[[Observer], Any], steps: int) -> int:
+    """Bytes at the peak of the first steps, less those that were in use before them.
+
+    On a CPU it is the resident memory of the process (VmHWM of Linux, set back before the first
+    step; `ru_maxrss` would begin with what imports and data took at their worst).
+    """
+    found = {}
+
+    def observe(step: int, tokens: int) -> None:
+        if step == 0:
+            reset_peak()
+        if step in (0, steps):
+            found[step] = peak_bytes()
+
+    train(observe)
+    return found[steps] - found[0]
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

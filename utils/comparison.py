@@ -71,7 +71,7 @@ class Reference:
             rewritten: what `compare_tensors` could not compare.
         """
         for text, tokens in self.readings.items():
-            if tokenizer(text).input_ids != tokens:
+            if tokenizer(text, verbose=False).input_ids != tokens:
                 raise _differs(name, f"its tokenizer reads {text[:80]!r} otherwise than the run's")
         architecture = architecture_of(config)
         with torch.device("meta"):
@@ -150,7 +150,7 @@ def reference_of_run(training: "Training") -> Reference:
     seen = [rows for rows in training.ranks.gather([engine.rows]) if rows is not None]
     rows = seen[0][:ROWS, :TOKENS].contiguous() if seen else _any_rows(model)
     texts = tokenizer.batch_decode(rows)
-    readings = {text: tokenizer(text).input_ids for text in texts}
+    readings = {text: tokenizer(text, verbose=False).input_ids for text in texts}
     found: dict[str, torch.Tensor] = {}
     stance = torch.compiler.set_stance("force_eager") if a.torch_compile else nullcontext()
     objective.eval()

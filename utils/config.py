@@ -127,14 +127,12 @@ def command(main: Callable[[], None]) -> typing.NoReturn:
 
 
 def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> Any:
-    """Read `[CONFIG.yaml] [--key value …]` into an instance of the dataclass `settings`; of several
-    of the one that has most of the keys.
+    """Read `[CONFIG.yaml] [--key value …]` into `settings`, of several the one of most of the keys.
 
     Values on the command line are YAML (`--sources '[{path: a.jsonl}]'`), but text as it stands
     for a field whose type is `str` or a union that begins with it (`--prompt "def "`); a dotted
-    key reaches inside (`--model.hidden_size 64`, `--sources.0.path b.jsonl`). A `check(self)`
-    method of the dataclass, if it has one, raises `InputError` for what only several fields
-    together get wrong.
+    key reaches inside (`--model.hidden_size 64`, `--sources.0.path b.jsonl`). Its
+    `check(self)`, if there is one, raises `InputError` for what only several fields get wrong.
 
     Raises:
         InputError: unknown key, one twice in the file, wrong type, missing value, unreadable file.
@@ -151,6 +149,10 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
         argv = argv[1:]
     keys = {*values, *(key.partition(".")[0] for key, _ in _options(argv))}
     settings = max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys()))
+    mine, *rest = (kind.__dataclass_fields__.keys() for kind in (settings, *kinds))
+    if foreign := sorted(keys & set().union(*rest) - mine):
+        own = min(keys & mine - set.intersection(*map(set, rest)), default="its other keys")
+        raise InputError(f"{foreign[0]!r} does not go with {own!r}: two kinds of runs; give one")
     defaults = {field.name: default(field) for field in dataclasses.fields(settings)}
     for key, text in _options(argv):
         top, dot, _ = key.partition(".")

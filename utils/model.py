@@ -55,8 +55,13 @@ class ModelArguments(Settings):
         super().check()
 
     @property
+    def tokenizer_names(self) -> dict[str, str | None]:
+        """By setting where the tokenizer may be: the first that is given is taken."""
+        return {"tokenizer": self.tokenizer, "model_name_or_path": self.model_name_or_path}
+
+    @property
     def tokenizer_name(self) -> str | None:
-        return self.tokenizer or self.model_name_or_path
+        return next(filter(None, self.tokenizer_names.values()), None)
 
 
 def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
@@ -78,7 +83,9 @@ def load_tokenizer(arguments: ModelArguments, **options: Any) -> Any:
     except InputError:
         raise
     except Exception as error:  # of any kind, if tokenizer.json is some other JSON
-        raise InputError(f"tokenizer: cannot load {name}: {_what_is_wrong(name, error)}") from None
+        setting = next(key for key, given in arguments.tokenizer_names.items() if given)
+        what = "" if setting == "tokenizer" else "the tokenizer of "
+        raise InputError(f"{setting}: cannot load {what}{name}: {_reason(name, error)}") from None
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
         raise InputError(f"tokenizer: {name} has no vocabulary: special tokens are all it knows")
     kind = type(tokenizer)
@@ -106,14 +113,22 @@ def _config_beside(arguments: ModelArguments) -> Any:
     return None
 
 
-def _what_is_wrong(name: str, error: Exception) -> str:
+def _reason(name: str, error: Exception) -> str:
     """Why nothing could be loaded from a folder or a name of the Hub."""
     for path in filter(Path.is_file, sorted(Path(name).glob("*"))):
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 return f"{path.name} is a pointer of Git LFS, not the file: run git lfs pull"
+    if not Path(name).exists() and (name.count("/") > 1 or name.startswith(("/", "."))):
+        return f"there is no such folder{looked_for(name)}"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return kind + shorten(str(error), 300) + looked_for(name)
+
+
+def _does_not_load(name: str | None, error: Exception) -> InputError:
+    if name is None:
+        return InputError(f"model: {shorten(str(error), 300)}")
+    return InputError(f"model_name_or_path: cannot load {name}: {_reason(name, error)}")
 
 
 def model_config(arguments: Any, tokenizer: Any = None) -> Any:
@@ -153,7 +168,7 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
                 settings = special | settings
             config = transformers.AutoConfig.for_model(**settings)
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"model: {shorten(str(error), 300)}") from None
+        raise _does_not_load(given, error) from None
     text = config.get_text_config(decoder=True)
     # a model made of two has a vocabulary for each
     if tokenizer is not None and len(tokenizer) > getattr(text, "vocab_size", math.inf):
@@ -232,10 +247,7 @@ def build_model(
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # of any kind, where the weights are some other file
-        if name is None or isinstance(error, ImportError):
-            raise InputError(f"model: {shorten(str(error), 300)}") from None
-        problem = _what_is_wrong(name, error)
-        raise InputError(f"model_name_or_path: cannot load {name}: {problem}") from None
+        raise _does_not_load(None if isinstance(error, ImportError) else name, error) from None
     if getattr(arguments, "new_head", False):
         keys = (key for key, _ in model.named_parameters())
         new |= {key for key in keys if not key.startswith(f"{model.base_model_prefix}.")}

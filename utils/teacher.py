@@ -110,9 +110,11 @@ class DistillationArguments(ModelArguments):
         return super().fixed() | own | {"teacher": asdict(self.teacher)}
 
     @property
-    def tokenizer_name(self) -> str | None:
+    def tokenizer_names(self) -> dict[str, str | None]:
         """A student's that has none of its own is the teacher's."""
-        return super().tokenizer_name or self.teacher.model_name_or_path
+        return super().tokenizer_names | {
+            "teacher.model_name_or_path": self.teacher.model_name_or_path
+        }
 
     @property
     def as_divergence(self) -> Divergence:
@@ -150,12 +152,8 @@ def teacher_config(arguments: Any, tokenizer: Any) -> Any:
     Raises:
         InputError: no such model, or one with another tokenizer.
     """
-    try:
+    with of_the_teacher():
         return model_config(arguments.of_teacher(), tokenizer)
-    except InputError as error:
-        path = arguments.teacher.model_name_or_path or "from scratch"
-        where = looked_for(arguments.teacher.model_name_or_path or "")
-        raise InputError(f"teacher {path}: {error}{where}") from None
 
 
 def load_teacher(

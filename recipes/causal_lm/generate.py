@@ -24,6 +24,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,13 +142,15 @@ def main() -> None:
         # that the prompt holds: the repetition penalty of transformers 5.17 sees padding.
         input_ids = [ids[:1] * (length - len(ids)) + ids for ids in batch]
         attention_mask = [[0] * (length - len(ids)) + [1] * len(ids) for ids in batch]
-        sequences = model.generate(
-            torch.tensor(input_ids, device=model.device),
-            attention_mask=torch.tensor(attention_mask, device=model.device),
-            streamer=Stream(tokenizer) if streams else None,
-            stopping_criteria=[interrupt],
-            assistant_model=assistant,
-        )
+        # of the settings of a draft, which are transformers' own, it warns
+        with quiet() if assistant else nullcontext():
+            sequences = model.generate(
+                torch.tensor(input_ids, device=model.device),
+                attention_mask=torch.tensor(attention_mask, device=model.device),
+                streamer=Stream(tokenizer) if streams else None,
+                stopping_criteria=[interrupt],
+                assistant_model=assistant,
+            )
         for number, sequence in enumerate(sequences.tolist()):
             row, which = divmod(number, args.num_return_sequences)
             place, prompt = prompts[first + row]

@@ -111,6 +111,7 @@ class Arguments(ClassificationArguments, DistillationArguments):
         own = path or self.tokenizer_name
         with suppress(OSError):  # there is nothing at all, which is said where it is to be read
             own = own if own and tokenizer_settings(own) else self.tokenizer_name
+        own = own if own != path else None
         return replace(super().of_teacher(), tokenizer=own, new_head=False)
 
     def lacks_label(self, split: str, row: TableRow) -> bool:

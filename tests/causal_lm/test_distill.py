@@ -544,8 +544,9 @@ REFUSED = {
     "no teacher": ({"teacher": {}}, "teacher: give its model_name_or_path"),
     "missing": (
         {"teacher": {"model_name_or_path": "/nowhere"}, "tokenizer": "T"},
-        "teacher /nowhere: ",
+        "teacher: model_name_or_path: cannot load /nowhere: there is no such folder",
     ),
+    "two kinds": ({"on_policy_share": 0.5}, "'on_policy_share' does not go with '.*': two kinds"),
     "layers": ({"student_layers": [0, 4]}, "not among the teacher's 0 to 3"),
     "no layers": ({"student_layers": []}, "not among the teacher's 0 to 3"),
     "neurons": ({"student_intermediate_size": 100}, "student_intermediate_size: 100"),

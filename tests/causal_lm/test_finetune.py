@@ -847,7 +847,7 @@ def test_frozen_parameters_do_not_move(instruct, frozen, still):
         ({"metric_for_best_model": "eval_f1"}, "metric_for_best_model: eval_f1 is not measured"),
         ({"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
         ({"max_tokens": 5}, "max_tokens: fine-tuning is given its length by epochs or max_steps"),
-        ({"model_name_or_path": "/no/model"}, "model: "),
+        ({"model_name_or_path": "/no/model"}, "model_name_or_path: "),
     ],
 )
 def test_bad_settings(instruct, tokenizer_folder, tmp_path, settings, message):

@@ -681,7 +681,7 @@ ASSISTANTS = {
 
 @pytest.mark.parametrize("kind", ASSISTANTS)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_an_assistant_changes_no_greedy_text(run, tmp_path, kind, penalty):
+def test_an_assistant_changes_no_greedy_text(run, tmp_path, caplog, kind, penalty):
     assistant = make_model(tmp_path / "assistant", **ASSISTANTS[kind])
     make_tokenizer(assistant, template=True)
     options = {"prompt": PROMPTS, "max_new_tokens": 24, "repetition_penalty": penalty}
@@ -689,6 +689,7 @@ def test_an_assistant_changes_no_greedy_text(run, tmp_path, kind, penalty):
     assert len({row["text"] for row in alone}) == len(PROMPTS)
     assert run(**options, assistant_model_name_or_path=assistant) == alone
     assert len(run.inputs) > calls  # it drafts by `generate`, too
+    assert not caplog.messages
 
 
 def test_samples_with_an_assistant_have_the_distribution_of_the_model(run, tmp_path):

@@ -570,7 +570,7 @@ BAD_SETTINGS = [
     ),
     ({"tokenizer": "/no/such/tokenizer"}, "tokenizer: cannot load /no/such/tokenizer: "),
     ({"tokenizer": "null"}, "tokenizer: give a folder or Hub name"),
-    ({"model_name_or_path": "/no/such/model"}, "model: .*/no/such/model"),
+    ({"model_name_or_path": "/no/such/model"}, "model_name_or_path: .*/no/such/model: there is no"),
     (
         {"sequence_length": 65},
         "sequence_length: 65 is more than the model's max_position_embeddings of 64",

@@ -640,7 +640,7 @@ REFUSED = {
     ),
     "nothing there": (
         {"teacher": {"model_name_or_path": "/nowhere"}},
-        "teacher: tokenizer: cannot load /now",
+        "teacher: model_name_or_path: cannot load the tokenizer of /nowhere: there is no such",
     ),
     "an adapter": ({"teacher.adapter_name_or_path": "W"}, "teacher.adapter_name_or_path: the lab"),
     "no teacher": ({"teacher": {}}, "teacher: give its model_name_or_path"),

@@ -173,6 +173,24 @@ def test_text_on_the_command_line_stands_as_it_is(text):
     assert sources == [Source(text)]
 
 
+@dataclass
+class Evaluation:
+    output_dir: str
+    split: str = "test"
+    batch_size: int = 1
+
+
+def test_of_several_kinds_of_settings_the_keys_choose_one(config):
+    kinds = (Arguments, Evaluation)
+    assert parse(kinds, ["--output_dir", "out", "--split", "a"]) == Evaluation("out", "a")
+    assert parse(kinds, ["--output_dir", "out"]).max_steps == 20
+    both = config("output_dir: out\nmax_steps: 2\nseed: 1\n")
+    with pytest.raises(InputError, match="'split' does not go with 'max_steps': two kinds of runs"):
+        parse(kinds, [both, "--split", "a"])
+    with pytest.raises(InputError, match="unknown key 'splt': the nearest valid one is 'split'"):
+        parse(kinds, ["--output_dir", "out", "--batch_size", "2", "--splt", "a"])
+
+
 def test_a_union_keeps_the_type_that_the_file_gives(config):
     assert read(config("output_dir: out\nseed: 5\n")).seed == 5
     assert read(config("output_dir: out\nseed: '5'\n")).seed == "5"
