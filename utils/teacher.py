@@ -300,7 +300,12 @@ def paired_layers(arguments: Any, student: Any, teacher: Any) -> list[int]:
     Raises:
         InputError: a map that does not fit.
     """
-    mine, theirs = (c.get_text_config().num_hidden_layers for c in (student, teacher))
+    counts = []
+    for config in (student, teacher):
+        counts.append(getattr(config.get_text_config(), "num_hidden_layers", None))
+        if counts[-1] is None:
+            raise InputError(f"model: {config.model_type} does not say how many layers it has")
+    mine, theirs = counts
     layers = arguments.layer_map
     if layers is None and arguments.student_layers is not None:
         layers = [layer + 1 for layer in arguments.student_layers]

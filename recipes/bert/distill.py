@@ -207,12 +207,13 @@ def check_pair(args: Arguments, student: Any, teacher: Any) -> list[int]:
         InputError: the two do not fit what is to be learnt.
     """
     layers, both = paired_layers(args, student, teacher), {"student": student, "teacher": teacher}
-    heads = [config.get_text_config().num_attention_heads for config in both.values()]
-    if args.attention_weight and heads[0] != heads[1]:
-        raise InputError(
-            f"attention_weight: the student has {heads[0]} heads a layer and the teacher "
-            f"{heads[1]}: make them as many, or take relation_weight"
-        )
+    if args.attention_weight:
+        heads = [getattr(c.get_text_config(), "num_attention_heads", None) for c in both.values()]
+        if heads[0] != heads[1]:
+            raise InputError(
+                f"attention_weight: the student has {heads[0]} heads a layer and the teacher "
+                f"{heads[1]}: make them as many, or take relation_weight"
+            )
     if args.relation_weight:
         for name, config in both.items():
             width = config.get_text_config().hidden_size

@@ -25,15 +25,16 @@ LEAST_SCORE = -100  # TinyBERT takes what is not above it for 0
 class Attention(NamedTuple):
     """What enters the attention of a layer."""
 
-    query: torch.Tensor  # (rows, heads, tokens, width of a head), and so the others
-    key: torch.Tensor
+    query: torch.Tensor  # (rows, heads, tokens, width of a head)
+    key: torch.Tensor  # and these; several heads may share one of their heads
     value: torch.Tensor
     scaling: float | None  # of query · key; None: 1 / √width
 
     def scores(self) -> torch.Tensor:
         """(rows, heads, tokens, tokens), before masks and softmax."""
         scaling = self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        return self.query.float() @ self.key.float().transpose(2, 3) * scaling
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        return self.query.float() @ key.float().transpose(2, 3) * scaling
 
 
 class Signals(NamedTuple):
@@ -100,6 +101,10 @@ class ObservedEncoder(MaskedLoss):
             raise InputError(
                 f"model: {kind} has an attention of its own, which attention_weight and "
                 "relation_weight cannot look into"
+            )
+        if self.flags and {x.shape[:2] for x in states or [targets[None]]} != {last.shape[:2]}:
+            raise InputError(
+                f"model: {kind} gives no hidden states of each token: hidden_weight: 0"
             )
         if len(entering) != 1:
             raise InputError(f"model: {kind} has other logits than those of its output layer")
@@ -205,7 +210,11 @@ def relation_loss(
 
 def relations(vectors: torch.Tensor, heads: int) -> torch.Tensor:
     """(rows, heads, tokens, width) → (rows, tokens, relation heads, tokens)."""
-    rows, _, tokens, _ = vectors.shape
+    rows, groups, tokens, width = vectors.shape
+    if groups * width % heads:
+        raise InputError(
+            f"relation_heads: {heads} do not divide a width of {groups * width} of the attention"
+        )
     with torch.autocast(vectors.device.type, enabled=False):
         cut = vectors.float().transpose(1, 2).reshape(rows, tokens, heads, -1)
         return torch.einsum("rqhw,rkhw->rqhk", cut, cut) * cut.shape[-1] ** -0.5

@@ -19,6 +19,7 @@ from chunked_loss import summed_cross_entropy, token_scores
 from utils.config import InputError
 from utils.divergences import Logits, changed_logits
 from utils.loss import IGNORE_INDEX, LEAK, amplified, changes, check_packing
+from utils.model import optional_inputs
 
 # settings by which models of transformers scale and cap their logits
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -213,19 +214,30 @@ def _terms(config: Any) -> str:
     return f": set {' and '.join(names)} to 0 in its config" if names else ""
 
 
+def check_positions(model: torch.nn.Module) -> None:
+    if "position_ids" not in optional_inputs(model) or getattr(model, "_is_stateful", False):
+        raise InputError(
+            f"model: {model.config.model_type} cannot keep packed documents apart: "
+            "it is recurrent, or takes no position_ids: set packing: false"
+        )
+
+
 def check_model(
-    objective: torch.nn.Module,
+    model: "transformers.PreTrainedModel",
     token_losses: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     length: int,
+    packing: bool,
 ) -> None:
     """Raises InputError unless each token sees those before it in its document, and no others.
 
     Args:
-        objective: which has a `model`, and whose rows are packed or not.
         token_losses: a batch without `lengths` → the loss of each position.
         length: of the rows.
+        packing: whether a row holds several documents.
     """
-    config = objective.model.config
+    if packing:
+        check_positions(model)
+    config = model.config
     kind, vocabulary = config.model_type, config.get_text_config().vocab_size
     is_encoder = getattr(config, "is_decoder", None) is False
 
@@ -234,7 +246,7 @@ def check_model(
         return token_losses({**batch, "shift_labels": labels})
 
     places, later = torch.arange(length)[None], slice(length // 2, None)
-    with amplified(objective.model):
+    with amplified(model):
         try:
             first, second = changes(losses, places, later, vocabulary)
             # the last token of the first half has a changed one to predict
@@ -243,7 +255,7 @@ def check_model(
                     f"model: the tokens of {kind} see those that they are to predict"
                     + (": set model.is_decoder: true" if is_encoder else "")
                 )
-            if objective.packing:
+            if packing:
                 check_packing(losses, (1, length), vocabulary)
         except (InputError, torch.OutOfMemoryError, torch.distributed.DistBackendError):
             raise

@@ -43,6 +43,7 @@ from utils.run_folder import RunFolder
 from utils.teacher import (
     DistillationArguments,
     load_teacher,
+    of_the_teacher,
     paired_layers,
     student_config,
     student_model,
@@ -228,8 +229,12 @@ def main() -> None:
     flops += 0 if is_cached else flops_per_token(of_teacher, args.sequence_length) // 3
     steps = data.steps(training, model)
     training.prepare(objective, model, tokenizer, steps, flops_per_token=lambda step: flops)
-    scores = partial(training.forward, scores_of="student")
-    check_model(objective, lambda batch: scores(batch)[0], args.sequence_length)
+    scores, taught = (partial(training.forward, scores_of=of) for of in ("student", "teacher"))
+    length, packing = args.sequence_length, args.packing
+    check_model(model, lambda batch: scores(batch)[0], length, packing)
+    if teacher is not None:
+        with of_the_teacher():
+            check_model(teacher, lambda batch: taught(batch)[0], length, packing)
     for step in training.steps():
         if training.evaluates():
             results = data.evaluate(training, scores, "validation") if data.has_validation else {}
@@ -247,9 +252,8 @@ def main() -> None:
         training.load_best()
         results, name = data.evaluate(training, scores, "test"), data.metric
         if results is not None and not is_cached:
-            of_teacher = partial(training.forward, scores_of="teacher")
-            taught = data.evaluate(training, of_teacher, "test")
-            results = taught and results | {f"teacher_{name}": taught[f"eval_{name}"]}
+            of_teacher = data.evaluate(training, taught, "test")
+            results = of_teacher and results | {f"teacher_{name}": of_teacher[f"eval_{name}"]}
         if results is None:
             return training.stop()
         training.record_test(results)

@@ -160,7 +160,7 @@ def main() -> None:
         Epochs(train, collate, data.fingerprint, args),
     )
     scores_of = partial(training.forward, per_token=True)
-    check_model(objective, lambda batch: scores_of(batch)[0], args.sequence_length)
+    check_model(model, lambda batch: scores_of(batch)[0], args.sequence_length, args.packing)
     evaluate = partial(evaluate_answers, training, token_scores=scores_of)
     for step in training.steps():
         if training.evaluates():

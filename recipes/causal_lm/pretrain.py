@@ -31,7 +31,7 @@ from causal_head import CausalHead, check_model
 from packing import DocumentEncoder, begin_as_documents, packed_rows
 from text_evaluation import TextEvaluationArguments, evaluate_documents, write_samples
 from utils.arguments import TrainingArguments
-from utils.config import InputError, at_end, command, parse
+from utils.config import at_end, command, parse
 from utils.lanes import Corpus, Lanes, StreamArguments
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import (
@@ -39,7 +39,6 @@ from utils.model import (
     build_model,
     load_tokenizer,
     model_config,
-    optional_inputs,
 )
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -100,14 +99,6 @@ class NextTokenLoss(torch.nn.Module):
         return self.head.counts(batch["shift_labels"], batch["lengths"])
 
 
-def check_positions(model: torch.nn.Module) -> None:
-    if "position_ids" not in optional_inputs(model) or getattr(model, "_is_stateful", False):
-        raise InputError(
-            f"model: {model.config.model_type} cannot keep packed documents apart: "
-            "it is recurrent, or takes no position_ids: set packing: false"
-        )
-
-
 @at_end
 def main() -> None:
     args = parse(Arguments)
@@ -129,15 +120,13 @@ def main() -> None:
     flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
     model = build_model(args, config, transformers.AutoModelForCausalLM)
-    if args.packing:
-        check_positions(model)
     objective = NextTokenLoss(model, args.packing)
     lanes = Lanes(corpus, encode)
     rows_of = partial(packed_rows, lanes, args.sequence_length, packing=args.packing)
     data = TrainingStream(lanes, rows_of, args)
     training.prepare(objective, model, tokenizer, data, flops_per_token=lambda step: flops)
     losses = partial(training.forward, per_token=True)
-    check_model(objective, losses, args.sequence_length)
+    check_model(model, losses, args.sequence_length, args.packing)
     for step in training.steps():
         if training.evaluates():
             results: dict[str, Any] | None = {}

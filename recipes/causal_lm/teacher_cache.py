@@ -29,7 +29,7 @@ from cache_shards import (
     state_after,
     write_shard,
 )
-from causal_head import CausalHead
+from causal_head import CausalHead, check_model
 from packing import DocumentEncoder, packed_rows
 from utils.config import InputError, Settings
 from utils.divergences import Logits, TopTokens, chunk_rows
@@ -41,7 +41,7 @@ from utils.program import announced, say
 from utils.progress import progress_bar
 from utils.run_folder import RunFolder
 from utils.stream import Row, collate
-from utils.teacher import load_teacher, whole
+from utils.teacher import load_teacher, of_the_teacher, whole
 from utils.training import Training
 
 MANIFEST = "cache.json"
@@ -165,6 +165,9 @@ def write_cache(arguments: Any, of_teacher: Any, tokenizer: Any) -> None:
     teacher = load_teacher(a, of_teacher, transformers.AutoModelForCausalLM, training.accelerator)
     head = CausalHead(teacher)
     head.router_weight = 0.0
+    with of_the_teacher():
+        losses = partial(_losses, training, head, a.packing)
+        check_model(teacher, losses, a.sequence_length, a.packing)
     with ranks.together():
         if ranks.is_main and was is None:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -198,6 +201,19 @@ def write_cache(arguments: Any, of_teacher: Any, tokenizer: Any) -> None:
     if tokens:
         say(f"{int(tokens):,} targets in {size / 1e6:,.1f} MB: {size / tokens:.1f} bytes a token")
     say(f"{folder.path} is complete")
+
+
+def _losses(
+    training: Training, head: CausalHead, packing: bool, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    device = training.accelerator.device
+    ids, places, labels = (
+        batch[k].to(device) for k in ("input_ids", "position_ids", "shift_labels")
+    )
+    with torch.no_grad(), training.accelerator.autocast():
+        hidden, _ = head.hidden_states(ids, places if packing else None, None)
+        with whole(*head.logits(hidden)[1:3]):
+            return head.token_scores(hidden, labels)[0]
 
 
 def _ask(

@@ -168,7 +168,7 @@ def test_a_leak_shows_behind_weights_that_begin_at_zero():
             return objective(**batch, per_token=True)
 
     with pytest.raises(InputError, match="documents in one row see each other"):
-        check_model(objective, losses, 32)
+        check_model(model, losses, 32, packing=True)
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     with amplified(model):

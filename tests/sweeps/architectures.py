@@ -82,7 +82,7 @@ INDEXER = {f"indexer_{name}": value for name, value in INDEXER.items()}
 # what the names of the settings do not tell
 MORE: dict[str, dict[str, Any]] = {
     "doge": {"keep_window_size": POSITIONS},  # ties are broken by the length of the row
-    "hy_v4": {"index_topk": POSITIONS},
+    **{key: {"index_topk": POSITIONS} for key in ("hy_v4", "glm_moe_dsa", "axk2")},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -154,10 +154,10 @@ def tiny_model(kind: str, model_type: str, **settings: Any) -> transformers.PreT
 
 
 def sharpened(
-    model: transformers.PreTrainedModel, std: float = 0.2
+    model: transformers.PreTrainedModel, std: float = 0.2, seed: int = 0
 ) -> transformers.PreTrainedModel:
     """The model with weights so large that every part of it shows in the logits."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

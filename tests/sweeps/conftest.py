@@ -21,12 +21,15 @@ KINDS = {
         "Causal language models",
         [
             *("packed", "unpacked", "further losses", "initialisation", "export", "tokenizer"),
-            *("adapter", "merged", "adapter of embeddings", "merged of embeddings"),
+            *("adapter", "merged", "adapter of embeddings", "merged of embeddings", "distilled"),
         ],
     ),
     "masked": (
         "Masked language models",
-        ["packed", "unpacked", "pairs", "initialisation", "export", "tokenizer"],
+        [
+            *("packed", "unpacked", "pairs", "initialisation", "export", "tokenizer"),
+            *("distilled", "hidden states", "attention", "relations"),
+        ],
     ),
     "seq2seq": (
         "Encoder-decoders",
@@ -54,6 +57,9 @@ transformers itself does with it:
   that was trained by itself, which transformers reads as a class of the type's own for some
 - **adapter**, **merged**: LoRA on all linear layers, or on the embeddings, alone and merged,
   gives when it is loaded what it gave in training
+- **distilled**: the divergence from another model of the type is that of their logits
+- **hidden states**, **attention**, **relations**: what an encoder learns of them; the first is that
+  of the states which the models give, of the others that it can be learnt is all that was tried
 - **predictions**: the code of the model card writes what the run wrote
 
 "refused" is said by the recipe in these words, before a step is made. "not built" is said by
@@ -117,7 +123,7 @@ def summary(types: dict[str, dict[str, str]], columns: list[str]) -> list[str]:
         same = sum(cell == "same" for cell in cells)
         if same:
             counts = [f"{same} of {len([*filter(None, cells)])} types are the same"]
-            for what in ("refused", "not built"):
+            for what in ("unpacked: same", "refused", "not built"):
                 number = sum(cell.startswith(what) for cell in cells)
                 counts += [f"{number} {what}"] if number else []
             lines.append(f"- {column}: {', '.join(counts)}")

@@ -4,6 +4,8 @@ Refused as the recipe would, on the model as it is initialised; compared with we
 whatever a document sees shows in its loss.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from causal_head import check_model
 from packing import pack
-from recipes.causal_lm.pretrain import NextTokenLoss, check_positions
+from recipes.causal_lm.pretrain import NextTokenLoss
 from sweeps.architectures import (
     CannotBuild,
     documents,
@@ -38,12 +40,10 @@ def batch_of(packing: bool) -> dict[str, torch.Tensor]:
     )
 
 
-def refusal(model: torch.nn.Module, objective: NextTokenLoss) -> str | None:
+def refusal(model: torch.nn.Module, losses: Callable, packing: bool) -> str | None:
     try:
-        if objective.packing:
-            check_positions(model)
         with torch.no_grad():
-            check_model(objective, lambda batch: objective(**batch, per_token=True), LENGTH)
+            check_model(model, losses, LENGTH, packing)
     except InputError as error:
         return str(error).removeprefix("model: ")
     return None
@@ -68,7 +68,7 @@ def found(model_type: str, packing: bool) -> str:
         objective = NextTokenLoss(model, packing)
     except InputError as error:
         return f"refused: {str(error).removeprefix('model: ')}"
-    reason = refusal(model, objective)
+    reason = refusal(model, lambda batch: objective(**batch, per_token=True), packing)
     if reason:
         return f"refused: {reason}"
     sharpened(model)
@@ -100,7 +100,7 @@ def further_losses(model_type: str) -> str:
         batch["lengths"] = torch.tensor([tokens.shape[1]])
     except (CannotBuild, InputError):
         return ""
-    if refusal(model, objective):
+    if refusal(model, lambda batch: objective(**batch, per_token=True), packing=False):
         return ""
 
     def drawn(function, *args, **kwargs):
