@@ -324,9 +324,8 @@ def main() -> None:
         if taught is None:
             return training.stop()
         if split == "test":
-            named = {k.replace("eval_", "teacher_test_"): value for k, value in taught.items()}
-            training.log({"step": training.state.step, **named})
-            training.record_test(results)
+            named = {k.replace("eval_", "teacher_"): value for k, value in taught.items()}
+            training.record_test(results | named)
         facts |= as_facts(results, split) | as_facts(taught, split, " by the teacher")
         facts |= kept_share(args, results, taught)
         facts |= write_predicted(training, names, logits, labels[split])

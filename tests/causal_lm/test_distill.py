@@ -594,6 +594,33 @@ def test_a_teacher_of_other_words_is_refused(distil, tokenizer, tmp_path):
     assert "is not that of" in ended.error
 
 
+APART = {
+    "bloom": (
+        {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2},
+        "bloom cannot keep packed documents apart",
+    ),
+    "opt": (
+        {"model_type": "opt", "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "word_embed_proj_dim": 32},
+        "documents in one row see each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["beside the student", "a cache"])
+@pytest.mark.parametrize("kind", APART)
+def test_a_teacher_that_sees_other_documents_is_refused(kind, writes, distil, tokenizer, tmp_path):
+    model, message = APART[kind]
+    settings = {"teacher": {"model": model}, "tokenizer": tokenizer.name_or_path}
+    if writes:
+        settings |= cached(tmp_path / "cache") | {"write_teacher_cache": True}
+    ended = distil("run", **settings)
+    assert ended.status == 2
+    assert f"error: teacher: model: {message}" in ended.error
+    assert ended.error.count("\n") == 1
+    assert not [*tmp_path.rglob("*.parquet")]
+
+
 def test_a_teacher_in_its_students_folder_is_refused(distil, teacher_folder, tmp_path):
     first = distil("run", max_steps=1)
     assert first.status == 0, first.error
