@@ -8,6 +8,7 @@ with. Each is a run of the recipe in a process of its own, in a folder of `outpu
 finished there is not repeated.
 
 - causal_lm: a new Llama of two layers, taught by the one of `make demo` on the sample corpus.
+- cache: the same student beside its teacher and by caches of the teacher's likeliest tokens.
 - smollm2: fifteen of SmolLM2-135M's thirty layers, one seed (unpacked from 4-bit GGUF).
 - encoder: two of four layers of a BERT, by the masked tokens or as DistilBERT; scored by the loss
   of masked tokens and by the probe of benchmarks/bert_probe.py.
@@ -30,7 +31,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, logging
 
 from benchmarks import bert_probe
 from benchmarks.finetune_real_models import package_folder, unpack
-from benchmarks.measurement import describe, median_and_range, write_results
+from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from utils.config import InputError, command, parse
 from utils.report import markdown_table
 from utils.run_folder import RunFolder
@@ -52,7 +53,7 @@ LABELS, TEACHER = ("--soft_weight", "0", "--hard_weight", "1"), ("--hard_weight"
 DISTILBERT = ("--soft_weight", "5", "--hard_weight", "2", "--cosine_weight", "1")
 DISTILBERT += ("--temperature", "2", "--soft_tokens", "masked")
 TASK = "data/tasks/classification"
-Part = Literal["causal_lm", "smollm2", "encoder", "classification"]
+Part = Literal["causal_lm", "cache", "smollm2", "encoder", "classification"]
 
 
 @dataclass
@@ -63,9 +64,10 @@ class Arguments:
     seeds: int = 3  # of SmolLM2 one
     causal_lm_teacher: str = "runs/demo/model"
     causal_lm_steps: int = 60  # of 16 rows of 128 tokens
+    cache_top_k: list[int] = field(default_factory=lambda: [8, 32, 128])
     smollm2_steps: int = 200  # of 8 rows of 256 tokens
-    encoder_steps: int = 200  # of 32 rows of 128 tokens
-    encoder_teacher_steps: int = 1600
+    encoder_steps: int = 150  # of 16 rows of 128 tokens
+    encoder_teacher_steps: int = 1000
     classification_steps: int = 60  # of 32 docstrings; of the teacher four times as many
     labels: list[int] = field(default_factory=lambda: [100, 1000, 8000])  # that a classifier has
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -80,26 +82,83 @@ def run(recipe: str, words: list[str], folder: Path, args: Arguments) -> dict[st
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise InputError(f"{' '.join(words)} failed:\n{(ended.stdout + ended.stderr)[-2000:]}")
+    records = [*RunFolder(str(folder)).records()]
     found: dict[str, Any] = {"folder": str(folder)}
-    for record in RunFolder(str(folder)).records():
+    rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    if rates:
+        found["tokens_per_second"] = statistics.median(rates)
+    for record in records:
         found |= {name: value for name, value in record.items() if name.startswith("test_")}
     return found
 
 
-def causal_lm(args: Arguments, folder: Path) -> list[dict[str, Any]]:
-    common = [
+def small_llama(args: Arguments) -> list[str]:
+    return [
         *SAMPLE,
         *("--teacher.model_name_or_path", args.causal_lm_teacher, "--model", SMALL_LLAMA),
         *("--sequence_length", "128", "--global_batch_size", "16", "--lanes", "16"),
         *("--per_device_batch_size", "16", "--learning_rate", "3e-3", "--warmup_steps", "8"),
         *("--max_steps", str(args.causal_lm_steps)),
     ]
+
+
+def causal_lm(args: Arguments, folder: Path) -> list[dict[str, Any]]:
     ways = {
         "labels": LABELS,
         "teacher": TEACHER,
         "half of each": ("--soft_weight", "0.5", "--hard_weight", "0.5"),
     }
-    return of_ways("causal LM", "recipes/causal_lm/distill.py", common, ways, args, folder)
+    script = "recipes/causal_lm/distill.py"
+    return of_ways("causal LM", script, small_llama(args), ways, args, folder)
+
+
+def cache(args: Arguments, folder: Path) -> list[dict[str, Any]]:
+    """The same rows for all; beside the teacher and by each cache in turn."""
+    ways = {"beside the teacher": 0} | {f"its {k} likeliest tokens": k for k in args.cache_top_k}
+    rows = [{"what": "cache", "learnt from": way, "seeds": []} for way in ways]
+    for seed in range(args.seeds):
+        for row, (way, k) in zip(rows, ways.items(), strict=True):
+            words = [*small_llama(args), *TEACHER, "--seed", str(seed)]
+            place = folder / f"cache-{k}-{seed}"
+            if k:
+                words += ["--teacher_cache", f"{place}-top", "--cache_top_k", str(k)]
+                writing = [*words, "--write_teacher_cache", "true"]
+                run("recipes/causal_lm/distill.py", writing, place, args)
+            found = run("recipes/causal_lm/distill.py", words, place, args)
+            files = Path(f"{place}-top").rglob("*.parquet")
+            found["bytes"] = sum(file.stat().st_size for file in files)
+            row["seeds"].append(found)
+            print(f"cache, {way}, seed {seed}: {found}", flush=True)
+    return rows
+
+
+def cache_table(args: Arguments, rows: list[dict[str, Any]]) -> str:
+    tokens = args.causal_lm_steps * 16 * 128
+    values = [
+        {
+            "loss": [found["test_bits_per_byte"] for found in row["seeds"]],
+            "speed": [found["tokens_per_second"] for found in row["seeds"]],
+            "bytes": statistics.fmean(found["bytes"] for found in row["seeds"]) / tokens,
+        }
+        for row in rows
+    ]
+    table = []
+    for row, found in zip(rows, values, strict=True):
+        lost = [a - b for a, b in zip(found["loss"], values[0]["loss"], strict=True)]
+        speed = ratios(found["speed"], values[0]["speed"])
+        table.append(
+            [
+                row["learnt from"],
+                f"{found['bytes']:.0f}" if found["bytes"] else "",
+                median_and_range(found["speed"], ",.0f"),
+                median_and_range(speed, ".2f"),
+                *mean(found["loss"]),
+                f"{statistics.fmean(lost):+.4f}",
+                ", ".join(f"{value:+.4f}" for value in lost),
+            ]
+        )
+    header = ["learnt from", "bytes a token", "tokens/s", "speed", "bits per byte", "deviation"]
+    return markdown_table([*header, "lost", "of each seed"], table)
 
 
 def smollm2(args: Arguments, folder: Path) -> list[dict[str, Any]]:
@@ -119,8 +178,8 @@ def smollm2(args: Arguments, folder: Path) -> list[dict[str, Any]]:
 
 
 def encoder(args: Arguments, folder: Path) -> list[dict[str, Any]]:
-    batch = ["--sequence_length", "128", "--global_batch_size", "32", "--lanes", "32"]
-    batch += ["--per_device_batch_size", "32", "--mlm_probability", "0.3", *SAMPLE]
+    batch = ["--sequence_length", "128", "--global_batch_size", "16", "--lanes", "16"]
+    batch += ["--per_device_batch_size", "16", "--mlm_probability", "0.3", *SAMPLE]
     words = ["--tokenizer", "data/tokenizers/wordpiece-8192", "--model", BERT.format(4)]
     words += ["--objective", "mlm", "--max_steps", str(args.encoder_teacher_steps)]
     words += ["--learning_rate", "1e-3", "--warmup_steps", str(args.encoder_teacher_steps // 10)]
@@ -136,18 +195,17 @@ def encoder(args: Arguments, folder: Path) -> list[dict[str, Any]]:
     ways = {
         "labels, new weights": (*LABELS, "--model", BERT.format(2)),
         "labels, the teacher's layers": (*LABELS, *layers),
-        "teacher, new weights": (*DISTILBERT, "--model", BERT.format(2)),
         "teacher, its layers": (*DISTILBERT, *layers),
     }
     rows += of_ways("encoder", "recipes/bert/distill.py", common, ways, args, folder)
     logging.set_verbosity_error()  # that an encoder leaves the heads of its export aside
-    given = bert_probe.Arguments(probe_documents=[4000])
+    given = bert_probe.Arguments(probe_documents=[1000])
     documents = bert_probe.split(given)
     for found in (found for row in rows for found in row["seeds"]):
         path = Path(found["folder"], "model")
         tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
         scores = bert_probe.probe(given, model, tokenizer, *documents)
-        found["probe_accuracy"] = scores[4000]["accuracy"]
+        found["probe_accuracy"] = scores[1000]["accuracy"]
         found["parameters"] = AutoModelForMaskedLM.from_pretrained(path).num_parameters()
         texts = documents[1].texts[:256]
         bert_probe.features(model, tokenizer, texts, given.max_length)
@@ -222,9 +280,11 @@ def of_ways(
     return rows
 
 
-def as_table(rows: list[dict[str, Any]]) -> str:
+def as_table(args: Arguments, rows: list[dict[str, Any]]) -> str:
     if rows[0]["what"] == "encoder":
         return encoder_table(rows)
+    if rows[0]["what"] == "cache":
+        return cache_table(args, rows)
     table = []
     for row in rows:
         is_text = "test_bits_per_byte" in row["seeds"][0]
@@ -270,7 +330,7 @@ def main() -> None:
         facts |= {name: value for name, value in vars(args).items() if name.startswith(part)}
         facts |= {"mixed_precision": args.mixed_precision, "threads": torch.get_num_threads()}
         rows = globals()[part](args, Path(args.output_dir))
-        write_results(f"{args.results}_{part}", as_table(rows), facts, {"rows": rows})
+        write_results(f"{args.results}_{part}", as_table(args, rows), facts, {"rows": rows})
 
 
 if __name__ == "__main__":

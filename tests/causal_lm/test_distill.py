@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import peft
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import cache_shards
 import teacher_cache
 from conftest import WORDS, write_jsonl
-from launching import TINY_RUN, checkpoints, command_line, metrics, run, steps
+from launching import TINY_RUN, Launch, checkpoints, command_line, metrics, run, steps
 from on_policy import KeyedDraws, Sampler
 from packing import pack
 from recipes.causal_lm import distill
@@ -384,6 +385,28 @@ def test_processes_and_stages_change_no_number(
                 assert found[key] == pytest.approx(value, rel=1e-5), key
     last = metrics(folder)[-1]
     assert last["test_teacher_bits_per_byte"] > 0
+
+
+def test_a_split_teacher_does_not_grow(corpus_folder, tokenizer, tmp_path):
+    """What ZeRO-3 gathers of it in each step, it lets go (DeepSpeed#3175, #3286)."""
+    tiny_llama(tmp_path / "teacher", tokenizer, hidden_size=128, intermediate_size=256)
+    size = (tmp_path / "teacher/model.safetensors").stat().st_size
+    values = SETTINGS | {
+        "teacher": {"model_name_or_path": str(tmp_path / "teacher")},
+        "train_sources": [{"path": str(corpus_folder / "train-0.jsonl")}],
+        "output_dir": tmp_path / "run",
+        "max_steps": 200,
+        "save_steps": 200,
+        "global_batch_size": 4,
+        "lanes": 4,
+    }
+    held = []
+    with Launch("zero3", 1, command_line(values), tmp_path / "log.txt", script=DISTILL) as launch:
+        for step in (40, 190):
+            launch.wait_for(f"step {step}/200 ")
+            held.append(psutil.Process(launch.processes[0].pid).memory_info().rss)
+        assert launch.wait() == [0], launch.output()
+    assert held[1] - held[0] < 10 * size  # and not of 150 steps
 
 
 def cached(folder, **settings):
