@@ -55,9 +55,7 @@ class DistillationArguments(ModelArguments):
     temperature: float = 1.0  # of both models' probabilities; the divergence is times its square
     soft_weight: float = 1.0  # of the divergence from the teacher
     hard_weight: float = 0.0  # of the loss of the labels
-    hidden_weight: float = (
-        0.0  # of the squared difference of hidden states, as layer_map pairs them
-    )
+    hidden_weight: float = 0.0  # of the squared difference of hidden states, by layer_map
     # for each layer of the student the teacher's, counted from 1 (its output; embeddings stand
     # beside embeddings); null: student_layers, or evenly spread
     layer_map: list[int] | None = None
@@ -300,12 +298,11 @@ def paired_layers(arguments: Any, student: Any, teacher: Any) -> list[int]:
     Raises:
         InputError: a map that does not fit.
     """
-    counts = []
-    for config in (student, teacher):
-        counts.append(getattr(config.get_text_config(), "num_hidden_layers", None))
-        if counts[-1] is None:
-            raise InputError(f"model: {config.model_type} does not say how many layers it has")
-    mine, theirs = counts
+    both = (student, teacher)
+    mine, theirs = (getattr(c.get_text_config(), "num_hidden_layers", None) for c in both)
+    if None in (mine, theirs):
+        kind = both[mine is not None].model_type
+        raise InputError(f"model: {kind} does not say how many layers it has")
     layers = arguments.layer_map
     if layers is None and arguments.student_layers is not None:
         layers = [layer + 1 for layer in arguments.student_layers]

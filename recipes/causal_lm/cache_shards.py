@@ -1,4 +1,4 @@
-"""The files of a teacher's cache: rows of a lane in their order, written whole or not at all."""
+"""The files of a teacher's cache: rows in their order, written whole or not at all."""
 
 import itertools
 import json
@@ -61,6 +61,22 @@ def read_shard(path: Path, start: int) -> Iterator[dict[str, Any]]:
             number += size
 
 
+def read_row(path: Path, number: int) -> dict[str, Any]:
+    """What was kept of the teacher for one of its rows, by columns."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number < size:
+                    table = file.read_row_group(group, ["top_ids", "top_log_probabilities"])
+                    names = table.column_names
+                    return {name: _values(table[name].chunk(0))[number] for name in names}
+                number -= size
+    except (OSError, pa.ArrowException):
+        pass
+    raise _damaged(path, one_rank=True)
+
+
 def state_after(path: Path) -> dict[str, Any]:
     """Of the lane, after the last row of a shard."""
     with pq.ParquetFile(path) as file:
@@ -90,13 +106,16 @@ def shards(folder: Path, lane: int) -> list[tuple[int, int]]:
     """(number of its first row, rows) of a lane's shards, as far as they follow each other."""
     found, number = [], 0
     while (path := shard(folder, lane, number)).exists():
-        try:
-            count = pq.read_metadata(path).num_rows
-        except (OSError, pa.ArrowException):
-            raise _damaged(path) from None
-        found.append((number, count))
+        found.append((number, count := count_rows(path)))
         number += count
     return found
+
+
+def count_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException):
+        raise _damaged(path) from None
 
 
 def _damaged(path: Path, one_rank: bool = False) -> InputError:

@@ -29,7 +29,7 @@ import transformers
 from causal_head import CausalHead, check_model
 from conversations import ConversationArguments
 from distillation_data import Conversations, Text
-from teacher_cache import CacheArguments, write_cache
+from teacher_cache import CacheArguments, check_cache, write_cache
 from text_evaluation import TextEvaluationArguments
 from utils.arguments import FinetuningArguments, TrainingArguments
 from utils.config import InputError, at_end, command, parse
@@ -72,12 +72,19 @@ class TextArguments(
 
     packing: bool = True  # rows full of documents, which do not see each other; false: one a row
 
+    def check(self) -> None:
+        super().check()
+        if self.teacher_cache is not None and self.total_steps is None:
+            raise InputError("teacher_cache: say how long the run is: max_steps or max_tokens")
+
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | {"packing": self.packing}
 
 
 @dataclass
-class ConversationsArguments(DistillationArguments, FinetuningArguments, ConversationArguments):
+class ConversationsArguments(
+    DistillationArguments, CacheArguments, FinetuningArguments, ConversationArguments
+):
     """Distil a causal language model on conversations: the tokens of the assistant."""
 
     packing: bool = False  # several conversations a row, which do not see each other
@@ -93,6 +100,10 @@ class ConversationsArguments(DistillationArguments, FinetuningArguments, Convers
             raise InputError(f"on_policy_share must be in [0, 1], not {self.on_policy_share}")
         if self.on_policy_tokens < 1 or not 0 < self.on_policy_temperature < float("inf"):
             raise InputError("on_policy_tokens and on_policy_temperature must be more than 0")
+        if self.on_policy_share and self.teacher_cache is not None:
+            raise InputError(
+                "on_policy_share: a teacher_cache holds the answers of the data alone: leave it 0"
+            )
         self.check_metric(("eval_loss", "eval_token_accuracy"))
 
     def fixed(self) -> dict[str, Any]:
@@ -204,8 +215,6 @@ def main() -> None:
     auto_model = transformers.AutoModelForCausalLM
     tokenizer = load_tokenizer(args)
     of_teacher = teacher_config(args, tokenizer)
-    if getattr(args, "write_teacher_cache", False) and not args.dry_run:
-        return write_cache(args, of_teacher, tokenizer)
     config = student_config(args, of_teacher, tokenizer)
     layers = paired_layers(args, config, of_teacher) if args.hidden_weight else []
     if args.dry_run:
@@ -214,13 +223,16 @@ def main() -> None:
     kind = Text if isinstance(args, TextArguments) else Conversations
     data = kind(tokenizer, args)
     args = data.arguments
+    if args.write_teacher_cache:
+        return write_cache(args, of_teacher, data.cache)
+    if data.cache:
+        check_cache(data.cache, args)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, data.fingerprint):
         return
 
     training = Training(args, folder)
-    is_cached = getattr(args, "teacher_cache", None) is not None
-    teacher = None
+    teacher, is_cached = None, data.cache is not None
     if not is_cached:
         teacher = load_teacher(args, of_teacher, auto_model, training.accelerator)
     model = student_model(args, config, auto_model, folder.path)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from chat_rendering import set_ends
+from conversation_cache import ConversationCache
 from conversation_data import read_conversations
 from conversation_evaluation import evaluate_answers, write_answers
 from conversations import collate, set_chat_template
 from on_policy import Sampler
 from packing import DocumentEncoder, begin_as_documents, packed_rows
-from teacher_cache import TeacherCache, fingerprint
+from stream_cache import StreamCache
 from text_evaluation import evaluate_documents, write_samples
 from utils.engine import Data
 from utils.epochs import Epochs
@@ -39,17 +40,18 @@ class Text:
         check_held_out(held_out, arguments.eval_documents, arguments)
         self.fingerprint = self.corpus.fingerprint()
         self.facts: dict[str, Any] = {}
+        self.lanes, length = Lanes(self.corpus, self.encode), arguments.sequence_length
+        self.rows_of = partial(packed_rows, self.lanes, length, packing=arguments.packing)
         self.cache = None
         if arguments.teacher_cache is not None:
-            expected = fingerprint(arguments, self.corpus, self.encode)
-            self.cache = TeacherCache(arguments, expected)
+            depends_on = {"tokenizer": self.encode.fingerprint(), "corpus": self.fingerprint}
+            self.cache = StreamCache(arguments, depends_on, self.lanes, self.rows_of)
         self.has_validation = bool(arguments.validation_sources)
         self.has_test = bool(arguments.test_sources)
 
     def steps(self, training: Training, model: Any) -> TrainingStream:
-        a, lanes = self.arguments, Lanes(self.corpus, self.encode)
-        rows_of = partial(packed_rows, lanes, a.sequence_length, packing=a.packing)
-        return TrainingStream(lanes, self.cache.rows if self.cache else rows_of, a)
+        rows_of = self.cache.rows if self.cache else self.rows_of
+        return TrainingStream(self.lanes, rows_of, self.arguments)
 
     def evaluate(self, training: Training, scores: Scores, split: str) -> dict[str, Any] | None:
         sources = getattr(self.arguments, f"{split}_sources")
@@ -74,13 +76,18 @@ class Conversations:
         self.fingerprint = self.data.fingerprint["the training data"]
         self.facts = self.data.facts
         self.has_validation, self.has_test = bool(self.validation), bool(self.test)
+        self.cache = None
+        if arguments.teacher_cache is not None:
+            depends_on = {"tokenizer": self.data.fingerprint["the tokenizer"]}
+            self.cache = ConversationCache(self.arguments, depends_on, self.train)
 
     def steps(self, training: Training, model: Any) -> Data:
         set_ends(model.generation_config, self.tokenizer)
         sampler = None
         if self.arguments.on_policy_share:
             sampler = Sampler(training, model, self.tokenizer, self.train, self.arguments)
-        return Epochs(self.train, collate, self.data.fingerprint, self.arguments, vary=sampler)
+        to_batch = self.cache.collate if self.cache else collate
+        return Epochs(self.train, to_batch, self.data.fingerprint, self.arguments, vary=sampler)
 
     def evaluate(self, training: Training, scores: Scores, split: str) -> dict[str, Any] | None:
         return evaluate_answers(training, getattr(self, split), scores)

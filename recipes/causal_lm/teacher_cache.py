@@ -1,11 +1,7 @@
-"""A teacher's likeliest tokens, written once and streamed as often as wanted.
+"""A teacher's likeliest tokens, written once and read as often as wanted.
 
-The cache is the stream as it was: each lane's rows in their order, with the state of the lane after
-each, and at each target the k likeliest tokens with their log-probabilities, in float16; what is
-left of the probability is one more place. A run that reads it has the batches of a run beside the
-teacher, on any number of processes, and its state is the number of a row.
-
-    teacher_cache/cache.json  lane-00000/rows-000000000.parquet …
+At each target the k likeliest tokens with their log-probabilities, in float16, from which what is
+left of the probability follows.
 """
 
 import json
@@ -14,33 +10,25 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import transformers
 
 from cache_shards import (
-    FEATURES,
-    SHARD_ROWS,
-    read_shard,
-    shard,
-    shards,
-    state_after,
     write_shard,
 )
 from causal_head import CausalHead, check_model
-from packing import DocumentEncoder, packed_rows
 from utils.config import InputError, Settings
 from utils.divergences import Logits, TopTokens, chunk_rows
 from utils.files import written_aside
 from utils.integrity import checksum
-from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
-from utils.program import announced, say
+from utils.program import say
 from utils.progress import progress_bar
 from utils.run_folder import RunFolder
-from utils.stream import Row, collate
+from utils.stream import Row
 from utils.teacher import load_teacher, of_the_teacher, whole
 from utils.training import Training
 
@@ -60,25 +48,33 @@ class CacheArguments(Settings):
             raise InputError(f"cache_top_k must be at least 1, not {self.cache_top_k}")
         if self.write_teacher_cache and self.teacher_cache is None:
             raise InputError("write_teacher_cache: name the folder: teacher_cache")
-        if self.teacher_cache is not None:
-            if self.hidden_weight:
-                raise InputError(
-                    "hidden_weight: a teacher_cache holds no hidden states: leave it 0"
-                )
-            if self.total_steps is None:
-                raise InputError("teacher_cache: say how long the run is: max_steps or max_tokens")
+        if self.teacher_cache is not None and self.hidden_weight:
+            raise InputError("hidden_weight: a teacher_cache holds no hidden states: leave it 0")
         super().check()
 
     def fixed(self) -> dict[str, Any]:
         is_cached = self.teacher_cache is not None
         return super().fixed() | ({"cache_top_k": self.cache_top_k} if is_cached else {})
 
-    @property
-    def rows_of_a_lane(self) -> int:
-        return self.total_steps * self.global_batch_size // self.lanes
+
+class Cache(Protocol):
+    """What is cached, and how the teacher is asked: `StreamCache` or `ConversationCache`."""
+
+    depends_on: dict[str, Any]  # by name
+    packing: bool
+
+    def check_complete(self) -> None: ...
+
+    def missing(self, rank: int, world_size: int) -> Iterator[tuple[Path, list[Row]]]: ...
+
+    def count_missing(self) -> int: ...
+
+    def batch(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]: ...
+
+    def close(self) -> None: ...
 
 
-def fingerprint(arguments: Any, corpus: Corpus, encode: DocumentEncoder) -> dict[str, Any]:
+def fingerprint(arguments: Any, cache: "Cache") -> dict[str, Any]:
     """What a cache depends on, by name; a teacher in a folder by its files' checksums."""
     a, teacher = arguments, asdict(arguments.teacher)
     for name in ("model_name_or_path", "adapter_name_or_path"):
@@ -86,77 +82,36 @@ def fingerprint(arguments: Any, corpus: Corpus, encode: DocumentEncoder) -> dict
         if teacher[name] and folder.is_dir():
             files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
             teacher[name] = {file.name: checksum(file) for file in files}
-    names = ("sequence_length", "packing", "temperature", "seed", "mixed_precision", "cache_top_k")
-    found = {
-        "teacher": teacher,
-        "tokenizer": encode.fingerprint(),
-        "corpus": corpus.fingerprint(),
-        **{name: getattr(a, name) for name in names},
-    }
-    return json.loads(json.dumps(found))
+    names = ("temperature", "mixed_precision", "cache_top_k")
+    settings = {name: getattr(a, name) for name in names}
+    return json.loads(json.dumps({"teacher": teacher, **cache.depends_on, **settings}))
 
 
-class TeacherCache:
-    """A cache to read, checked against the run.
-
+def check_cache(cache: Cache, arguments: Any) -> None:
+    """
     Raises:
         InputError: none there, of another teacher, tokenizer, corpus or setting, or cut short.
     """
-
-    def __init__(self, arguments: Any, expected: dict[str, Any]):
-        self.folder, self.top_k = Path(arguments.teacher_cache), arguments.cache_top_k
-        was = _read_manifest(self.folder)
-        if was is None:
-            raise InputError(
-                f"teacher_cache: there is none in {self.folder}: write it with the same settings "
-                "and --write_teacher_cache true"
-            )
-        _check_same(self.folder, was, expected)
-        wanted = arguments.rows_of_a_lane
-        with announced(f"looking at {self.folder}"):
-            for lane in range(arguments.lanes):
-                held = sum(rows for _, rows in shards(self.folder, lane))
-                if held < wanted:
-                    raise InputError(
-                        f"teacher_cache: {self.folder} is cut short: lane {lane} has {held:,} rows "
-                        f"of {wanted:,}: write the rest with --write_teacher_cache true"
-                    )
-
-    def rows(self, lane: int, state: dict[str, Any] | None) -> Iterator[Row]:
-        """Of one lane, as `packed_rows` gives them, from the row on that the state tells."""
-        number = 0 if state is None else state["row"]
-        for first, count in shards(self.folder, lane):
-            if first + count <= number:
-                continue
-            for values in read_shard(shard(self.folder, lane, first), number - first):
-                number += 1
-                yield self._row(lane, number, values)
-        raise InputError(f"teacher_cache: {self.folder} ends within the run", one_rank=True)
-
-    def _row(self, lane: int, number: int, values: dict[str, Any]) -> Row:
-        features = {name: values[name] for name in FEATURES}
-        is_target = features["shift_labels"] != IGNORE_INDEX
-        shape = (len(is_target), self.top_k)
-        ids, log_probabilities = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        ids[is_target] = values["top_ids"].reshape(-1, self.top_k)
-        log_probabilities[is_target] = values["top_log_probabilities"].reshape(-1, self.top_k)
-        features |= {"lengths": np.int32(values["lengths"]), "top_ids": ids}
-        features["top_log_probabilities"] = log_probabilities
-        state = {"row": number, "seen": json.loads(values["seen"])}
-        return Row(lane, features, state, values["tokens"])
+    folder = Path(arguments.teacher_cache)
+    was = _read_manifest(folder)
+    if was is None:
+        raise InputError(
+            f"teacher_cache: there is none in {folder}: write it with the same settings and "
+            "--write_teacher_cache true"
+        )
+    _check_same(folder, was, fingerprint(arguments, cache))
+    cache.check_complete()
 
 
-def write_cache(arguments: Any, of_teacher: Any, tokenizer: Any) -> None:
-    """One pass of the teacher over the stream of a run; started again, it goes on."""
+def write_cache(arguments: Any, of_teacher: Any, cache: Cache) -> None:
+    """One pass of the teacher over what is missing; started again, it goes on."""
     a = arguments
     vocabulary = of_teacher.get_text_config().vocab_size
     if a.cache_top_k > vocabulary:
         raise InputError(
             f"cache_top_k: {a.cache_top_k} is more than the teacher's {vocabulary} tokens"
         )
-    encode, corpus = DocumentEncoder(tokenizer), Corpus(a)
-    expected = fingerprint(a, corpus, encode)
-    folder = RunFolder(a.teacher_cache)
+    expected, folder = fingerprint(a, cache), RunFolder(a.teacher_cache)
     was = _read_manifest(folder.path)
     if was is not None:
         _check_same(folder.path, was, expected)
@@ -166,19 +121,15 @@ def write_cache(arguments: Any, of_teacher: Any, tokenizer: Any) -> None:
     head = CausalHead(teacher)
     head.router_weight = 0.0
     with of_the_teacher():
-        losses = partial(_losses, training, head, a.packing)
-        check_model(teacher, losses, a.sequence_length, a.packing)
+        losses = partial(_losses, training, head, cache.packing)
+        check_model(teacher, losses, a.sequence_length, cache.packing)
     with ranks.together():
         if ranks.is_main and was is None:
             folder.path.mkdir(parents=True, exist_ok=True)
             with written_aside(folder.path / MANIFEST) as aside:
                 aside.write_text(json.dumps(expected, indent=1))
-    lanes = Lanes(corpus, encode)
-    rows_of = partial(packed_rows, lanes, a.sequence_length, packing=a.packing)
-    mine = range(ranks.rank, a.lanes, ranks.world_size)
-    pending = (part for lane in mine for part in _missing(folder.path, lane, rows_of, a))
-    total = sum(_count_missing(folder.path, lane, a) for lane in range(a.lanes))
-    say(f"{total:,} rows of {a.sequence_length:,} tokens to be written to {folder.path}")
+    pending, total = cache.missing(ranks.rank, ranks.world_size), cache.count_missing()
+    say(f"{total:,} rows to be written to {folder.path}")
     size = tokens = 0
     with progress_bar(total, "asking the teacher", "rows") as bar:
         while True:
@@ -186,7 +137,7 @@ def write_cache(arguments: Any, of_teacher: Any, tokenizer: Any) -> None:
             if not ranks.any_rank(path is not None):
                 break
             counts = ranks.gather([math.ceil(len(rows) / a.per_device_batch_size)])
-            tops = _ask(training, head, rows, a, max(counts))
+            tops = _ask(training, head, cache, rows, a, max(counts))
             if ranks.stopped:
                 break
             with ranks.together():
@@ -194,7 +145,7 @@ def write_cache(arguments: Any, of_teacher: Any, tokenizer: Any) -> None:
                     size += write_shard(path, rows, tops)
             tokens += sum(len(ids) for ids, _ in tops)
             bar.update(sum(ranks.gather([len(rows)])))
-    lanes.close()
+    cache.close()
     size, tokens = ranks.sum([size, tokens])
     if ranks.stopped:
         return training.stop()
@@ -217,19 +168,20 @@ def _losses(
 
 
 def _ask(
-    training: Training, head: CausalHead, rows: list[Row], arguments: Any, count: int
+    training: Training, head: CausalHead, cache: Cache, rows: list[Row], arguments: Any, count: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, log-probabilities) at the targets of each row; every rank asks `count` times."""
     a, device = arguments, training.accelerator.device
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    order = sorted(range(len(rows)), key=lambda i: rows[i].features["lengths"])  # less padding
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for number in range(count):
         training.ranks.any_rank(False)  # hears of a signal to any of them
         if training.ranks.stopped:
             return []
-        part = rows[number * a.per_device_batch_size :][: a.per_device_batch_size]
-        features = [row.features for row in part] or [_no_row(a.sequence_length)]
-        batch = {name: values.to(device) for name, values in collate(features).items()}
-        places = batch["position_ids"] if a.packing else None
+        part = order[number * a.per_device_batch_size :][: a.per_device_batch_size]
+        features = [rows[index].features for index in part] or [_no_row(a.sequence_length)]
+        batch = {name: values.to(device) for name, values in cache.batch(features).items()}
+        places = batch["position_ids"] if cache.packing else None
         with torch.no_grad(), training.accelerator.autocast():
             hidden, _ = head.hidden_states(batch["input_ids"], places, batch["lengths"])
             is_target = batch["shift_labels"] != IGNORE_INDEX
@@ -238,9 +190,9 @@ def _ask(
                 top = top_tokens(logits, a.cache_top_k, a.temperature)
         ids, kept = (values.cpu().numpy() for values in top)
         ends = is_target[: len(part)].sum(1).cumsum(0).tolist()
-        for start, end in zip([0, *ends], ends, strict=False):
-            found.append((ids[start:end], kept[start:end].astype(np.float16)))
-    return found
+        for index, start, end in zip(part, [0, *ends], ends, strict=False):
+            found[index] = (ids[start:end], kept[start:end].astype(np.float16))
+    return [found[index] for index in range(len(rows))]
 
 
 def top_tokens(logits: Logits, k: int, temperature: float) -> TopTokens:
@@ -259,28 +211,6 @@ def _no_row(length: int) -> dict[str, np.ndarray]:
     zeros = np.zeros(length, np.int32)
     nothing = {"shift_labels": zeros + IGNORE_INDEX, "lengths": np.int32(0)}
     return {"input_ids": zeros, "position_ids": np.arange(length, dtype=np.int32), **nothing}
-
-
-def _missing(
-    folder: Path, lane: int, rows_of: Any, arguments: Any
-) -> Iterator[tuple[Path, list[Row]]]:
-    """(the file, its rows) of the shards of a lane that are not there yet."""
-    wanted = arguments.rows_of_a_lane
-    state, held = None, 0
-    for first, count in shards(folder, lane):
-        if first != held or (count < SHARD_ROWS and first + count < wanted):
-            break  # a shorter run ended here: this shard is written again
-        held = first + count
-        state = state_after(shard(folder, lane, first))
-    rows = rows_of(lane, state)
-    while held < wanted:
-        part = [next(rows) for _ in range(min(SHARD_ROWS, wanted - held))]
-        yield shard(folder, lane, held), part
-        held += len(part)
-
-
-def _count_missing(folder: Path, lane: int, arguments: Any) -> int:
-    return max(0, arguments.rows_of_a_lane - sum(count for _, count in shards(folder, lane)))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

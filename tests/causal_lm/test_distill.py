@@ -1,5 +1,6 @@
 """Distillation of causal models: what is learnt from a teacher, caches, own answers, bad input."""
 
+import io
 import itertools
 import json
 import random
@@ -18,7 +19,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import cache_shards
-import teacher_cache
+import conversation_cache
+import stream_cache
 from conftest import WORDS, write_jsonl
 from launching import TINY_RUN, Launch, checkpoints, command_line, metrics, run, steps
 from on_policy import KeyedDraws, Sampler
@@ -429,7 +431,7 @@ def test_a_cache_of_all_tokens_is_the_teacher(distil, tmp_path):
 
 
 def test_a_cached_run_goes_on_and_an_interrupted_cache_too(distil, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 3)
+    monkeypatch.setattr(stream_cache, "SHARD_ROWS", 3)
     monkeypatch.setattr(cache_shards, "GROUP_ROWS", 2)
     settings = cached(tmp_path / "cache", cache_top_k=8, save_steps=2, keep_last=3)
     assert distil("run", **settings, write_teacher_cache=True).status == 0
@@ -636,7 +638,7 @@ def test_a_teacher_that_sees_other_documents_is_refused(kind, writes, distil, to
     model, message = APART[kind]
     settings = {"teacher": {"model": model}, "tokenizer": tokenizer.name_or_path}
     if writes:
-        settings |= cached(tmp_path / "cache") | {"write_teacher_cache": True}
+        settings |= {"teacher_cache": str(tmp_path / "cache"), "write_teacher_cache": True}
     ended = distil("run", **settings)
     assert ended.status == 2
     assert f"error: teacher: model: {message}" in ended.error
@@ -691,6 +693,78 @@ def test_a_flipped_bit_of_a_cache_is_met(distil, tmp_path):
     file.write_bytes(content)
     ended = distil("run", **settings)
     assert (ended.status, "damaged" in ended.error) == (2, True), ended.error
+
+
+def test_cached_conversations_are_those_beside_the_teacher(converse, tmp_path, monkeypatch):
+    """Packed or padded, over epochs, and after a resume."""
+    monkeypatch.setattr(conversation_cache, "SHARD_ROWS", 5)
+    monkeypatch.setattr(cache_shards, "GROUP_ROWS", 2)
+    settings = {"student_layers": [0, 3], "hard_weight": 0.5, "temperature": 2.0, "save_steps": 3}
+    settings |= {"max_steps": 8, "keep_last": 9}
+    cache = {"teacher_cache": str(tmp_path / "cache"), "cache_top_k": 512}
+    written = converse("cached-False", **settings, **cache, write_teacher_cache=True)
+    assert written.status == 0, written.error
+    assert len([*(tmp_path / "cache").rglob("*.parquet")]) == 5
+    for packing in (False, True):
+        beside = converse(f"beside-{packing}", **settings, packing=packing)
+        ended = converse(f"cached-{packing}", **settings, **cache, packing=packing)
+        assert (beside.status, ended.status) == (0, 0), ended.error
+        for found, expected in zip(steps(ended.folder), steps(beside.folder), strict=True):
+            for name in ("loss", "soft_loss", "hard_loss", "grad_norm"):
+                assert found[name] == pytest.approx(expected[name], rel=2e-3), name
+    unfinished(ended.folder, tmp_path / "cached-again")
+    again = converse("cached-again", **settings, **cache, packing=True)
+    assert again.status == 0, again.error
+    weights = [load_file(run.folder / "model/model.safetensors") for run in (ended, again)]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+def test_a_cache_of_conversations_is_written_on_where_it_was_stopped(
+    converse, conversations, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(conversation_cache, "SHARD_ROWS", 5)
+    settings = {"student_layers": [0, 3], "max_steps": 3, "cache_top_k": 4}
+    settings |= {"teacher_cache": str(tmp_path / "cache")}
+    assert converse(**settings, write_teacher_cache=True).status == 0
+    files = sorted((tmp_path / "cache").rglob("*.parquet"))
+    contents = [file.read_bytes() for file in files]
+    files[1].unlink()
+    ended = converse(**settings)
+    assert (ended.status, "lacks 5 of 24 conversations" in ended.error) == (2, True), ended.error
+    times = [file.stat().st_mtime_ns for file in files if file.exists()]
+    assert converse(**settings, write_teacher_cache=True).status == 0
+    assert [file.read_bytes() for file in files] == contents
+    assert [f.stat().st_mtime_ns for f in files if f != files[1]] == times  # not again
+    data = [{"path": str(conversations / "validation.jsonl")}]
+    other = converse(**settings | {"train_data": data})
+    assert (other.status, "with another corpus" in other.error) == (2, True), other.error
+    own = converse(**settings, on_policy_share=0.5)
+    assert (own.status, "on_policy_share: a teacher_cache holds" in own.error) == (2, True)
+    files[0].write_bytes(contents[0][:-100])
+    assert "is cut short or damaged" in converse(**settings).error
+    group = pq.ParquetFile(io.BytesIO(contents[0])).metadata.row_group(0)
+    columns = (group.column(place) for place in range(group.num_columns))
+    kept = next(column for column in columns if column.path_in_schema.startswith("top_log"))
+    flipped = bytearray(contents[0])
+    first = kept.dictionary_page_offset or kept.data_page_offset
+    flipped[first + kept.total_compressed_size // 2] ^= 1
+    files[0].write_bytes(flipped)
+    assert "is cut short or damaged" in converse(**settings).error
+
+
+def test_two_processes_write_a_cache_of_conversations(
+    converse, conversations, teacher_folder, tmp_path
+):
+    values = of_conversations(conversations, teacher_folder, tmp_path / "run")
+    values |= {"max_steps": 1, "cache_top_k": 4, "write_teacher_cache": True}
+    words = command_line(values | {"teacher_cache": str(tmp_path / "two")})
+    run("zero3", 2, words, tmp_path / "log.txt", script=DISTILL)
+    one = {"cache_top_k": 4, "max_steps": 1, "teacher_cache": str(tmp_path / "one")}
+    assert converse(**one, write_teacher_cache=True).status == 0
+    (file,) = (tmp_path / "one").rglob("*.parquet")
+    tables = [pq.read_table(tmp_path / part / "lane-00000" / file.name) for part in ("one", "two")]
+    for name in ("input_ids", "shift_labels", "top_ids"):
+        assert tables[0][name] == tables[1][name]
 
 
 def test_a_mapping_of_both_kinds_of_data_is_refused(distil, conversations):
