@@ -51,13 +51,13 @@ class ConversationCache:
     def collate(self, rows: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
         """As that of conversations, with the likeliest tokens at each target."""
         batch = conversations.collate(rows)
-        is_target = batch["shift_labels"] != IGNORE_INDEX
+        is_target = batch["shift_labels"].numpy() != IGNORE_INDEX
         tops = [self._tops(example) for row in rows for example in row]
-        for name, dtype in (("top_ids", torch.int32), ("top_log_probabilities", torch.float32)):
-            batch[name] = torch.zeros(*is_target.shape, self.top_k, dtype=dtype)
+        for name, dtype in (("top_ids", np.int32), ("top_log_probabilities", np.float32)):
+            values = np.zeros((*is_target.shape, self.top_k), dtype)
             if tops:
-                values = np.concatenate([top[name] for top in tops]).astype(np.float64)
-                batch[name][is_target] = torch.from_numpy(values).to(dtype)
+                values[is_target] = np.concatenate([top[name] for top in tops])
+            batch[name] = torch.from_numpy(values)
         return batch
 
     def _tops(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
