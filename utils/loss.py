@@ -19,6 +19,7 @@ def check_packing(
     token_losses: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     shape: tuple[int, int],
     vocabulary: int,
+    leak: float = LEAK,
 ) -> None:
     """Raises InputError when a document sees the one before it in the row.
 
@@ -32,7 +33,7 @@ def check_packing(
     places = torch.arange(shape[1])
     places = torch.where(places < middle, places, places - middle).expand(shape)
     first, second = changes(token_losses, places, slice(middle), vocabulary)
-    if middle and second.max() > LEAK * first.max():
+    if middle and second.max() > leak * first.max():
         raise InputError(
             "model: documents in one row see each other: it cannot train on packed rows: "
             "set packing: false"

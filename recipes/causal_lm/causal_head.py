@@ -227,6 +227,7 @@ def check_model(
     token_losses: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     length: int,
     packing: bool,
+    leak: float = LEAK,
 ) -> None:
     """Raises InputError unless each token sees those before it in its document, and no others.
 
@@ -234,6 +235,7 @@ def check_model(
         token_losses: a batch without `lengths` → the loss of each position.
         length: of the rows.
         packing: whether a row holds several documents.
+        leak: share of the change where it may be seen that is rounding where it may not.
     """
     if packing:
         check_positions(model)
@@ -250,13 +252,13 @@ def check_model(
         try:
             first, second = changes(losses, places, later, vocabulary)
             # the last token of the first half has a changed one to predict
-            if length > 3 and first[:, :-1].max() > LEAK * second.max():
+            if length > 3 and first[:, :-1].max() > leak * second.max():
                 raise InputError(
                     f"model: the tokens of {kind} see those that they are to predict"
                     + (": set model.is_decoder: true" if is_encoder else "")
                 )
             if packing:
-                check_packing(losses, (1, length), vocabulary)
+                check_packing(losses, (1, length), vocabulary, leak)
         except (InputError, torch.OutOfMemoryError, torch.distributed.DistBackendError):
             raise
         except Exception as error:  # models fail in ways of their own

@@ -29,7 +29,7 @@ import transformers
 from causal_head import CausalHead, check_model
 from conversations import ConversationArguments
 from distillation_data import Conversations, Text
-from teacher_cache import CacheArguments, check_cache, write_cache
+from teacher_cache import CacheArguments, check_cache, leak_of, write_cache
 from text_evaluation import TextEvaluationArguments
 from utils.arguments import FinetuningArguments, TrainingArguments
 from utils.config import InputError, at_end, command, parse
@@ -246,7 +246,8 @@ def main() -> None:
     check_model(model, lambda batch: scores(batch)[0], length, packing)
     if teacher is not None:
         with of_the_teacher():
-            check_model(teacher, lambda batch: taught(batch)[0], length, packing)
+            leak = leak_of(args.teacher)
+            check_model(teacher, lambda batch: taught(batch)[0], length, packing, leak)
     for step in training.steps():
         if training.evaluates():
             results = data.evaluate(training, scores, "validation") if data.has_validation else {}
