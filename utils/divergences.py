@@ -16,7 +16,6 @@ With q the teacher's and p the student's probabilities at a temperature T, and m
 Each is multiplied by T², so that its gradient keeps its size (Hinton et al. 2015).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,6 +29,15 @@ from utils.randomness import random_key
 CHUNK_ELEMENTS = 2**24  # of logits: 64 MB in fp32
 LEAST = -1e30  # of log-probabilities: 0 x this is 0, as 0 x -inf is not
 MOST = 80.0  # of a logarithm whose exponential is a float32
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Of the student's distribution from the teacher's; see above."""
+
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd"] = "forward_kl"
+    beta: float = 0.5  # of jsd
+    temperature: float = 1.0
 
 
 class Logits(NamedTuple):
@@ -54,21 +62,33 @@ class Logits(NamedTuple):
         is_given = self.weight is None  # and not to be changed in place
         return changed_logits(logits.to(_wide(logits), copy=is_given), self.scale, self.cap)
 
+    def compared(
+        self, log_p: torch.Tensor, where: slice, divergence: Divergence, wants_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of those rows, as a teacher's: (T² x the divergence, its gradient by a student's logits).
 
-class TopTokens(NamedTuple):
-    """What is kept of a teacher's distributions: its likeliest tokens; all others are one more."""
-
-    token_ids: torch.Tensor  # (rows, k)
-    log_probabilities: torch.Tensor  # (rows, k), at the temperature of the divergence
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Of the student's distribution from the teacher's; see above."""
-
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd"] = "forward_kl"
-    beta: float = 0.5  # of jsd
-    temperature: float = 1.0
+        Args:
+            log_p: the student's log-probabilities, (rows, vocabulary).
+        """
+        t, vocabulary = divergence.temperature, log_p.shape[1]
+        log_q = self.rows(where)
+        common = min(vocabulary, log_q.shape[1])
+        # in the very steps of log_p: of two that are equal the difference is 0
+        log_q = log_q.sub_(log_q.logsumexp(1, keepdim=True))
+        if t != 1 or common < log_q.shape[1]:
+            log_q = (log_q[:, :common] / t).log_softmax(1)
+        if t != 1 or common < vocabulary:
+            log_p = (log_p[:, :common] / t).log_softmax(1)
+        log_p, log_q = log_p.clamp(min=LEAST), log_q.clamp_(min=LEAST)
+        loss, p, slope, total = compare(log_p, log_q, divergence)
+        if not wants_gradient:
+            return loss * t**2, None
+        gradient = slope.sub_(p.mul_(total))
+        if t != 1:
+            gradient *= t
+        if common < vocabulary:
+            gradient = pad(gradient, (0, vocabulary - common))
+        return loss * t**2, gradient
 
 
 def changed_logits(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
@@ -81,7 +101,7 @@ def changed_logits(logits: torch.Tensor, scale: float, cap: float | None) -> tor
 def summed_losses(
     student: Logits,
     labels: torch.Tensor | None = None,
-    teacher: Logits | TopTokens | None = None,
+    teacher: Any = None,
     divergence: Divergence | None = None,
     row_weights: torch.Tensor | None = None,
     hard_weight: float = 1.0,
@@ -95,7 +115,8 @@ def summed_losses(
 
     Args:
         labels: (rows,), -100 adds nothing; None: the first sum is 0.
-        teacher: of as many rows, without gradients; None: the second is 0.
+        teacher: `Logits` of as many rows, without gradients, or another that has `compared`; None:
+            the second is 0.
         row_weights: (rows,), of the divergences; None: all 1.
     """
     if labels is None and teacher is None:
@@ -132,7 +153,7 @@ class _Summed(torch.autograd.Function):
             gradient = None
             if teacher is not None:
                 of_rows = None if row_weights is None else row_weights[where].to(wide)
-                loss, gradient = _soft(log_p, teacher, where, divergence, wants_gradient)
+                loss, gradient = teacher.compared(log_p, where, divergence, wants_gradient)
                 if of_rows is not None:
                     loss = loss * of_rows
                 sums[1] += loss.sum(dtype=sums.dtype)
@@ -189,66 +210,7 @@ class _Summed(torch.autograd.Function):
         )
 
 
-def _soft(
-    log_p: torch.Tensor,
-    teacher: Logits | TopTokens,
-    where: slice,
-    divergence: Divergence,
-    wants_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(T² x the divergence of each row, its gradient by the student's logits)."""
-    t, vocabulary = divergence.temperature, log_p.shape[1]
-    if isinstance(teacher, TopTokens):
-        if t != 1:
-            log_p = (log_p / t).log_softmax(1)
-        return _soft_of_top(
-            log_p, TopTokens(*(x[where] for x in teacher)), divergence, wants_gradient
-        )
-    log_q = teacher.rows(where)
-    common = min(vocabulary, log_q.shape[1])
-    # in the very steps of log_p: of two that are equal the difference is 0
-    log_q = log_q.sub_(log_q.logsumexp(1, keepdim=True))
-    if t != 1 or common < log_q.shape[1]:
-        log_q = (log_q[:, :common] / t).log_softmax(1)
-    if t != 1 or common < vocabulary:
-        log_p = (log_p[:, :common] / t).log_softmax(1)
-    loss, p, slope, total = _compare(log_p.clamp(min=LEAST), log_q.clamp_(min=LEAST), divergence)
-    if not wants_gradient:
-        return loss * t**2, None
-    gradient = slope.sub_(p.mul_(total))
-    if t != 1:
-        gradient *= t
-    if common < vocabulary:
-        gradient = pad(gradient, (0, vocabulary - common))
-    return loss * t**2, gradient
-
-
-def _soft_of_top(
-    log_p: torch.Tensor, teacher: TopTokens, divergence: Divergence, wants_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Over the teacher's likeliest tokens, and one place for all others."""
-    ids, t = teacher.token_ids, divergence.temperature
-    kept, log_q = log_p.gather(1, ids), teacher.log_probabilities.to(log_p)
-    has_rest = ids.shape[1] < log_p.shape[1]
-    if has_rest:
-        rest = log_p.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True)
-        # what is left of 1 is as exact as the probabilities that were kept
-        of_teacher = log_q.double().exp().sum(1, keepdim=True)
-        least = torch.finfo(log_q.dtype).tiny
-        log_q = torch.cat([log_q, (1 - of_teacher).clamp(min=least).log().to(log_q)], 1)
-        kept = torch.cat([kept, rest.clamp(min=math.log(least))], 1)
-    loss, p, slope, total = _compare(kept, log_q, divergence)
-    if not wants_gradient:
-        return loss * t**2, None
-    if has_rest:  # by the share that each token has in it
-        gradient = log_p.exp() * (slope[:, -1:] / p[:, -1:] - total)
-    else:
-        gradient = torch.empty_like(log_p)
-    gradient.scatter_(1, ids, (slope - p * total)[:, : ids.shape[1]])
-    return loss * t**2, gradient * t
-
-
-def _compare(
+def compare(
     log_p: torch.Tensor, log_q: torch.Tensor, divergence: Divergence
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
     """(D, p, s, Σ s) of each row: D the divergence, s = p x ∂D/∂p.

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch.nn.functional import linear
 
 from utils.config import InputError
 from utils.fragments import gathered
@@ -13,13 +15,13 @@ IGNORE_INDEX = -100  # a label that is no target
 # The change of a loss that shows a leak, beside those that are to change. What is masked adds
 # exactly 0.
 LEAK = 1e-5
+PACKED = ("Int8Params", "Params4bit")  # what bitsandbytes calls weights in 8 and 4 bits
 
 
 def check_packing(
     token_losses: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     shape: tuple[int, int],
     vocabulary: int,
-    leak: float = LEAK,
 ) -> None:
     """Raises InputError when a document sees the one before it in the row.
 
@@ -33,7 +35,7 @@ def check_packing(
     places = torch.arange(shape[1])
     places = torch.where(places < middle, places, places - middle).expand(shape)
     first, second = changes(token_losses, places, slice(middle), vocabulary)
-    if middle and second.max() > leak * first.max():
+    if middle and second.max() > LEAK * first.max():
         raise InputError(
             "model: documents in one row see each other: it cannot train on packed rows: "
             "set packing: false"
@@ -60,25 +62,46 @@ def amplified(model: torch.nn.Module) -> Iterator[None]:
     """In this context weights are so large that whatever a token sees shows in its loss.
 
     A new model may hide it: behind a projection that begins at zero, or a small initializer_range.
-    Each matrix is multiplied by a power of two, which is undone to the bit.
+    Each matrix is multiplied by a power of two, which is undone to the bit. Those in 8 and 4 bits
+    are not rounded to them on the way: LLM.int8 rounds a row by what stands in the others.
     """
     factors = {}
     torch.manual_seed(0)
+    quantized = [m for m in model.modules() if type(getattr(m, "weight", None)).__name__ in PACKED]
+    for layer in quantized:
+        layer.forward = partial(_unrounded, layer, _factor(_whole_weight(layer)))
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.is_floating_point():
             with gathered([parameter], modify=True):
-                norm = torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32)
-                norm = float(getattr(norm, "full_tensor", lambda norm=norm: norm)())
-                unit = parameter.shape[-1] ** -0.5
-                gain = norm / max(1, parameter.numel()) ** 0.5 / unit
-                factors[parameter] = 2.0 ** max(0, math.floor(-math.log2(gain))) if gain else 0.0
-                if gain:
+                factors[parameter] = _factor(parameter)
+                if factors[parameter]:
                     parameter.data.mul_(factors[parameter])
                 else:
-                    parameter.data.normal_(std=unit)
+                    parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
     try:
         yield
     finally:
+        for layer in quantized:
+            del layer.forward
         for parameter, factor in factors.items():
             with gathered([parameter], modify=True):
                 parameter.data.mul_(1 / factor if factor else 0.0)
+
+
+def _factor(matrix: torch.Tensor) -> float:
+    """The power of two that makes its outputs about as large as its inputs; 0 if it is all 0."""
+    norm = torch.linalg.vector_norm(matrix.detach(), dtype=torch.float32)
+    norm = float(getattr(norm, "full_tensor", lambda: norm)())
+    gain = norm / max(1, matrix.numel()) ** 0.5 * matrix.shape[-1] ** 0.5
+    return 2.0 ** max(0, math.floor(-math.log2(gain))) if gain else 0.0
+
+
+def _whole_weight(layer: torch.nn.Module) -> torch.Tensor:
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+
+
+def _unrounded(layer: torch.nn.Module, factor: float, inputs: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
+    return linear(inputs, (_whole_weight(layer) * factor).to(inputs.dtype), bias)

@@ -214,20 +214,11 @@ def _terms(config: Any) -> str:
     return f": set {' and '.join(names)} to 0 in its config" if names else ""
 
 
-def check_positions(model: torch.nn.Module) -> None:
-    if "position_ids" not in optional_inputs(model) or getattr(model, "_is_stateful", False):
-        raise InputError(
-            f"model: {model.config.model_type} cannot keep packed documents apart: "
-            "it is recurrent, or takes no position_ids: set packing: false"
-        )
-
-
 def check_model(
     model: "transformers.PreTrainedModel",
     token_losses: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     length: int,
     packing: bool,
-    leak: float = LEAK,
 ) -> None:
     """Raises InputError unless each token sees those before it in its document, and no others.
 
@@ -235,13 +226,16 @@ def check_model(
         token_losses: a batch without `lengths` → the loss of each position.
         length: of the rows.
         packing: whether a row holds several documents.
-        leak: share of the change where it may be seen that is rounding where it may not.
     """
-    if packing:
-        check_positions(model)
     config = model.config
     kind, vocabulary = config.model_type, config.get_text_config().vocab_size
     is_encoder = getattr(config, "is_decoder", None) is False
+    takes_positions = "position_ids" in optional_inputs(model)
+    if packing and (not takes_positions or getattr(model, "_is_stateful", False)):
+        raise InputError(
+            f"model: {kind} cannot keep packed documents apart: it is recurrent, or takes no "
+            "position_ids: set packing: false"
+        )
 
     def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         labels = pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -252,13 +246,13 @@ def check_model(
         try:
             first, second = changes(losses, places, later, vocabulary)
             # the last token of the first half has a changed one to predict
-            if length > 3 and first[:, :-1].max() > leak * second.max():
+            if length > 3 and first[:, :-1].max() > LEAK * second.max():
                 raise InputError(
                     f"model: the tokens of {kind} see those that they are to predict"
                     + (": set model.is_decoder: true" if is_encoder else "")
                 )
             if packing:
-                check_packing(losses, (1, length), vocabulary, leak)
+                check_packing(losses, (1, length), vocabulary)
         except (InputError, torch.OutOfMemoryError, torch.distributed.DistBackendError):
             raise
         except Exception as error:  # models fail in ways of their own

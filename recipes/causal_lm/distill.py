@@ -29,11 +29,12 @@ import transformers
 from causal_head import CausalHead, check_model
 from conversations import ConversationArguments
 from distillation_data import Conversations, Text
-from teacher_cache import CacheArguments, check_cache, leak_of, write_cache
+from teacher_cache import CacheArguments, check_cache, write_cache
 from text_evaluation import TextEvaluationArguments
+from top_tokens import TopTokens
 from utils.arguments import FinetuningArguments, TrainingArguments
 from utils.config import InputError, at_end, command, parse
-from utils.divergences import TopTokens, add_projection, hidden_loss, summed_losses
+from utils.divergences import add_projection, hidden_loss, summed_losses
 from utils.lanes import StreamArguments
 from utils.loss import IGNORE_INDEX
 from utils.memory import distillation_plan, flops_per_token, parameter_count
@@ -246,8 +247,7 @@ def main() -> None:
     check_model(model, lambda batch: scores(batch)[0], length, packing)
     if teacher is not None:
         with of_the_teacher():
-            leak = leak_of(args.teacher)
-            check_model(teacher, lambda batch: taught(batch)[0], length, packing, leak)
+            check_model(teacher, lambda batch: taught(batch)[0], length, packing)
     for step in training.steps():
         if training.evaluates():
             results = data.evaluate(training, scores, "validation") if data.has_validation else {}

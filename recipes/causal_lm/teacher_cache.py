@@ -20,16 +20,16 @@ from cache_shards import (
     write_shard,
 )
 from causal_head import CausalHead, check_model
+from top_tokens import top_tokens
 from utils.config import InputError, Settings
-from utils.divergences import Logits, TopTokens, chunk_rows
 from utils.files import written_aside
 from utils.integrity import checksum
-from utils.loss import IGNORE_INDEX, LEAK
+from utils.loss import IGNORE_INDEX
 from utils.program import say
 from utils.progress import progress_bar
 from utils.run_folder import RunFolder
 from utils.stream import Row
-from utils.teacher import Teacher, load_teacher, of_the_teacher, whole
+from utils.teacher import load_teacher, of_the_teacher, whole
 from utils.training import Training
 
 MANIFEST = "cache.json"
@@ -122,7 +122,7 @@ def write_cache(arguments: Any, of_teacher: Any, cache: Cache) -> None:
     head.router_weight = 0.0
     with of_the_teacher():
         losses = partial(_losses, training, head, cache.packing)
-        check_model(teacher, losses, a.sequence_length, cache.packing, leak_of(a.teacher))
+        check_model(teacher, losses, a.sequence_length, cache.packing)
     with ranks.together():
         if ranks.is_main and was is None:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -152,11 +152,6 @@ def write_cache(arguments: Any, of_teacher: Any, cache: Cache) -> None:
     if tokens:
         say(f"{int(tokens):,} targets in {size / 1e6:,.1f} MB: {size / tokens:.1f} bytes a token")
     say(f"{folder.path} is complete")
-
-
-def leak_of(teacher: Teacher) -> float:
-    """For `check_model`: LLM.int8 rounds a row by what stands in the others."""
-    return 0.2 if teacher.dtype == "8bit" else LEAK
 
 
 def _losses(
@@ -198,18 +193,6 @@ def _ask(
         for index, start, end in zip(part, [0, *ends], ends, strict=False):
             found[index] = (ids[start:end], kept[start:end].astype(np.float16))
     return [found[index] for index in range(len(rows))]
-
-
-def top_tokens(logits: Logits, k: int, temperature: float) -> TopTokens:
-    """The k likeliest tokens of each row and their log-probabilities, the likeliest first."""
-    size, parts = chunk_rows(logits.vocabulary, logits.cap), []
-    for start in range(0, len(logits.hidden), size):
-        chunk = logits.rows(slice(start, start + size)).div_(temperature)
-        values, ids = chunk.topk(k)
-        parts.append((ids, values - chunk.logsumexp(1, keepdim=True)))
-    if not parts:
-        return TopTokens(logits.hidden.new_zeros(0, k).long(), logits.hidden.new_zeros(0, k))
-    return TopTokens(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def _no_row(length: int) -> dict[str, np.ndarray]:

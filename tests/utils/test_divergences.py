@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from top_tokens import top_tokens
 from utils import divergences
-from utils.divergences import Divergence, Logits, TopTokens, summed_losses
+from utils.divergences import Divergence, Logits, summed_losses
 from utils.loss import IGNORE_INDEX
 
 ROWS, WIDTH, VOCABULARY = 30, 8, 70
@@ -239,10 +240,6 @@ def test_masked_tokens_of_a_vocabulary(kind, beta):
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
     assert gradient.isfinite().all()
     assert not gradient[:, 4:].any()
-
-
-def top_tokens(teacher, k, temperature):
-    return TopTokens(*(dense(teacher) / temperature).log_softmax(1).topk(k)[::-1])
 
 
 @kinds
