@@ -56,6 +56,8 @@ bench: $(SETUP)
 	$(BIN)/python -m benchmarks.finetune_instruction
 	$(BIN)/python -m benchmarks.finetune_real_models
 	$(BIN)/python -m benchmarks.distill_causal_lm
+	$(BIN)/python recipes/causal_lm/distill.py recipes/causal_lm/configs/distill_demo.yaml
+	$(BIN)/python -m benchmarks.speculative
 	$(BIN)/python -m benchmarks.distill_quality
 
 soak: $(SETUP)

@@ -12,9 +12,7 @@ process for each. Results: benchmarks/results/distill_causal_lm.md and .json.
 """
 
 import json
-import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import (
     Observer,
+    by_turns,
+    in_a_fresh_process,
     observe_recipe,
     observed,
     peak_memory,
@@ -277,19 +277,12 @@ def main() -> None:
     datasets.disable_progress_bars()
     memory, losses = {}, {}
     for name in PEERS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            memory[name] = fresh.submit(measure_memory, arguments, name).result()
+        memory[name] = in_a_fresh_process(measure_memory, arguments, name)
         losses[name] = measure_loss(arguments, name)
         print(f"{name}: {memory[name] / MEBIBYTE:,.0f} MiB, loss {losses[name]:.6f}", flush=True)
         if abs(losses[name] / losses[RECIPE] - 1) > 1e-4:
             raise InputError(f"{name} learns something else: {losses}")
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
-    for seed in range(arguments.turns):
-        for name in PEERS:
-            turns[name].append(measure_speed(arguments, name, seed))
-            rate = turns[name][-1]["tokens"] / turns[name][-1]["seconds"]
-            print(f"turn {seed + 1}: {name}: {rate:,.0f} useful tokens/s", flush=True)
-    rates = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
+    turns, rates = by_turns(PEERS, arguments.turns, partial(measure_speed, arguments))
     text = as_table(arguments, rates, memory, losses)
     measured = {"turns": turns, "rates": rates, "peak_memory_bytes": memory, "losses": losses}
     write_results(arguments.results, text, facts, measured)

@@ -21,7 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
-from benchmarks.trainers import Observer, observe_recipe, observed, timed, trainer_settings
+from benchmarks.trainers import (
+    Observer,
+    by_turns,
+    observe_recipe,
+    observed,
+    timed,
+    trainer_settings,
+)
 from conversations import collate, set_chat_template, to_examples
 from recipes.causal_lm import finetune as instruction
 from utils.config import InputError, command, parse
@@ -159,13 +166,7 @@ def main() -> None:
     facts |= {name: getattr(arguments, name) for name in (*settings, "steps", "turns")}
     datasets.disable_progress_bars()
     data = Data(arguments.recipe(0))
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
-    for seed in range(arguments.turns):
-        for name in PEERS:
-            turns[name].append(measure(data, name, seed, arguments.steps))
-            rate = turns[name][-1]["tokens"] / turns[name][-1]["seconds"]
-            print(f"turn {seed + 1}: {name}: {rate:,.0f} useful tokens/s", flush=True)
-    rates = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
+    turns, rates = by_turns(PEERS, arguments.turns, partial(measure, data, steps=arguments.steps))
     header = ["useful tokens/s", "this recipe padded, over it", "this recipe packed, over it"]
     rows = []
     for name in PEERS:

@@ -9,9 +9,7 @@ padding. The peers take turns in one process; the peak of their memory is measur
 process each. Results: benchmarks/results/pretrain_bert.md and .json.
 """
 
-import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -30,6 +28,8 @@ from transformers import (
 from benchmarks.measurement import describe, median_and_range, ratios, write_results
 from benchmarks.trainers import (
     Observer,
+    by_turns,
+    in_a_fresh_process,
     observe_recipe,
     observed,
     peak_memory,
@@ -204,16 +204,9 @@ def main() -> None:
     facts |= {name: getattr(arguments, name) for name in (*settings, "steps", "turns")}
     memory = {}
     for name in PEERS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            memory[name] = fresh.submit(measure_memory, arguments, name).result()
+        memory[name] = in_a_fresh_process(measure_memory, arguments, name)
         print(f"{name}: {memory[name] / MEBIBYTE:,.0f} MiB", flush=True)
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
-    for seed in range(arguments.turns):
-        for name in PEERS:
-            turns[name].append(measure_speed(arguments, name, seed))
-            rate = turns[name][-1]["tokens"] / turns[name][-1]["seconds"]
-            print(f"turn {seed + 1}: {name}: {rate:,.0f} useful tokens/s", flush=True)
-    rates = {name: [x["tokens"] / x["seconds"] for x in found] for name, found in turns.items()}
+    turns, rates = by_turns(PEERS, arguments.turns, partial(measure_speed, arguments))
     found = {
         name: {"speed": ratios(rates[RECIPE], rates[name]), "memory": memory[RECIPE] / memory[name]}
         for name in PEERS

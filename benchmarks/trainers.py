@@ -1,7 +1,9 @@
 """What the benchmarks of training share: transformers.Trainer and its kind beside a recipe."""
 
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,29 @@ def timed(train: Callable[[Observer], None], first: int, last: int) -> dict[str,
     train(observe)
     seconds, tokens = (b - a for a, b in zip(marks[first], marks[last], strict=True))
     return {"seconds": seconds, "tokens": tokens}
+
+
+def by_turns(
+    peers: Iterable[str], turns: int, measure: Callable[[str, int], dict[str, float]]
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[float]]]:
+    """(what was measured, useful tokens/s) of each peer, turn after turn.
+
+    Args:
+        measure: peer, seed → as `timed` gives it.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
+    rates: dict[str, list[float]] = {name: [] for name in found}
+    for seed in range(turns):
+        for name in found:
+            found[name].append(measure(name, seed))
+            rates[name].append(found[name][-1]["tokens"] / found[name][-1]["seconds"])
+            print(f"turn {seed + 1}: {name}: {rates[name][-1]:,.0f} useful tokens/s", flush=True)
+    return found, rates
+
+
+def in_a_fresh_process(function: Callable, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(function, *arguments).result()
 
 
 def peak_memory(train: Callable[[Observer], Any], steps: int) -> int:

@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 UTILS_FILES = 35
-UTILS_LINES = 7_890
+UTILS_LINES = 7_875
 FILE_LINES = 350
 
 UTILS = [path for path in sorted(ROOT.glob("utils/**/*.py")) if path.name != "__init__.py"]
@@ -94,6 +94,48 @@ def test_utils_is_what_two_recipe_folders_use():
         for path in reach(script) & {*UTILS}:
             folders[path].add(script.parent.name)
     assert {path.name: found for path, found in folders.items() if len(found) < 2} == {}
+
+
+DEFINED = {path: {n.name for n in tree.body if hasattr(n, "name")} for path, tree in TREES.items()}
+
+
+def definitions(path: Path) -> dict[tuple[Path, str], set[tuple[Path, str]]]:
+    """(file, name) of its functions and classes → those, of any file, that each names."""
+    known = {name: (path, name) for name in DEFINED[path]}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            above = ROOT if node.module.partition(".")[0] == "utils" else path.parent
+            source = above / node.module.replace(".", "/")
+            for name in node.names:
+                alias, file = name.asname or name.name, source.with_suffix(".py")
+                if name.name in DEFINED.get(file, ()):
+                    known[alias] = (file, name.name)
+                file = source / f"{name.name}.py"  # from utils import checkpoint
+                known |= {f"{alias}.{inside}": (file, inside) for inside in DEFINED.get(file, ())}
+    found: dict[tuple[Path, str], set[tuple[Path, str]]] = {}
+    for node in TREES[path].body:
+        places = (n for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute))
+        names = {ast.unparse(place) for place in places}
+        key = (path, getattr(node, "name", ""))  # "": what stands in no function
+        found[key] = found.get(key, set()) | {known[name] for name in names & known.keys()}
+    return found
+
+
+def test_each_function_and_class_of_utils_is_what_two_recipe_folders_use():
+    uses = {key: named for path in UTILS + RECIPES for key, named in definitions(path).items()}
+    folders = {key: set() for key in uses if key[0] in UTILS and key[1]}
+    for folder in {script.parent for script in SCRIPTS}:
+        todo, seen = [key for key in uses if key[0].parent == folder], set()
+        while todo:
+            key = todo.pop()
+            if key not in seen:
+                seen.add(key)
+                # a module that is imported runs what stands in none of its functions
+                todo += [*uses.get(key, ()), (key[0], "")]
+        for key in seen & folders.keys():
+            folders[key].add(folder.name)
+    alone = {f"{path.name}: {name}" for (path, name), found in folders.items() if len(found) < 2}
+    assert alone == set()
 
 
 def test_no_imports_go_in_a_circle():
