@@ -8,7 +8,8 @@ with. Each is a run of the recipe in a process of its own, in a folder of `outpu
 finished there is not repeated.
 
 - causal_lm: a new Llama of two layers, taught by the one of `make demo` on the sample corpus.
-- cache: the same student beside its teacher and by caches of the teacher's likeliest tokens.
+- cache: the same student beside its teacher and by caches of the teacher's likeliest tokens, with
+  and without the labels.
 - smollm2: fifteen of SmolLM2-135M's thirty layers, one seed (unpacked from 4-bit GGUF).
 - encoder: two of four layers of a BERT, by the masked tokens or as DistilBERT; scored by the loss
   of masked tokens and by the probe of benchmarks/bert_probe.py.
@@ -113,22 +114,30 @@ def causal_lm(args: Arguments, folder: Path) -> list[dict[str, Any]]:
 
 
 def cache(args: Arguments, folder: Path) -> list[dict[str, Any]]:
-    """The same rows for all; beside the teacher and by each cache in turn."""
-    ways = {"beside the teacher": 0} | {f"its {k} likeliest tokens": k for k in args.cache_top_k}
+    """The same rows for all; beside the teacher and by each cache in turn, with and without labels.
+
+    What is cut off says nothing of itself: labels do.
+    """
+    half = ("--soft_weight", "0.5", "--hard_weight", "0.5")
+    ways = {"the teacher": (0, TEACHER), "the teacher, labels": (0, half)}
+    for k in args.cache_top_k:
+        ways[f"its {k} likeliest tokens"] = (k, TEACHER)
+        ways[f"its {k} likeliest tokens, labels"] = (k, half)
     rows = [{"what": "cache", "learnt from": way, "seeds": []} for way in ways]
+    script = "recipes/causal_lm/distill.py"
     for seed in range(args.seeds):
-        for row, (way, k) in zip(rows, ways.items(), strict=True):
-            words = [*small_llama(args), *TEACHER, "--seed", str(seed)]
-            place = folder / f"cache-{k}-{seed}"
+        for row, (k, weights) in zip(rows, ways.values(), strict=True):
+            cached = folder / f"cache-{k}-{seed}-top"
+            words = [*small_llama(args), "--seed", str(seed)]
             if k:
-                words += ["--teacher_cache", f"{place}-top", "--cache_top_k", str(k)]
-                writing = [*words, "--write_teacher_cache", "true"]
-                run("recipes/causal_lm/distill.py", writing, place, args)
-            found = run("recipes/causal_lm/distill.py", words, place, args)
-            files = Path(f"{place}-top").rglob("*.parquet")
-            found["bytes"] = sum(file.stat().st_size for file in files)
+                words += ["--teacher_cache", str(cached), "--cache_top_k", str(k)]
+                run(script, [*words, "--write_teacher_cache", "true"], cached, args)
+            kind = "" if weights is TEACHER else "-labels"
+            place = folder / f"cache-{k}-{seed}{kind}"
+            found = run(script, [*words, *weights], place, args)
+            found["bytes"] = sum(file.stat().st_size for file in cached.rglob("*.parquet"))
             row["seeds"].append(found)
-            print(f"cache, {way}, seed {seed}: {found}", flush=True)
+            print(f"cache, {row['learnt from']}, seed {seed}: {found}", flush=True)
     return rows
 
 
@@ -144,7 +153,8 @@ def cache_table(args: Arguments, rows: list[dict[str, Any]]) -> str:
     ]
     table = []
     for row, found in zip(rows, values, strict=True):
-        lost = [a - b for a, b in zip(found["loss"], values[0]["loss"], strict=True)]
+        dense = values["labels" in row["learnt from"]]["loss"]
+        lost = [a - b for a, b in zip(found["loss"], dense, strict=True)]
         speed = ratios(found["speed"], values[0]["speed"])
         table.append(
             [
