@@ -51,6 +51,7 @@ BERT = (
     "attention_probs_dropout_prob: 0.0}}"
 )
 LABELS, TEACHER = ("--soft_weight", "0", "--hard_weight", "1"), ("--hard_weight", "0")
+HALF = ("--soft_weight", "0.5", "--hard_weight", "0.5")
 DISTILBERT = ("--soft_weight", "5", "--hard_weight", "2", "--cosine_weight", "1")
 DISTILBERT += ("--temperature", "2", "--soft_tokens", "masked")
 TASK = "data/tasks/classification"
@@ -107,7 +108,7 @@ def causal_lm(args: Arguments, folder: Path) -> list[dict[str, Any]]:
     ways = {
         "labels": LABELS,
         "teacher": TEACHER,
-        "half of each": ("--soft_weight", "0.5", "--hard_weight", "0.5"),
+        "half of each": HALF,
     }
     script = "recipes/causal_lm/distill.py"
     return of_ways("causal LM", script, small_llama(args), ways, args, folder)
@@ -118,11 +119,10 @@ def cache(args: Arguments, folder: Path) -> list[dict[str, Any]]:
 
     What is cut off says nothing of itself: labels do.
     """
-    half = ("--soft_weight", "0.5", "--hard_weight", "0.5")
-    ways = {"the teacher": (0, TEACHER), "the teacher, labels": (0, half)}
+    ways = {"the teacher": (0, TEACHER), "the teacher, labels": (0, HALF)}
     for k in args.cache_top_k:
         ways[f"its {k} likeliest tokens"] = (k, TEACHER)
-        ways[f"its {k} likeliest tokens, labels"] = (k, half)
+        ways[f"its {k} likeliest tokens, labels"] = (k, HALF)
     rows = [{"what": "cache", "learnt from": way, "seeds": []} for way in ways]
     script = "recipes/causal_lm/distill.py"
     for seed in range(args.seeds):
@@ -184,14 +184,14 @@ def smollm2(args: Arguments, folder: Path) -> list[dict[str, Any]]:
     ]
     words = ["--teacher.model_name_or_path", str(teacher), "--teacher.dtype", "bfloat16"]
     words += ["--student_layers", str([*range(0, 30, 2)]), *common]
-    ways = {"teacher": TEACHER}
+    ways = {"teacher": TEACHER, "half of each": HALF}
     rows = of_ways("SmolLM2", "recipes/causal_lm/distill.py", words, ways, args, folder, seeds=1)
     carved = str(Path(rows[0]["seeds"][0]["folder"], "student"))
     words = ["--model_name_or_path", carved, "--tokenizer", str(teacher), *common]
     ways = {"labels": ()}
     rows += of_ways("SmolLM2", "recipes/causal_lm/pretrain.py", words, ways, args, folder, seeds=1)
     name = "test_teacher_bits_per_byte"
-    rows[1]["seeds"][0][name] = rows[0]["seeds"][0][name]
+    rows[-1]["seeds"][0][name] = rows[0]["seeds"][0][name]
     return rows
 
 

@@ -36,7 +36,7 @@ from masked_loss import check_model
 from masking import ExampleMaker
 from sentence_encoder import SentenceEncoder
 from utils.config import InputError, at_end, command, parse
-from utils.divergences import add_projection, hidden_loss, summed_losses
+from utils.divergences import Logits, add_projection, hidden_loss, summed_losses
 from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
 from utils.memory import distillation_plan, flops_per_token, parameter_count
@@ -63,7 +63,7 @@ class Arguments(DistillationArguments, EncoderArguments):
     """Distil an encoder on a stream of raw text: a student learns from a teacher."""
 
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
-    objective: Literal["mlm_nsp", "mlm_sop", "mlm"] = "mlm"  # pairs are not distilled
+    objective: Literal["mlm_nsp", "mlm_sop", "mlm"] = "mlm"  # the teacher's own
     # Tokens whose probabilities are learnt. all: as DistilBERT did it, 6.7 times as many as are
     # masked, for more time in the output layers; masked: those that the teacher had to guess
     soft_tokens: Literal["all", "masked"] = "all"
@@ -80,8 +80,6 @@ class Arguments(DistillationArguments, EncoderArguments):
     )
 
     def check(self) -> None:
-        if self.objective != "mlm":
-            raise InputError(f"objective: {self.objective} is not distilled: leave it at mlm")
         for name in ("relation_heads", "relation_layer"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -121,7 +119,7 @@ class DistillationLoss(ObservedEncoder):
         a, count = arguments, model.config.get_text_config().num_hidden_layers
         of_attention = {*range(1, count + 1)} if a.attention_weight else set()
         of_attention |= {count} if a.relation_weight else set()
-        super().__init__(model, a.packing, bool(a.hidden_weight), of_attention)
+        super().__init__(model, a.objective, a.packing, bool(a.hidden_weight), of_attention)
         self.projection, self.layers, self.divergence = projection, layers, a.as_divergence
         self.relation_heads, self.related = (
             a.relation_heads,
@@ -132,6 +130,8 @@ class DistillationLoss(ObservedEncoder):
         self.weights = {f"{name}_loss": weight for name, weight in given.items() if weight}
         # in any case: it is logged, and no weight of the head is left without a gradient
         self.weights["hard_loss"] = a.hard_weight
+        for term in self.terms[1:]:
+            self.weights |= {f"hard_{term}_loss": a.hard_weight, f"soft_{term}_loss": a.soft_weight}
         self.names = tuple(self.weights)
         self.learns_all = a.soft_tokens == "all" and "soft_loss" in self.names
 
@@ -163,6 +163,12 @@ class DistillationLoss(ObservedEncoder):
             student, teacher = self.logits(mine.entering), self.taught.logits(theirs.entering)
             with whole(teacher.weight, teacher.bias):
                 losses["soft_loss"] = summed_losses(student, None, teacher, self.divergence)[1]
+        for term in self.terms[1:]:
+            is_pair = batch["pair_labels"] != IGNORE_INDEX
+            student, teacher = Logits(mine.pairs), Logits(theirs.pairs)
+            labelled = summed_losses(student, batch["pair_labels"][is_pair])
+            taught = summed_losses(student, None, teacher, self.divergence)
+            losses |= {f"hard_{term}_loss": labelled[0], f"soft_{term}_loss": taught[1]}
         if "cosine_loss" in names:
             last = self.projection(mine.last_hidden_state[kept])
             losses["cosine_loss"] = cosine_loss(last, theirs.last_hidden_state[kept])
@@ -180,8 +186,12 @@ class DistillationLoss(ObservedEncoder):
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         targets = int((batch["labels"] != IGNORE_INDEX).sum())
         tokens = int((batch["sequence_ids"] > 0).sum())
-        of_targets = ("hard_loss",) if self.learns_all else ("hard_loss", "soft_loss")
-        return {name: targets if name in of_targets else tokens for name in self.names}
+        pairs = int((batch["pair_labels"] != IGNORE_INDEX).sum())
+        counts = dict.fromkeys(self.names, tokens) | {"hard_loss": targets}
+        if not self.learns_all and "soft_loss" in counts:
+            counts["soft_loss"] = targets
+        of_pairs = {f"{kind}_{term}_loss" for kind in ("hard", "soft") for term in self.terms[1:]}
+        return counts | dict.fromkeys(of_pairs, pairs)
 
 
 def observed(
@@ -190,7 +200,7 @@ def observed(
     """The teacher, with what of it is learnt."""
     of_attention = {*layers} if a.attention_weight else set()
     of_attention |= {relation_layer(a, teacher.config)} if a.relation_weight else set()
-    return ObservedEncoder(teacher, a.packing, bool(a.hidden_weight), of_attention)
+    return ObservedEncoder(teacher, a.objective, a.packing, bool(a.hidden_weight), of_attention)
 
 
 def relation_layer(arguments: Arguments, teacher: Any) -> int:
@@ -233,7 +243,7 @@ def check_pair(args: Arguments, student: Any, teacher: Any) -> list[int]:
 @at_end
 def main() -> None:
     args = parse(Arguments)
-    auto_model = transformers.AutoModelForMaskedLM
+    auto_model = args.auto_model
     tokenizer = load_tokenizer(args)
     configs = [given := teacher_config(args, tokenizer), student_config(args, given, tokenizer)]
     layers = check_pair(args, configs[1], configs[0])

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import transformers
+
 from masking import MaskingArguments
 from utils.arguments import TrainingArguments
 from utils.config import InputError
@@ -72,6 +74,13 @@ class EncoderArguments(TrainingArguments, StreamArguments, MaskingArguments, Mod
                 f"attn_implementation: {self.attn_implementation} takes no mask of packed rows: "
                 "set sdpa or eager, or packing: false"
             )
+
+    @property
+    def auto_model(self) -> type:
+        """The class of transformers with the heads that the objective needs."""
+        if self.objective == "mlm":
+            return transformers.AutoModelForMaskedLM
+        return transformers.AutoModelForPreTraining
 
     def fixed(self) -> dict[str, Any]:
         # the last phase may be made longer

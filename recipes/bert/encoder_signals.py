@@ -44,6 +44,7 @@ class Signals(NamedTuple):
     last_hidden_state: torch.Tensor  # (rows, tokens, width)
     hidden_states: Sequence[torch.Tensor] | None  # of the embeddings and of each layer, like it
     attention: dict[int, Attention]  # of the layers that were asked for, from 1
+    pairs: torch.Tensor | None  # (pairs, 2): logits, if the model has a head for them
 
 
 class ObservedEncoder(MaskedLoss):
@@ -57,11 +58,12 @@ class ObservedEncoder(MaskedLoss):
     def __init__(
         self,
         model: "transformers.PreTrainedModel",
+        objective: str,
         packing: bool,
         hidden_states: bool = False,
         attention: Collection[int] = (),
     ):
-        super().__init__(model, "mlm", packing)
+        super().__init__(model, objective, packing)
         self.flags = {"output_hidden_states": True} if hidden_states else {}
         self.attention = attention
         self.of_base: list | None = None  # what the base model gives, while that is wanted
@@ -95,7 +97,7 @@ class ObservedEncoder(MaskedLoss):
             observed.callback(layer.register_forward_pre_hook(keep).remove)
             if self.attention:
                 observed.enter_context(observed_attention(found, self.attention))
-            logits = self.output(batch, targets, **self.flags).logits
+            logits, pairs = self.output(batch, targets, **self.flags)
         (last, states), self.of_base = self.of_base, None
         if {*self.attention} - found.keys():
             raise InputError(
@@ -117,7 +119,7 @@ class ObservedEncoder(MaskedLoss):
             if (ours - logits).abs().max() > 0.02 * logits.abs().max():
                 raise InputError(f"model: {kind} changes its logits after the output layer")
             self.is_settled = True
-        return Signals(entering, last, states, found)
+        return Signals(entering, last, states, found, pairs)
 
     def logits(self, entering: torch.Tensor) -> Logits:
         layer = self.model.get_output_embeddings()

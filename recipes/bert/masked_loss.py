@@ -44,10 +44,8 @@ class MaskedLoss(torch.nn.Module):
         batch = self.without_empty_columns(batch)
         labels, pair_labels = batch["labels"].flatten(), batch["pair_labels"].flatten()
         targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        self.firsts = (pair_labels != IGNORE_INDEX).nonzero().squeeze(1)
-        output = self.output(batch, targets)
-        pairs = output.get("seq_relationship_logits", output.get("sop_logits"))
-        logits = [output.get("prediction_logits", output.get("logits"))[0], pairs]
+        of_tokens, of_pairs = self.output(batch, targets)
+        logits = [of_tokens[0], of_pairs]
         classes = [labels[targets], pair_labels[self.firsts]]
         found = zip(self.terms, logits, classes, strict=False)
         if per_target:
@@ -66,8 +64,11 @@ class MaskedLoss(torch.nn.Module):
         longest = max(1, int((batch["sequence_ids"] > 0).sum(1).max()))
         return {name: values[:, :longest] for name, values in batch.items()}
 
-    def output(self, batch: dict[str, torch.Tensor], targets: torch.Tensor, **flags: Any) -> Any:
-        """What the model says of rows, its heads of these positions of the flattened rows alone.
+    def output(
+        self, batch: dict[str, torch.Tensor], targets: torch.Tensor, **flags: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits of these positions of the flattened rows, (1, targets, vocabulary), and those
+        of their pairs, (pairs, 2), if the model has a head for them.
 
         Args:
             flags: of the model's forward.
@@ -79,9 +80,11 @@ class MaskedLoss(torch.nn.Module):
         inputs = batch | {"position_ids": batch["position_ids"] + self.first_position}
         inputs = {name: inputs[name] for name in ("input_ids", *self.optional)}
         self.targets = targets
+        self.firsts = (batch["pair_labels"].flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         output = self.model(**inputs, attention_mask=mask, **flags)
         self.targets = None
-        return output
+        of_pairs = output.get("seq_relationship_logits", output.get("sop_logits"))
+        return output.get("prediction_logits", output.get("logits")), of_pairs
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, int]:
         labels = zip(self.names, (batch["labels"], batch["pair_labels"]), strict=False)

@@ -21,8 +21,6 @@ from functools import partial
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
-import transformers
-
 from encoder_arguments import EncoderArguments
 from example_rows import check_examples, example_rows
 from masked_check import check_objective
@@ -49,11 +47,7 @@ class Arguments(EncoderArguments):
 @at_end
 def main() -> None:
     args = parse(Arguments)
-    auto_model = (
-        transformers.AutoModelForMaskedLM
-        if args.objective == "mlm"
-        else transformers.AutoModelForPreTraining
-    )
+    auto_model = args.auto_model
     predicted = args.mlm_probability
     if args.dry_run:
         config = model_config(args)

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import cosine_similarity, kl_div, log_softmax
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
 
 from conftest import make_prose
 from example_rows import features, fit
@@ -42,10 +47,10 @@ EVERYTHING = WEIGHTS | {
 }
 
 
-def build(settings, seed=0, **options):
-    config = AutoConfig.for_model(**(settings | {"pad_token_id": 0}), **options)
+def build(settings, seed=0, auto_model=AutoModelForMaskedLM):
+    config = AutoConfig.for_model(**(settings | {"pad_token_id": 0}))
     torch.manual_seed(seed)
-    model = AutoModelForMaskedLM.from_config(config).eval()
+    model = auto_model.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # whatever is computed is to have an effect
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -54,16 +59,21 @@ def build(settings, seed=0, **options):
 
 @pytest.fixture(scope="module")
 def batch(wordpiece):
-    """batch(packing): 12 masked examples in rows of 64 tokens."""
+    """batch(packing, objective): 12 masked examples in rows of 64 tokens."""
     sentences = SentenceEncoder(wordpiece)([d["text"] for d in make_prose("document", 12)])
-    maker = ExampleMaker(wordpiece, MaskingArguments(objective="mlm"))
-    made = list(islice(maker(sentences, range(12), 40, 0, "test"), 12))
-    return lambda packing: collate([features(group, 64) for group in fit(made, 64, packing)])
+
+    def make(packing, objective="mlm"):
+        maker = ExampleMaker(wordpiece, MaskingArguments(objective=objective))
+        made = list(islice(maker(sentences, range(12), 40, 0, "test"), 12))
+        return collate([features(group, 64) for group in fit(made, 64, packing)])
+
+    return make
 
 
 def objective_of(student=NARROW, teacher=TEACHER, layers=LAYERS, packing=True, **settings):
-    model, teacher = build(student), build(teacher, seed=1).requires_grad_(False)
     arguments = Arguments(packing=packing, **(EVERYTHING | settings))
+    model = build(student, auto_model=arguments.auto_model)
+    teacher = build(teacher, seed=1, auto_model=arguments.auto_model).requires_grad_(False)
     projection = add_projection(model, teacher, 0)
     return DistillationLoss(
         model, observed(teacher, layers, arguments), projection, layers, arguments
@@ -153,6 +163,58 @@ def test_every_loss_and_its_gradient_are_those_of_its_definition(packing, soft_t
     # each by itself, to the last parameter
     for name, value in expected.items():
         mine, theirs = gradients(objective.model, sums[name]), gradients(student, value)
+        largest = max(gradient.norm() for gradient in theirs.values())
+        for key, gradient in theirs.items():
+            assert (mine[key] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7 * largest, key
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("model_type", "objective"),
+    [("bert", "mlm_nsp"), ("albert", "mlm_sop"), ("big_bird", "mlm_nsp")],
+)
+def test_pairs_teach_as_their_tokens_do(model_type, objective, packing, batch):
+    """Beside the forward of transformers, one sequence at a time, dense, in float64."""
+    rows, kind = (
+        batch(packing, objective),
+        {"model_type": model_type, "attention_type": "original_full"},
+    )
+    settings = {"objective": objective, "attention_weight": 0.0, "relation_weight": 0.0}
+    loss = objective_of(NARROW | kind, TEACHER | kind, packing=packing, **settings)
+    for model in (loss.model, loss.taught.model):
+        for name, parameter in model.named_parameters():
+            if "seq_relationship" in name or "sop_classifier" in name:
+                parameter.data *= 30  # of new ones the probabilities are almost equal
+    term = objective.removeprefix("mlm_")
+    names = ("soft_loss", f"soft_{term}_loss", f"hard_{term}_loss")
+    expected, pairs = dict.fromkeys(names, 0.0), 0
+    both = [copy.deepcopy(model).double() for model in (loss.model, loss.taught.model)]
+    for model in both:
+        model.base_model._forward_hooks.clear()
+    for row in range(len(rows["input_ids"])):
+        numbers = rows["sequence_ids"][row]
+        for number in range(1, int(numbers.max()) + 1):
+            of = {key: values[row][numbers == number].long() for key, values in rows.items()}
+            inputs = {key: of[key][None] for key in ("input_ids", "token_type_ids")}
+            found = [model(**inputs) for model in both]
+            tokens = [x.prediction_logits[0] for x in found]
+            of_pairs = [x.get("seq_relationship_logits", x.get("sop_logits")) for x in found]
+            label = of["pair_labels"][:1]
+            is_pair = [of_pairs] if label.item() != IGNORE_INDEX else []
+            for name, logits in zip(names, [tokens, *is_pair], strict=False):
+                p, q = (log_softmax(x / 2, -1) for x in logits)
+                expected[name] += 4 * kl_div(p, q, log_target=True, reduction="sum")
+            for student, _ in is_pair:
+                expected[names[2]] += cross_entropy(student, label, reduction="sum")
+                pairs += 1
+    found, counts = loss(**rows), loss.counts(rows)
+    assert counts["hard_loss"] < counts["soft_loss"] == int((rows["sequence_ids"] > 0).sum())
+    assert counts[names[1]] == counts[names[2]] == pairs > 4
+    assert [loss.weights[name] for name in names] == [5.0, 5.0, 2.0]
+    for name, value in expected.items():
+        assert value > 0.01
+        assert found[name].item() == pytest.approx(value.item(), rel=2e-6), name
+        mine, theirs = gradients(loss.model, found[name]), gradients(both[0], value)
         largest = max(gradient.norm() for gradient in theirs.values())
         for key, gradient in theirs.items():
             assert (mine[key] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7 * largest, key
@@ -302,14 +364,24 @@ def distil(call, prose_folder, wordpiece_folder, teacher_folder, tmp_path):
     return start
 
 
-def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(distil, teacher_folder):
-    ended = distil(student_layers=[0, 1, 2, 3], hard_weight=0.0, weight_decay=0.0)
+@pytest.mark.parametrize("objective", ["mlm", "mlm_nsp"])
+def test_a_student_that_is_its_teacher_has_no_loss_and_does_not_move(
+    objective, distil, teacher_folder, wordpiece, tmp_path
+):
+    if objective == "mlm_nsp":
+        teacher_folder = tmp_path / "teacher"
+        build(TEACHER, auto_model=AutoModelForPreTraining).save_pretrained(teacher_folder)
+        wordpiece.save_pretrained(teacher_folder)
+    settings = {"objective": objective, "teacher.model_name_or_path": str(teacher_folder)}
+    ended = distil(student_layers=[0, 1, 2, 3], hard_weight=0.0, weight_decay=0.0, **settings)
     assert ended.status == 0, ended.error
+    pairs = ("soft_nsp",) if objective == "mlm_nsp" else ()
     for record in steps(ended.folder):
         assert record["loss"] == record["grad_norm"] == 0
-        for name in ("soft", "cosine", "hidden", "attention", "relation"):
+        for name in ("soft", "cosine", "hidden", "attention", "relation", *pairs):
             assert record[f"{name}_loss"] == 0
         assert record["hard_loss"] > 1
+        assert not pairs or record["hard_nsp_loss"] > 0.1
     given, trained = (
         load_file(f / "model.safetensors") for f in (teacher_folder, ended.folder / "model")
     )
@@ -434,7 +506,7 @@ REFUSED = [
         "soft_weight, hard_weight, hidden_weight, cosine_weight, attention_weight, "
         "relation_weight: all are 0: there is nothing to learn",
     ),
-    ({"objective": "mlm_nsp"}, "objective: mlm_nsp is not distilled: leave it at mlm"),
+    ({"objective": "mlm_nsp"}, "has no cls.seq_relationship.bias: it is of another task"),
     ({"student_layers": [0, 4]}, "student_layers: [0, 4] are not among the teacher's 0 to 3"),
     ({"layer_map": [2, 5]}, "layer_map: [2, 5] must name for each of the student's 2 layers one"),
     ({"layer_map": [4]}, "layer_map: [4] must name for each of the student's 2 layers one of the"),
