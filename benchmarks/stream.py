@@ -59,7 +59,7 @@ def steps_of(
     args: Arguments, tokenizer: PreTrainedTokenizerBase, path: str, world_size: int = 1, states=None
 ) -> Iterator[list[Row]]:
     """The rows of rank 0, one a lane and step, epoch after epoch."""
-    source = Source(path, name="sample", domain_field="meta.redpajama_set_name")
+    source = Source(path, label="sample", domain_field="meta.redpajama_set_name")
     settings = pretrain.Arguments(
         train_sources=[source], lanes=args.lanes, global_batch_size=args.lanes
     )

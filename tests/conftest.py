@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from utils.lanes import Corpus, StreamArguments
+from utils.lanes import Corpus
 from utils.sources import Source
+from utils.stream import StreamArguments
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # threads for tensors as small as these only wait for each other
@@ -68,8 +69,8 @@ def make_prose(name: str, count: int, seed: int = 0) -> list[dict]:
 
 
 def corpus_of(sources: list[Source], seed: int = 0, **settings: Any) -> Corpus:
-    arguments = StreamArguments(train_sources=sources, **settings)
-    arguments.seed = seed  # of the TrainingArguments beside it
+    arguments = StreamArguments(train_sources=sources, **{"lanes": 64} | settings)
+    arguments.seed, arguments.num_train_epochs = seed, None  # of the TrainingArguments beside it
     return Corpus(arguments)
 
 

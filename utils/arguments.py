@@ -49,6 +49,9 @@ class TrainingArguments(Settings):
     warmup_steps: int = 0
     max_steps: int | None = None  # the run ends at the first of max_steps, max_tokens, max_hours
     max_tokens: int | None = None
+    # Times that all data are seen. Of a stream without max_steps and max_tokens the steps are
+    # counted first, which takes as long as tokenizing it all; `epochs` of a source comes before it
+    num_train_epochs: float | None = None
     max_hours: float | None = None  # of training, over all interruptions
     weight_decay: float = 0.1  # of matrices and embeddings: not of norms and biases
     l1_decay: float = 0.0  # of the same, L1: w moves to 0 by learning_rate x l1_decay a step
@@ -87,6 +90,8 @@ class TrainingArguments(Settings):
             is_count = hint in (int, int | None) and name not in ("seed", "warmup_steps")
             if is_count and value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
+        if self.num_train_epochs is not None and not 0 < self.num_train_epochs < math.inf:
+            raise InputError(f"num_train_epochs must be more than 0, not {self.num_train_epochs}")
         if self.l1_decay < 0:
             raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")
         is_split = launched_zero_stage() > 0 or launched_with("FSDP")
@@ -100,13 +105,17 @@ class TrainingArguments(Settings):
         self.check_batch(self.per_device_batch_size)
         if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
             raise InputError(
-                f"lr_scheduler_type: {self.lr_scheduler_type} needs max_steps or max_tokens"
+                f"lr_scheduler_type: {self.lr_scheduler_type} needs max_steps, max_tokens or "
+                "num_train_epochs"
             )
-        if self.total_steps is not None and self.warmup_steps > self.total_steps:
-            raise InputError(
-                f"warmup_steps: {self.warmup_steps} is more than the run's {self.total_steps} steps"
-            )
+        self.check_warmup(self.total_steps)
         super().check()
+
+    def check_warmup(self, total_steps: int | None) -> None:
+        if total_steps is not None and self.warmup_steps > total_steps:
+            raise InputError(
+                f"warmup_steps: {self.warmup_steps} is more than the run's {total_steps} steps"
+            )
 
     def fixed(self) -> dict[str, Any]:
         own = {"seed": self.seed, "sequence_length": self.row_length}
@@ -143,7 +152,7 @@ class TrainingArguments(Settings):
     @property
     def has_length(self) -> bool:
         """Whether the settings say how long the run, and its learning-rate schedule, is."""
-        return self.total_steps is not None
+        return self.total_steps is not None or self.num_train_epochs is not None
 
     @property
     def trackers(self) -> list[str]:
@@ -180,14 +189,15 @@ class TrainingArguments(Settings):
             return self.greater_is_better
         return not self.metric_for_best_model.endswith("loss")
 
-    def learning_rate_factor(self) -> Callable[[int], float]:
+    def learning_rate_factor(self, total_steps: int | None) -> Callable[[int], float]:
         """What the peak learning rate is multiplied by in the step after `step` steps."""
+        self.check_warmup(total_steps)
         try:
             schedule = transformers.get_scheduler(
                 self.lr_scheduler_type,
                 torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate),
                 num_warmup_steps=self.warmup_steps,
-                num_training_steps=self.total_steps,
+                num_training_steps=total_steps,
                 scheduler_specific_kwargs=self.lr_scheduler_kwargs,
             )
         except (TypeError, ValueError) as error:
@@ -237,8 +247,6 @@ class FinetuningArguments(TrainingArguments):
     packing: ClassVar[bool] = False  # several examples a row: a setting of recipes that can
 
     def check(self) -> None:
-        if self.num_train_epochs <= 0:
-            raise InputError(f"num_train_epochs must be more than 0, not {self.num_train_epochs}")
         if not 0 <= self.warmup_ratio < 1:
             raise InputError(f"warmup_ratio must be in [0, 1), not {self.warmup_ratio}")
         if self.max_tokens is not None:

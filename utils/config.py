@@ -158,6 +158,7 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
         top, dot, _ = key.partition(".")
         if dot and top not in values and defaults.get(top, MISSING) is not MISSING:
             values[top] = plain(defaults[top])  # a dotted key changes a part of the default
+        values[top] = _spelled_out(values.get(top), _hint(settings, top))
         _assign(values, key, _read_word(text, _hint(settings, key)))
         # what was set below this key is replaced along with it
         places = {k: v for k, v in places.items() if k != key and not k.startswith(key + ".")}
@@ -198,6 +199,19 @@ def _read_word(text: str, hint: Any) -> Any:
         return _load(text, "", {})
     except (yaml.YAMLError, ValueError):
         return text
+
+
+def _spelled_out(value: Any, hint: Any) -> Any:
+    """A path stands for a mapping of it alone, and what should be a list for its only entry."""
+    of_list = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
+    if dataclasses.is_dataclass(of_list) and isinstance(value, str | dict):
+        value = [value]
+    if dataclasses.is_dataclass(of_list) and isinstance(value, list):
+        return [_spelled_out(entry, of_list) for entry in value]
+    if dataclasses.is_dataclass(hint) and isinstance(value, str):
+        first = dataclasses.fields(hint)[0]
+        return {first.name: value} if default(first) is MISSING else value
+    return value
 
 
 def _hint(hint: Any, key: str) -> Any:
@@ -310,6 +324,7 @@ def _build(settings: type, values: Any, prefix: str, places: dict[str, str]) -> 
 
 
 def _convert(value: Any, hint: Any, key: str, places: dict[str, str]) -> Any:
+    value = _spelled_out(value, hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:

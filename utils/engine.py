@@ -18,7 +18,7 @@ from utils.config import InputError
 from utils.fragments import optimizer_step_count, zero_optimizer
 from utils.program import say
 from utils.randomness import random_key
-from utils.ranks import launched_with
+from utils.ranks import Ranks, launched_with
 
 # variables of Accelerate in whose place the recipe has settings
 EXPORTED = {
@@ -90,6 +90,9 @@ class Data(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """By name, what must not change over the life of a run."""
+
+    def count_steps(self, ranks: Ranks) -> int:
+        """Until its epochs are spent; asked of data that do not know it by their settings."""
 
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
         """The rank's steps after `step` steps, which left the states of its lanes."""

@@ -20,7 +20,7 @@ from utils.engine import Step
 from utils.files import find_local_files
 from utils.program import warn
 from utils.randomness import Draws
-from utils.tables import FORMATS
+from utils.tables import KINDS
 
 MICRO_BATCH_COST = 256  # tokens of padding that are cheaper than one more micro-batch
 
@@ -54,7 +54,7 @@ class Epochs:
     def files(self) -> list[str]:
         a = self.arguments
         tables = [*a.train_data, *getattr(a, "transfer_data", ())]
-        return [file for table in tables for file in find_local_files(table.path, FORMATS)]
+        return [file for table in tables for file in find_local_files(table.path, KINDS)]
 
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint

@@ -10,7 +10,7 @@ import shutil
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,17 @@ WRITTEN = {*("metrics.jsonl", "predictions.jsonl", "finished.json", "checkpoints
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
-def find_local_files(path: str, formats: tuple[str, ...]) -> list[str]:
+def find_local_files(path: str, kinds: Sequence[tuple[str, ...]]) -> list[str]:
     """The files of a name, of a folder and all below it, or of a pattern; sorted.
 
     A file that has several names, by links to it or to its folder, comes once: by its own name.
 
     Args:
-        formats: how the names of a folder's files end; those of a pattern end in any way.
+        kinds: how the names of a folder's files end: of the first kind that it has; those of a
+            pattern end in any way.
     """
     if os.path.isdir(path):
-        found = [file for file in _walk(path) if file.endswith(formats)]
+        found = _of_first_kind(path, [*_walk(path)], kinds)
     elif os.path.exists(path):
         found = [path]
     elif "**" in (parts := path.split("/")):  # glob would follow links that lead back, for ever
@@ -66,6 +67,19 @@ def find_local_files(path: str, formats: tuple[str, ...]) -> list[str]:
         again = len(found) - len(files)
         warn_once(f"{path}: {again} more names (links) of the same files are left out")
     return sorted(files.values())
+
+
+def _of_first_kind(folder: str, files: list[str], kinds: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of a folder's files those that are data: notes and tables beside them are none."""
+    of_kinds = [[file for file in files if file.endswith(kind)] for kind in kinds]
+    first, *rest = [found for found in of_kinds if found] or [[]]
+    if rest:
+        left_out = os.path.basename(rest[0][0])
+        warn_once(
+            f"{folder}: {sum(map(len, rest))} files of another kind than "
+            f"{os.path.basename(first[0])} are left out, as {left_out}: a pattern names them"
+        )
+    return first
 
 
 def _without_runs(path: str, files: list[str], exists: Callable[[str], bool]) -> list[str]:
@@ -126,15 +140,15 @@ def _identity(file: str, own_name: Callable[[str], str]) -> Any:
     return (status.st_dev, status.st_ino) if is_linked else own_name(file)
 
 
-def find_remote_files(url: str, formats: tuple[str, ...]) -> list[str]:
+def find_remote_files(url: str, kinds: Sequence[tuple[str, ...]]) -> list[str]:
     """As `find_local_files`, by whatever file system fsspec has for the URL."""
     first, _, archive = url.partition("::")
     if archive and "://" in first:
         raise InputError(f"{url!r}: files inside of another are not read: unpack {archive}")
     try:
         filesystem, pattern = fsspec.url_to_fs(url)
-        if not url.endswith(formats) and filesystem.isdir(pattern):
-            found = [file for file in filesystem.find(pattern) if file.endswith(formats)]
+        if not url.endswith(sum(kinds, ())) and filesystem.isdir(pattern):
+            found = _of_first_kind(url, filesystem.find(pattern), kinds)
         else:
             found = filesystem.glob(pattern)
         if found != [pattern]:

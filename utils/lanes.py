@@ -13,23 +13,21 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from utils.config import InputError
 from utils.program import announced
 from utils.randomness import keyed_permutation
-from utils.ranks import launched_world_size
-from utils.records import Shard
+from utils.records import TEXTS, Shard, describe_position
 from utils.sources import (
     DEFAULTS,
     BadRecord,
     BadRecords,
     Document,
     Source,
-    SourceArguments,
     check_documents,
-    describe_position,
+    count_documents,
     read,
     too_many_domains,
 )
@@ -37,41 +35,8 @@ from utils.sources import (
 ENCODE_BATCH = 16  # documents tokenized ahead; a resume tokenizes at most these again
 LONG_TEXT = 2**21  # bytes that a tokenizer may take seconds for
 OPEN_READERS = 256  # of one process; the one used longest ago is closed and reopens in place
+MOST_LANES = 64  # unless a run says more
 MAX_DOMAINS = 256  # each has a count in the state of every lane
-
-
-@dataclass
-class StreamArguments(SourceArguments):
-    """How documents become an order."""
-
-    train_sources: list[Source] = field(default_factory=list)
-    # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
-    # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.
-    lanes: int = 64
-    shuffle_documents: int = 512  # a chunk of this many documents, or of …
-    shuffle_bytes: int = 2**21  # … this many bytes, whichever comes first, is permuted
-    dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
-
-    def check(self) -> None:
-        """Raises InputError when batch, processes or workers do not fit the lanes."""
-        batch, processes = self.global_batch_size, launched_world_size()  # of TrainingArguments
-        if self.lanes < 1 or batch % self.lanes:
-            raise InputError(
-                f"lanes: {self.lanes} do not fit: global_batch_size {batch} "
-                "must be a multiple of lanes"
-            )
-        if self.lanes % processes:
-            raise InputError(
-                f"lanes: {self.lanes} cannot be dealt to {processes} processes: launch a number "
-                f"that divides {self.lanes}, or begin a run with lanes "
-                f"{math.lcm(self.lanes, processes)}"
-            )
-        workers, of_a_rank = self.dataloader_num_workers, self.lanes // processes
-        if workers > of_a_rank:
-            raise InputError(
-                f"dataloader_num_workers: {workers} is more than a rank's {of_a_rank} lanes"
-            )
-        super().check()
 
 
 def check_mixture(sources: list[Source]) -> None:
@@ -82,7 +47,7 @@ def check_mixture(sources: list[Source]) -> None:
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         shown = ", ".join(f"{source.path}: {source.weight:g}" for source in sources)
         raise InputError(f"the weights of the sources must be positive ({shown})")
-    names = [source.name or source.path for source in sources]
+    names = [source.log_name for source in sources]
     for source, name in zip(sources, names, strict=True):
         if names.count(name) > 1:
             raise InputError(f"two sources are called {name!r}: give each its own name")
@@ -90,30 +55,60 @@ def check_mixture(sources: list[Source]) -> None:
             raise InputError(f"source {name!r}: epochs must be at least 1, not {source.epochs}")
 
 
-def cut_into_shards(files: list[str], lanes: int) -> list[Shard]:
+def choose_lanes(global_batch_size: int, documents: int) -> int:
+    """So few that most of them find several documents in each epoch."""
+    most = max(1, min(MOST_LANES, documents // 4))
+    return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
+
+
+def cut_into_shards(files: list[str], lanes: int, is_whole: bool = False) -> list[Shard]:
     """Every document of the files in exactly one shard, and as many shards to every lane.
 
-    A source of many files (16 a lane or more) is not cut: a file is a shard. Otherwise every file
+    A source of many files (16 a lane or more), or of one document a file (`is_whole`, one a lane or
+    more) is not cut: a file is a shard. Otherwise every file
     is cut into the same number of parts, the fewest that deal out evenly. Each part of a
     compressed file costs decompressing all of it: there, many files, or a multiple of the lanes,
     are the fastest.
     """
-    parts = 1 if len(files) >= 16 * lanes else lanes // math.gcd(len(files), lanes)
+    is_enough = len(files) >= (1 if is_whole else 16) * lanes
+    parts = 1 if is_enough else lanes // math.gcd(len(files), lanes)
     return [Shard(file, part, parts) for file in files for part in range(parts)]
 
 
 class Corpus:
     """The sources, cut into shards, and the order in which the lanes read them.
 
+    Its `arguments` are those that it is given, with the number of lanes.
+
     Raises:
         InputError: nothing to read, a source without its text field, weights that sum to nothing.
     """
 
     def __init__(self, arguments: Any):
-        self.arguments, self.sources, self.seed = arguments, arguments.train_sources, arguments.seed
-        check_mixture(self.sources)
-        self.files = check_documents(self.sources, arguments, most_domains=MAX_DOMAINS)
-        self.shards = [cut_into_shards(files, arguments.lanes) for files in self.files]
+        a, self.seed = arguments, arguments.seed
+        check_mixture(a.train_sources)
+        times = None if a.num_train_epochs is None else int(a.num_train_epochs)
+        self.sources = [
+            replace(source, epochs=source.epochs or times) for source in a.train_sources
+        ]
+        self.files = check_documents(self.sources, a, most_domains=MAX_DOMAINS)
+        if a.lanes is None:
+            fewest = min(
+                count_documents(source, files, 4 * MOST_LANES, a)
+                for source, files in zip(self.sources, self.files, strict=True)
+                if source.weight > 0
+            )
+            a = replace(a, lanes=choose_lanes(a.global_batch_size, fewest))
+            a.check_lanes()
+        self.arguments = a
+        self.shards = [
+            cut_into_shards(
+                files,
+                a.lanes,
+                source.sample_by == "document" and all(file.endswith(TEXTS) for file in files),
+            )
+            for source, files in zip(self.sources, self.files, strict=True)
+        ]
 
     def fingerprint(self) -> dict[str, Any]:
         """By name, what the order of the documents depends on, besides the seed."""
@@ -123,7 +118,8 @@ class Corpus:
             [os.path.basename(file), os.path.getsize(file)] if os.path.exists(file) else file
             for file in itertools.chain(*self.files)
         ]
-        names = ("weight", "epochs", "text_field", "domain_field")
+        names = ["weight", "epochs", "text_field", "domain_field"]
+        names += ["sample_by"] * any(source.sample_by != "document" for source in self.sources)
         described = [[getattr(source, name) for name in names] for source in self.sources]
         order = ["lanes", "shuffle_documents", "shuffle_bytes"]
         order += ["max_document_bytes"] * (a.max_document_bytes != DEFAULTS.max_document_bytes)
@@ -309,6 +305,12 @@ class Lane:
             i for i, cursor in enumerate(self.cursors) if self.weights[i] > 0 and not cursor.spent
         ]
 
+    @property
+    def epochs(self) -> dict[str, int]:
+        """By source, how often all of its documents have been read."""
+        sources = self.lanes.corpus.sources
+        return {s.log_name: c.epoch for s, c in zip(sources, self.cursors, strict=True)}
+
     def state(self) -> dict[str, Any]:
         """JSON from which a new lane continues with the next document."""
         places = [cursor.place for cursor in self.cursors]
@@ -337,7 +339,7 @@ def count_tokens(seen: dict[str, int], source: Source, document: Document, token
     Raises:
         InputError: more domains than the state of a lane can hold.
     """
-    name = source.name or source.path
+    name = source.log_name
     key = name if name == document.domain else f"{name}/{document.domain}"
     if key not in seen and len(seen) >= MAX_DOMAINS:
         raise too_many_domains(source, MAX_DOMAINS)

@@ -78,12 +78,11 @@ class Progress:
     def __init__(
         self,
         accelerator: "accelerate.Accelerator",
-        total_steps: int | None,
         state: RunState,
         flops_per_token: Callable[[int], float],
     ):
         self.accelerator = accelerator
-        self.total_steps, self.first_step = total_steps, state.step
+        self.total_steps, self.first_step = state.total_steps, state.step
         self.tokens, self.seconds = state.tokens, state.seconds
         self.start = time.monotonic()
         self.flops_per_token, self.peak_flops = flops_per_token, _peak_flops(accelerator)

@@ -22,6 +22,7 @@ class RunState:
     """Where a run stands, and what it has seen."""
 
     step: int = 0
+    total_steps: int | None = None  # where they were counted: of num_train_epochs
     tokens: int = 0
     seconds: float = 0.0  # of training, over all interruptions
     pending_evaluation: bool = False  # the step is trained, and the caller not yet heard
@@ -99,10 +100,24 @@ class RunState:
             self.ending = f"{name} has not improved {patience} times"
 
 
-def totals(states: list[dict]) -> dict[str, dict[str, int]]:
-    """Of all lanes' states: tokens by source, and what else a recipe has its lanes count."""
-    found: dict[str, Counter] = {"tokens_by_source": Counter(), "sequence_counts": Counter()}
+def totals(states: list[dict]) -> dict[str, dict[str, float]]:
+    """Of all lanes' states: tokens by source, and what else a recipe has its lanes count.
+
+    `epoch_by_source` is how often the documents were read: the mean over the lanes.
+    """
+    names = {"tokens_by_source": "seen", "sequence_counts": "counts", "epoch_by_source": "epochs"}
+    found = {name: Counter() for name in names}
     for state in states:
-        found["tokens_by_source"].update(state.get("seen", {}))
-        found["sequence_counts"].update(state.get("counts", {}))
+        for name, key in names.items():
+            found[name].update(state.get(key, {}))
+    epochs = found["epoch_by_source"]
+    found["epoch_by_source"] = {name: round(n / len(states), 3) for name, n in epochs.items()}
     return {name: dict(sorted(total.items())) for name, total in found.items() if total}
+
+
+def repeated(found: dict[str, dict[str, float]], arguments: TrainingArguments) -> str:
+    """Of `totals`: what has been read more than once though no epochs were asked for."""
+    epochs = found.get("epoch_by_source", {}).items()
+    times = ", ".join(f"{name} {epoch:.1f} times" for name, epoch in epochs if epoch >= 1)
+    is_asked = arguments.num_train_epochs is not None
+    return f"the data repeat: by now they were read, {times}" if times and not is_asked else ""

@@ -1,10 +1,11 @@
 """Where documents come from: files of a source, cut into shards, read from any position.
 
-Formats: `.jsonl`, `.jsonl.gz`, `.jsonl.zst` and `.parquet`, on a local disk, on the Hub
-(`org/name`, resolved by `datasets`) or at any URL that fsspec opens. Remote files are read in
-ranges, never downloaded whole first.
+Formats: `.jsonl`, `.csv`, `.tsv` and `.txt`, also with `.gz` or `.zst`, and `.parquet`, on a local
+disk, on the Hub (`org/name`, resolved by `datasets`) or at any URL that fsspec opens. Remote files
+are read in ranges, never downloaded whole first.
 """
 
+import csv
 import functools
 import itertools
 import json
@@ -20,11 +21,13 @@ import pyarrow.parquet
 from utils.config import InputError, Settings
 from utils.files import READ_ERRORS, find_local_files, find_remote_files
 from utils.program import announced, looked_for, warn
-from utils.records import Shard, records
+from utils.records import CSVS, TEXTS, SampleBy, Shard, describe_position, plain_text, records
 from utils.tables import ABSENT, value_at
 
 # .json.gz: JSON lines too, as C4 and Dolma name theirs
-FORMATS = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet")
+KINDS = ((".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet"), CSVS, TEXTS)
+FORMATS = sum(KINDS, ())
+READABLE = ".jsonl, .csv, .tsv, .txt, all of them also with .gz or .zst, or .parquet"
 BAD_RECORDS_SHOWN = 20  # by one process; the rest are only counted
 HELD_OUT_CHECKED = 1000  # documents of a source that are read before the first step
 MAX_DOCUMENT_BYTES = 2**28  # the longest documents of published corpora are of some 2**26
@@ -35,14 +38,20 @@ class Source:
     """One entry of the mixture."""
 
     path: str  # a file, folder, glob pattern or URL, or the name of a dataset on the Hub
-    name: str | None = None  # in the logs; default: the path
+    label: str | None = None  # in the logs; default: the path
     weight: float = 1.0  # share of the tokens, relative to the other sources
     epochs: int | None = None  # times each document is seen; null: as often as the run needs
     text_field: str = "text"  # content.text: a field of that name, or else text inside of content
     domain_field: str | None = None  # for example meta.redpajama_set_name or meta.pile_set_name
+    # of .txt a document is the file, a block between blank lines, or a line, as `datasets` has it
+    sample_by: SampleBy = "document"
+    name: str | None = None  # of a dataset on the Hub: its configuration
     split: str = "train"  # of a dataset on the Hub
-    config_name: str | None = None  # of a dataset on the Hub
     revision: str | None = None  # of a dataset on the Hub: a commit makes the run repeatable
+
+    @property
+    def log_name(self) -> str:
+        return self.label or self.path
 
 
 @dataclass
@@ -117,24 +126,25 @@ def find_files(source: Source) -> list[str]:
     path, exists, is_of_the_hub = source.path, os.path.exists(source.path), False
     is_pattern = not exists and (path.endswith(FORMATS) or any(mark in path for mark in "*?["))
     if not exists and "://" in path:
-        files = find_remote_files(path, FORMATS)
+        files = find_remote_files(path, KINDS)
     elif exists or is_pattern or path.count("/") != 1:
-        files = find_local_files(path, FORMATS)
+        files = find_local_files(path, KINDS)
     else:
         files, is_of_the_hub = _hub_files(source), True
-    for name, nothing in {"split": "train", "config_name": None, "revision": None}.items():
+    for name, nothing in {"split": "train", "name": None, "revision": None}.items():
         if not is_of_the_hub and getattr(source, name) != nothing:
+            advice = "the name in the logs is label" if name == "name" else "leave it out"
             raise InputError(
                 f"source {path!r}: {name} {getattr(source, name)!r} is for datasets of the Hub, "
-                "and these are files: leave it out"
+                f"and these are files: {advice}"
             )
     if not files:
-        raise InputError(
-            f"source {path!r}: no file matches (of {', '.join(FORMATS)}){looked_for(path)}"
-        )
+        raise InputError(f"source {path!r}: no file matches ({READABLE}){looked_for(path)}")
     for file in files:
         if not file.endswith(FORMATS) or os.path.isdir(file):
-            raise InputError(f"source {path!r}: cannot read {file}: not {', '.join(FORMATS)}")
+            raise InputError(f"source {path!r}: cannot read {file}: not {READABLE}")
+    if source.sample_by != "document" and not any(file.endswith(TEXTS) for file in files):
+        raise InputError(f"source {path!r}: sample_by is for .txt, and there is none: leave it out")
     return sorted(files)
 
 
@@ -142,9 +152,7 @@ def _hub_files(source: Source) -> list[str]:
     from datasets import load_dataset_builder
 
     try:
-        builder = load_dataset_builder(
-            source.path, name=source.config_name, revision=source.revision
-        )
+        builder = load_dataset_builder(source.path, name=source.name, revision=source.revision)
         splits = builder.config.data_files or {}
     except Exception as error:
         raise InputError(
@@ -230,17 +238,24 @@ def read(
     """
     fields = (source.text_field, source.domain_field or "")
     try:
-        for record, start, end in records(shard, fields, position, max_document_bytes):
+        limits = (position, max_document_bytes, source.sample_by)
+        for record, start, end in records(shard, fields, *limits):
             position = end
             if isinstance(record, int):
                 problem = f"{record:,} bytes: more than max_document_bytes {max_document_bytes:,}"
+                if end == 1 and shard.file.endswith(TEXTS):
+                    problem += "; sample_by: paragraph makes documents of its blocks"
                 item = BadRecord(problem, start, end, shard.file)
             else:
                 item = _document(record, start, end, shard, source)
             if isinstance(item, BadRecord) or item.text.strip():
                 yield item
-    except (*READ_ERRORS, pyarrow.ArrowException) as error:
-        unit = {".parquet": "row", ".jsonl": "byte"}.get(os.path.splitext(shard.file)[1], "line")
+    except csv.Error as error:
+        raise OSError(str(error)) from error
+    except (*READ_ERRORS, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        units = {".parquet": "row", ".jsonl": "byte", ".txt": "byte"}
+        unit = units.get(os.path.splitext(shard.file)[1], "line")
+        unit = "row" if shard.file.endswith(CSVS) else unit
         after = "" if position is None else f", after {unit} {position}"
         raise OSError(f"{shard.file}{after}: {error}") from error
 
@@ -264,6 +279,15 @@ def documents(
             report(error)
 
 
+def count_documents(
+    source: Source, files: list[str], most: int, arguments: SourceArguments = DEFAULTS
+) -> int:
+    """As far as `most`; what is broken does not count."""
+    found = documents(source, files, lambda problem: None, arguments.max_document_bytes)
+    with closing(found):
+        return sum(1 for _ in itertools.islice(found, most))
+
+
 def held_out_documents(
     sources: list[Source], limit: int | None, arguments: SourceArguments = DEFAULTS
 ) -> Iterator[Document]:
@@ -280,41 +304,34 @@ def _held_out_records(path: str, on_bad_record: str) -> BadRecords:
     return BadRecords(on_bad_record)
 
 
-def describe_position(file: str, position: int) -> str:
-    """`file, line n` (or row n) for people, from a position as documents carry it."""
-    if file.endswith(".parquet"):
-        return f"{file}, row {position}"
-    if not file.endswith(".jsonl"):
-        return f"{file}, line {position + 1}"
-    if not os.path.exists(file):
-        return f"{file}, byte {position}"  # counting lines would download all before it
-    with announced(f"counting the lines of {file}", each_rank=True), open(file, "rb") as stream:
-        blocks = iter(lambda: stream.read(min(2**20, position - stream.tell())), b"")
-        before = sum(block.count(b"\n") for block in blocks)
-    return f"{file}, line {before + 1}"
-
-
 def _document(
     record: Any, position: int, end: int, shard: Shard, source: Source
 ) -> Document | BadRecord:
     def bad(problem: str) -> BadRecord:
         return BadRecord(problem, position, end, shard.file)
 
+    if isinstance(record, str):
+        return bad(record)
+    is_text = shard.file.endswith(TEXTS)
     try:
         if isinstance(record, bytes):
-            record = json.loads(record.decode().lstrip("\ufeff"))  # a byte order mark
-        else:
+            if is_text:
+                record = plain_text(record, source.sample_by)
+            else:
+                record = json.loads(record.decode().lstrip("\ufeff"))  # a byte order mark
+        elif not isinstance(record, dict):
             record = record.as_py()
     except (ValueError, OverflowError, RecursionError) as error:
-        return bad(f"not JSON: {error}" if isinstance(record, bytes) else f"{error}")
-    text = value_at(record, source.text_field)
+        kind = "UTF-8 text" if is_text else "JSON"
+        return bad(f"not {kind}: {error}" if isinstance(record, bytes) else f"{error}")
+    text = record if is_text else value_at(record, source.text_field)
     if not isinstance(text, str):
         has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         wrong = "no field" if text is ABSENT else f"{type(text).__name__}, not text, in the field"
         wrong = "null in the field" if text is None else wrong
         return bad(f"{wrong} {source.text_field!r} (it has: {has})")
     domain = value_at(record, source.domain_field) if source.domain_field else None
-    domain = source.name or source.path if domain in (None, ABSENT) else str(domain)
+    domain = source.log_name if domain in (None, ABSENT) else str(domain)
     field = source.text_field
     try:
         size = len(text.encode())

@@ -7,9 +7,12 @@ the step alone: not on the number of processes, of workers, of micro-batches, or
 
 import copy
 import hashlib
+import itertools
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +23,52 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import InputError
 from utils.engine import Step
 from utils.lanes import Lanes
+from utils.program import announced
+from utils.ranks import Ranks, launched_world_size
+from utils.sources import Source, SourceArguments
+
+
+@dataclass
+class StreamArguments(SourceArguments):
+    """How documents become an order."""
+
+    train_sources: list[Source] = field(default_factory=list)
+    # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
+    # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.
+    # Null: as many as divide global_batch_size, up to 64 and to a quarter of the documents
+    lanes: int | None = None
+    shuffle_documents: int = 512  # a chunk of this many documents, or of …
+    shuffle_bytes: int = 2**21  # … this many bytes, whichever comes first, is permuted
+    dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
+
+    def check(self) -> None:
+        """Raises InputError when batch, processes or workers do not fit the lanes."""
+        if self.num_train_epochs is not None and self.num_train_epochs % 1:
+            raise InputError(
+                f"num_train_epochs: a stream has whole ones, not {self.num_train_epochs}"
+            )
+        if self.lanes is not None:
+            self.check_lanes()
+        super().check()
+
+    def check_lanes(self) -> None:
+        batch, processes = self.global_batch_size, launched_world_size()  # of TrainingArguments
+        if self.lanes < 1 or batch % self.lanes:
+            raise InputError(
+                f"lanes: {self.lanes} do not fit: global_batch_size {batch} "
+                "must be a multiple of lanes"
+            )
+        if self.lanes % processes:
+            raise InputError(
+                f"lanes: {self.lanes} cannot be dealt to {processes} processes: launch a number "
+                f"that divides {self.lanes}, or begin a run with lanes "
+                f"{math.lcm(self.lanes, processes)}"
+            )
+        workers, of_a_rank = self.dataloader_num_workers, self.lanes // processes
+        if workers > of_a_rank:
+            raise InputError(
+                f"dataloader_num_workers: {workers} is more than a rank's {of_a_rank} lanes"
+            )
 
 
 class TextEncoder:
@@ -75,6 +124,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         self, lanes: Lanes, rows_of: Callable[[int, dict | None], Iterator[Row]], arguments: Any
     ):
         self.lanes, self.rows_of, self.arguments = lanes, rows_of, arguments
+        self.lane_count = lanes.corpus.arguments.lanes
         self.states: dict[int, dict | None] = {}  # of the lanes that are read here
 
     @property
@@ -86,6 +136,16 @@ class TrainingStream(torch.utils.data.IterableDataset):
             "the training data": self.lanes.corpus.fingerprint(),
             "the tokenizer": self.lanes.encode.fingerprint(),
         }
+
+    def count_steps(self, ranks: Ranks) -> int:
+        """Until the epochs of all sources are spent: a rank makes all rows of its lanes."""
+        rows, batch = 0, self.arguments.global_batch_size
+        with announced("counting the steps: all data are read once", each_rank=True):
+            for lane in range(ranks.rank, self.lane_count, ranks.world_size):
+                found = itertools.takewhile(lambda row: row.tokens, self.rows_of(lane, None))
+                rows = max(rows, sum(1 for _ in found))
+        self.lanes.close()
+        return math.ceil(max(ranks.gather([rows])) * self.lane_count / batch)
 
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
         for rows in self.rows(rank, world_size, states):
@@ -102,7 +162,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         """The rank's rows of one step after the other, in an order that workers do not change."""
         workers, states = self.arguments.dataloader_num_workers, states or {}
         mine = copy.copy(self)
-        mine.states = {i: states.get(i) for i in range(rank, self.arguments.lanes, world_size)}
+        mine.states = {i: states.get(i) for i in range(rank, self.lane_count, world_size)}
         loader = torch.utils.data.DataLoader(
             mine,
             batch_size=None,
@@ -144,7 +204,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         """A step's rows of the lanes that this process, perhaps a worker, reads."""
         worker = torch.utils.data.get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        per_lane = self.arguments.global_batch_size // self.arguments.lanes
+        per_lane = self.arguments.global_batch_size // self.lane_count
         lanes = [self.rows_of(i, self.states[i]) for i in list(self.states)[first::stride]]
         try:
             while True:

@@ -1,11 +1,13 @@
-"""Rows of labelled data: local csv, jsonl, json and parquet files, or a dataset of the Hub."""
+"""Rows of labelled data: local tables, JSON and text files, or a dataset of the Hub."""
 
 import csv
 import functools
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -13,11 +15,25 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 
 from utils.config import InputError
-from utils.files import find_local_files
+from utils.files import READ_ERRORS, find_local_files, open_file
 from utils.program import looked_for
+from utils.records import (
+    COMPRESSED,
+    CSVS,
+    TEXTS,
+    SampleBy,
+    Shard,
+    check_columns,
+    csv_rows,
+    plain_text,
+    records,
+)
 
-TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+LINES, LISTS = (tuple(f".{kind}{end}" for end in COMPRESSED) for kind in ("jsonl", "json"))
+KINDS = ((*CSVS, *LINES, *LISTS, ".parquet"), TEXTS)
+FORMATS = sum(KINDS, ())
+READABLE = ".csv, .tsv, .jsonl, .json, .txt, all of them also with .gz or .zst, or .parquet"
+LONGEST_TEXT = 2**31 - 1  # bytes
 ABSENT = object()  # where null may stand, too
 
 
@@ -25,17 +41,20 @@ ABSENT = object()  # where null may stand, too
 class Table:
     """Where rows are read from."""
 
-    # a file or glob (.csv, .tsv, .jsonl, .json, .parquet), or a dataset's name on the Hub
+    # a file, folder or glob (.csv, .tsv, .jsonl, .json, .txt, also with .gz or .zst, or .parquet),
+    # or a dataset's name on the Hub
     path: str
     name: str | None = None  # of the Hub dataset's configuration
     # as datasets has it: "train[:90%]", "train[100:200]+train[-10%:]"; files are all "train". Null:
     # train; of a Hub dataset in train_data alone
     split: str | None = None
     revision: str | None = None  # of the Hub dataset: a commit or a branch
+    sample_by: SampleBy = "document"  # what of .txt is a row: the file, or as `Source` has it
 
     @property
     def is_of_the_hub(self) -> bool:
-        return not self.path.endswith(FORMATS) and not os.path.exists(self.path)
+        is_pattern = any(mark in self.path for mark in "*?[")
+        return not is_pattern and not self.path.endswith(FORMATS) and not os.path.exists(self.path)
 
 
 class TableRow(NamedTuple):
@@ -109,19 +128,21 @@ def read_table(table: Table) -> list[TableRow]:
     Raises:
         InputError: no such file or dataset, a broken line, or no rows at all.
     """
-    if table.path.endswith(FORMATS):
+    if table.is_of_the_hub:
+        rows = list(_read_hub(table))
+    else:
         for name in ("name", "revision"):
             if getattr(table, name) is not None:
                 raise InputError(f"{table.path}: {name} is for datasets of the Hub: leave it out")
-        files = find_local_files(table.path, FORMATS)
+        files = find_local_files(table.path, KINDS)
+        for file in files:
+            if not file.endswith(FORMATS) or os.path.isdir(file):
+                raise InputError(f"{file}: give files of one of these kinds: {READABLE}")
         if not files:
-            raise InputError(f"no file {table.path}{looked_for(table.path)}")
-        rows = _slice([row for file in files for row in _read_file(file)], table)
-    elif os.path.exists(table.path):
-        kinds = ", ".join(FORMATS)
-        raise InputError(f"{table.path}: give files of one of these kinds: {kinds}")
-    else:
-        rows = list(_read_hub(table))
+            raise InputError(f"no file {table.path} ({READABLE}){looked_for(table.path)}")
+        if table.sample_by != "document" and not any(file.endswith(TEXTS) for file in files):
+            raise InputError(f"{table.path}: sample_by is for .txt: leave it out")
+        rows = _slice([row for file in files for row in _read_file(file, table.sample_by)], table)
     if not rows:
         raise InputError(f"{table.path} holds no rows")
     return rows
@@ -166,30 +187,37 @@ def _slice(rows: list[TableRow], table: Table) -> list[TableRow]:
     return [row for part in parts for row in rows[part.from_ : part.to]]
 
 
-def _read_file(file: str) -> Iterator[TableRow]:
-    readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
-    reader = readers.get(os.path.splitext(file)[1], _csv)
-    unit = "line" if reader in (_json_lines, _csv) else "row"
+def _read_file(file: str, sample_by: SampleBy) -> Iterator[TableRow]:
+    reader, unit = next(found for kind, *found in READERS if file.endswith(kind))
     try:
-        for number, values in reader(file):
+        for number, values in reader(file, sample_by):
             if not isinstance(values, dict):
                 shown = shorten(str(values), 60)
                 raise InputError(f"{file}, {unit} {number}: not a mapping of columns: {shown}")
             yield TableRow(values, file, unit, number)
-    except OSError as error:
-        reason = error.strerror or shorten(str(error), 200)
-        raise InputError(f"cannot read {file}: {reason}") from None
+    except csv.Error as error:
+        raise InputError(str(error)) from None
     except UnicodeDecodeError as error:
-        with open(file, encoding="utf-8", errors="surrogateescape") as lines:
-            broken = (n for n, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
-            where = "" if reader is _parquet else f", line {next(broken)}"
+        where = "" if reader is _parquet else f", line {_first_broken_line(file)}"
         raise InputError(f"{file}{where}: not UTF-8: {error.reason}") from None
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise InputError(f"cannot read {file}: {shorten(str(error), 200)}") from None
+    except (*READ_ERRORS, pyarrow.ArrowException, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or shorten(str(error), 200)
+        raise InputError(f"cannot read {file}: {reason}") from None
 
 
-def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
-    with open(file, encoding="utf-8") as lines:
+def _first_broken_line(file: str) -> int:
+    with _text_of(file, "utf-8", errors="surrogateescape") as lines:
+        return next(n for n, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
+
+
+@contextmanager
+def _text_of(file: str, encoding: str, **options: Any) -> Iterator[io.TextIOWrapper]:
+    with open_file(file) as stream, io.TextIOWrapper(stream, encoding, **options) as text:
+        yield text
+
+
+def _json_lines(file: str, _: SampleBy) -> Iterator[tuple[int, Any]]:
+    with _text_of(file, "utf-8") as lines:
         for number, line in enumerate(lines, 1):
             line = line.lstrip("\ufeff")  # a byte order mark, also where files were joined
             if line.strip():
@@ -199,11 +227,14 @@ def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
                     raise InputError(f"{file}, line {number}: not JSON: {error}") from None
 
 
-def _json(file: str) -> Iterator[tuple[int, Any]]:
-    with open(file, encoding="utf-8-sig") as text:
+def _json(file: str, sample_by: SampleBy) -> Iterator[tuple[int, Any]]:
+    with _text_of(file, "utf-8-sig") as text:
         try:
             values = json.load(text)
         except (json.JSONDecodeError, RecursionError) as error:
+            if getattr(error, "msg", "") == "Extra data":  # JSON lines by another name
+                yield from _json_lines(file, sample_by)
+                return
             raise InputError(f"{file}: not JSON: {error}") from None
     if isinstance(values, dict):
         values = values.get("data")
@@ -212,15 +243,9 @@ def _json(file: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(values, 1)
 
 
-def _check_header(file: str, names: Sequence[str]) -> None:
-    for name in names:
-        if name and names.count(name) > 1:  # a spreadsheet leaves columns without a name
-            raise InputError(f"{file}: two columns are called {name!r}: name each of them once")
-
-
-def _parquet(file: str) -> Iterator[tuple[int, Any]]:
+def _parquet(file: str, _: SampleBy) -> Iterator[tuple[int, Any]]:
     with pyarrow.parquet.ParquetFile(file) as parquet:
-        _check_header(file, parquet.schema_arrow.names)
+        check_columns(file, parquet.schema_arrow.names)
         number = 0
         for batch in parquet.iter_batches():
             for values in batch.to_pylist():
@@ -228,26 +253,28 @@ def _parquet(file: str) -> Iterator[tuple[int, Any]]:
                 yield number, values
 
 
-def _csv(file: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**31 - 1)
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        # tab-separated values know no quotes: a cell that begins with one is text
-        format_ = TSV if file.endswith(".tsv") else {"strict": True}
-        reader = csv.DictReader(lines, **format_)
-        line = 1
-        try:
-            _check_header(file, reader.fieldnames or ())
-            line = reader.line_num + 1
-            for values in reader:
-                where = f"{file}, line {reader.line_num}"
-                if None in values:
-                    raise InputError(f"{where}: more values than the header has columns")
-                if None in values.values():
-                    raise InputError(f"{where}: fewer values than the header has columns")
-                line = reader.line_num + 1
-                yield reader.line_num, values
-        except csv.Error as error:
-            raise InputError(f"{file}, line {line}: here begins no record: {error}") from None
+def _csv(file: str, _: SampleBy) -> Iterator[tuple[int, Any]]:
+    with open_file(file) as stream:
+        for number, values in csv_rows(stream, file):
+            if isinstance(values, str):
+                raise InputError(f"{file}, line {number}: {values}")
+            yield number, values
+
+
+def _texts(file: str, sample_by: SampleBy) -> Iterator[tuple[int, Any]]:
+    found = records(Shard(file, 0, 1), (), None, LONGEST_TEXT, sample_by)
+    texts = (plain_text(text, sample_by) for text, _, _ in found if text.strip())
+    for number, text in enumerate(texts, 1):
+        yield number, {"text": text}
+
+
+READERS = (
+    (CSVS, _csv, "line"),
+    (LINES, _json_lines, "line"),
+    (LISTS, _json, "row"),
+    (".parquet", _parquet, "row"),
+    (TEXTS, _texts, "text"),
+)
 
 
 def _read_hub(table: Table) -> Iterator[TableRow]:
@@ -260,7 +287,7 @@ def _read_hub(table: Table) -> Iterator[TableRow]:
     except Exception as error:  # of many libraries
         problem = shorten(f"{type(error).__name__}: {error}", 200)
         raise InputError(
-            f"{table.path} is neither a file ({', '.join(FORMATS)}) nor a dataset that the Hub "
+            f"{table.path} is neither a file ({READABLE}) nor a dataset that the Hub "
             f"gives: {problem}{looked_for(table.path)}"
         ) from None
     for number, values in enumerate(rows, 1):

@@ -30,7 +30,7 @@ from utils.program import announced, say
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks, end_together
 from utils.run_folder import RunFolder, check_continues
-from utils.run_state import RunState, totals
+from utils.run_state import RunState, repeated, totals
 
 
 class Training:
@@ -88,12 +88,15 @@ class Training:
             if self.is_main:
                 found = [describe_files(data.files, a.verify_sources == "hash")]
         self.training_files = ranks.gather(found)[0]
-        self.learning_rate_factor = a.learning_rate_factor()
         self.engine = Engine(self.accelerator, objective, model, optimizer, a)
         if newest := self.folder.newest_checkpoint():
             self._resume(newest)
         elif a.warm_start:
             self.engine.load(Path(a.warm_start))
+        self.state.total_steps = a.total_steps or self.state.total_steps
+        if self.state.total_steps is None and a.num_train_epochs is not None:
+            self.state.total_steps = data.count_steps(ranks)
+        self.learning_rate_factor = a.learning_rate_factor(self.state.total_steps)
         self.data = data.steps(ranks.rank, ranks.world_size, self.state.step, self.data_states)
 
     def forward(self, batch: dict[str, torch.Tensor], **flags: Any) -> Any:
@@ -138,7 +141,7 @@ class Training:
     def evaluates(self) -> bool:
         """Whether it is time to evaluate: every `eval_steps`, and at the end of the run."""
         a, step = self.arguments, self.state.step
-        is_last = bool(self.state.ending) or step == a.total_steps
+        is_last = bool(self.state.ending) or step == self.state.total_steps
         is_due = a.eval_steps is not None and step % a.eval_steps == 0
         return (is_last or is_due) and self.state.evaluated_step != step
 
@@ -219,7 +222,7 @@ class Training:
         with self.ranks.together():
             if self.is_main:
                 self.folder.begin(a, state.metrics_size)
-            self.progress = Progress(self.accelerator, a.total_steps, state, self.flops_per_token)
+            self.progress = Progress(self.accelerator, state, self.flops_per_token)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""
@@ -256,12 +259,13 @@ class Training:
             found = totals(self.ranks.gather(list(self.data_states.values())))
             if self.is_main and found:
                 self._record({"step": self.state.step, **found})
+                say(repeated(found, self.arguments))
 
     def _advance(self) -> bool:
         """Train a step, or note the end of the run; whether the caller is to hear of it."""
-        a, state, start = self.arguments, self.state, time.monotonic()
-        if a.total_steps is not None and state.step >= a.total_steps:
-            state.ending = f"all {a.total_steps} steps are done"
+        state, start = self.state, time.monotonic()
+        if state.total_steps is not None and state.step >= state.total_steps:
+            state.ending = f"all {state.total_steps} steps are done"
         else:
             try:
                 data = next(self.data)
@@ -298,7 +302,7 @@ class Training:
         }
         say(state.note_step(record, limit, update.applied, a))
         is_fault = "skipped" in record or "loss_spike" in record
-        if is_fault or state.step % a.logging_steps == 0 or state.step == a.total_steps:
+        if is_fault or state.step % a.logging_steps == 0 or state.step == state.total_steps:
             self.log(record)
         if state.step == self.progress.first_step + 1:
             say(f"{seconds_since_command():.1f} seconds from the command to the first step")

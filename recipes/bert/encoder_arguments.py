@@ -9,9 +9,9 @@ import transformers
 from masking import MaskingArguments
 from utils.arguments import TrainingArguments
 from utils.config import InputError
-from utils.lanes import StreamArguments
 from utils.model import ModelArguments
 from utils.sources import Source
+from utils.stream import StreamArguments
 
 
 @dataclass

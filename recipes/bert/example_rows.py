@@ -85,7 +85,7 @@ def example_rows(
             if not rows:
                 where |= {"lane": lane.state(), "window_row": row}
                 where["example"] += len(examples)
-            after = {**where, "seen": dict(seen), "counts": dict(counts)}
+            after = {**where, "seen": dict(seen), "counts": dict(counts), "epochs": lane.epochs}
             tokens = sum(len(made.input_ids) for made in group)
             yield Row(lane_index, features(group, length), after, tokens)
         example += len(examples)

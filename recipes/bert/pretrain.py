@@ -59,6 +59,7 @@ def main() -> None:
     config = model_config(args, tokenizer)
     encode, make_examples = SentenceEncoder(tokenizer), ExampleMaker(tokenizer, args)
     corpus = Corpus(args)
+    args = corpus.arguments
     check_examples(args.train_sources, encode, args.objective, args)
     check_held_out(args.validation_sources, args.eval_documents, args)
     check_held_out(args.test_sources, None, args)

@@ -35,12 +35,12 @@ from top_tokens import TopTokens
 from utils.arguments import FinetuningArguments, TrainingArguments
 from utils.config import InputError, at_end, command, parse
 from utils.divergences import add_projection, hidden_loss, summed_losses
-from utils.lanes import StreamArguments
 from utils.loss import IGNORE_INDEX
 from utils.memory import distillation_plan, flops_per_token, parameter_count
 from utils.model import load_tokenizer
 from utils.report import conclude
 from utils.run_folder import RunFolder
+from utils.stream import StreamArguments
 from utils.teacher import (
     DistillationArguments,
     load_teacher,

@@ -32,10 +32,10 @@ class Text:
     metric = "bits_per_byte"
 
     def __init__(self, tokenizer: Any, arguments: Any):
-        self.tokenizer, self.arguments = tokenizer, arguments
+        self.tokenizer, self.corpus = tokenizer, Corpus(arguments)
+        self.arguments = arguments = self.corpus.arguments
         self.encode = DocumentEncoder(tokenizer)
         begin_as_documents(tokenizer, self.encode.begin)
-        self.corpus = Corpus(arguments)
         held_out = arguments.validation_sources + arguments.test_sources
         check_held_out(held_out, arguments.eval_documents, arguments)
         self.fingerprint = self.corpus.fingerprint()

@@ -139,4 +139,5 @@ def packed_rows(
         else:
             after = {"lane": pieces[-1].tag[0], "offset": pieces[-1].end}
         tokens = sum(piece.tokens for piece in pieces)
-        yield Row(lane_index, features, {**after, "seen": dict(seen)}, tokens)
+        state = {**after, "seen": dict(seen), "epochs": lane.epochs}
+        yield Row(lane_index, features, state, tokens)

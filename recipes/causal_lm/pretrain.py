@@ -32,7 +32,7 @@ from packing import DocumentEncoder, begin_as_documents, packed_rows
 from text_evaluation import TextEvaluationArguments, evaluate_documents, write_samples
 from utils.arguments import TrainingArguments
 from utils.config import at_end, command, parse
-from utils.lanes import Corpus, Lanes, StreamArguments
+from utils.lanes import Corpus, Lanes
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import (
     ModelArguments,
@@ -43,7 +43,7 @@ from utils.model import (
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.sources import check_held_out, held_out_documents
-from utils.stream import TrainingStream
+from utils.stream import StreamArguments, TrainingStream
 from utils.training import Training
 
 USAGE = """
@@ -111,6 +111,7 @@ def main() -> None:
     encode = DocumentEncoder(tokenizer)
     begin_as_documents(tokenizer, encode.begin)
     corpus = Corpus(args)
+    args = corpus.arguments
     sources = args.validation_sources + args.test_sources
     check_held_out(sources, args.eval_documents, args)
     folder = RunFolder(args.output_dir, args.resume)

@@ -473,7 +473,7 @@ def test_counts_add_up(wordpiece, mixture, objective, phases):
             assert document.domain in DOMAINS
         for made in examples:
             _, document, source = documents[made.document]
-            seen[f"{source.name}/{document.domain}"] += made.own
+            seen[f"{source.log_name}/{document.domain}"] += made.own
         expected += Counter(
             sequences=len(examples),
             pairs=sum(made.pair_label != IGNORE_INDEX for made in examples),

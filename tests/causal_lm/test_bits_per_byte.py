@@ -42,7 +42,7 @@ def records(corpus_folder):
 
 @pytest.fixture
 def sources(corpus_folder):
-    return [Source(str(corpus_folder / "validation.jsonl"), name="v", domain_field=DOMAIN)]
+    return [Source(str(corpus_folder / "validation.jsonl"), label="v", domain_field=DOMAIN)]
 
 
 @pytest.fixture

@@ -193,7 +193,7 @@ def test_tokenizers_that_cannot_be_streamed(tokenizer_folder):
 def make_lanes(tmp_path, tokenizer):
     def make(lanes: int = 1, count: int = 30, **settings) -> Lanes:
         write_jsonl(tmp_path / "data.jsonl", make_documents("data", count))
-        source = Source(str(tmp_path), name="data", epochs=1, **settings)
+        source = Source(str(tmp_path), label="data", epochs=1, **settings)
         corpus = corpus_of([source], lanes=lanes)
         return Lanes(corpus, DocumentEncoder(tokenizer))
 

@@ -3,18 +3,20 @@
 import json
 import math
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from conftest import make_documents, write_jsonl
-from launching import TINY_RUN, metrics, steps
+from launching import TINY_RUN, checkpoints, metrics, steps
 from packing import DocumentEncoder, pack, packed_rows
 from recipes.causal_lm.pretrain import Arguments, NextTokenLoss
 from sweeps.architectures import tiny_config
@@ -187,6 +189,47 @@ def gradient_norms(monkeypatch):
 
     monkeypatch.setattr(Engine, "_update", recording_update)
     return norms
+
+
+def test_epochs_are_counted_and_the_schedule_ends_with_them(pretrain, tmp_path, monkeypatch):
+    """Of .txt files in a folder; what was counted is not counted again, and lanes are few."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, document in enumerate(make_documents("text", 20)):
+        (folder / f"{number}.txt").write_text(document["text"])
+    given = {"train_sources": str(folder), "lanes": None, "lr_scheduler_type": "linear"}
+    ended = pretrain("counted", **given, num_train_epochs=2, save_steps=2, keep_last=99)
+    assert ended.status == 0, ended.error
+    records = steps(ended.folder)
+    assert yaml.safe_load((ended.folder / "config.yaml").read_text())["lanes"] == 4  # of 20 / 4
+    total = len(records)
+    rates = [record["learning_rate"] for record in records]
+    assert rates == pytest.approx([3e-3 * (1 - step / total) for step in range(total)])
+    assert f"step {total}/{total}" in ended.output
+    (last,) = (r for r in metrics(ended.folder) if r.get("epoch_by_source") and r["step"] == total)
+    assert last["epoch_by_source"] == {str(folder): 2}
+
+    said = [{"path": str(folder), "epochs": 2}]
+    same = pretrain("said", **given | {"train_sources": said, "max_steps": total}, save_steps=2)
+    assert steps(same.folder) == records
+
+    before = metrics(ended.folder)
+    for checkpoint in checkpoints(ended.folder)[1:]:
+        shutil.rmtree(checkpoint)
+    (ended.folder / "finished.json").unlink()
+    monkeypatch.setattr(TrainingStream, "count_steps", None)
+    again = pretrain("counted", **given, num_train_epochs=2, save_steps=2, keep_last=99)
+    assert again.status == 0, again.error
+    assert metrics(ended.folder) == before
+
+
+def test_data_that_repeat_are_told(pretrain, uneven):
+    few = [uneven[0] | {"epochs": None, "label": "few"}]
+    ended = pretrain("few", train_sources=few, max_steps=16, save_steps=16)
+    assert "the data repeat: by now they were read, few 1." in ended.output
+    ended = pretrain("asked", train_sources=few, max_steps=16, save_steps=16, num_train_epochs=3)
+    assert ended.status == 0
+    assert "the data repeat" not in ended.output
 
 
 def test_accumulation_and_micro_batches_do_not_change_the_numbers(
@@ -577,7 +620,13 @@ BAD_SETTINGS = [
     ),
     ({"output_dir": "FILE"}, "output_dir: .*/file is a file, not a folder"),
     ({"output_dir": "FILE/run"}, "output_dir: .*/file is a file, not a folder"),
-    ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type: cosine needs max_steps or max_tokens"),
+    (
+        {"lr_scheduler_type": "cosine"},
+        "lr_scheduler_type: cosine needs max_steps, max_tokens or num_train_epochs",
+    ),
+    ({"num_train_epochs": 0}, "num_train_epochs must be more than 0, not 0"),
+    ({"num_train_epochs": 1.5}, "num_train_epochs: a stream has whole ones, not 1.5"),
+    ({"num_train_epochs": 1, "warmup_steps": 999}, "warmup_steps: 999 is more than the run's"),
     (
         {"max_steps": 9, "warmup_steps": 10},
         "warmup_steps: 10 is more than the run's 9 steps",

@@ -415,7 +415,7 @@ def test_what_may_change_does(pretrain):
 
 def test_the_state_is_small_and_says_what_was_seen(pretrain, corpus_folder):
     domain = "meta.redpajama_set_name"
-    source = {"path": str(corpus_folder / "train-0.jsonl"), "name": "t", "domain_field": domain}
+    source = {"path": str(corpus_folder / "train-0.jsonl"), "label": "t", "domain_field": domain}
     ended = pretrain(max_steps=5, lanes=16, train_sources=[source])
     (newest,) = checkpoints(ended.folder)
     assert (newest / "state.json").stat().st_size < 25_000

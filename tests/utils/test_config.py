@@ -226,6 +226,19 @@ def test_a_whole_value_replaces_what_was_there(config):
     assert read(name, "--model", "{c: 3}", "--model.d", "4").model == {"c": 3, "d": 4}
 
 
+@pytest.mark.parametrize("text", ["a.jsonl", "[a.jsonl]", "{path: a.jsonl}", "[{path: a.jsonl}]"])
+def test_a_path_alone_is_a_source(config, text):
+    expected = [Source("a.jsonl")]
+    assert parse(Arguments, [config(f"output_dir: out\nsources: {text}\n")]).sources == expected
+    words = ["--output_dir", "out", "--sources", text]
+    assert parse(Arguments, words).sources == expected
+    words += ["--sources.0.weight", "2"]
+    assert parse(Arguments, words).sources == [Source("a.jsonl", weight=2.0)]
+    given = config(f"output_dir: out\nsources: {text}\n")
+    weighed = parse(Arguments, [given, "--sources.0.weight", "2"])
+    assert weighed.sources == [Source("a.jsonl", weight=2.0)]
+
+
 def test_anchors_and_merge_keys(config):
     name = config(
         "output_dir: out\nsources:\n- &first {path: a, weight: 2}\n- {<<: *first, path: b}\n"
@@ -307,14 +320,8 @@ def test_write_yaml_is_read_back_equal(tmp_path, text):
             "prompt: {a: b}",
             "config.yaml, line 2: prompt must be text or a list of text or null, not {'a': 'b'}",
         ),
-        (
-            "sources: a.jsonl",
-            "config.yaml, line 2: sources must be a list of Source, not 'a.jsonl'",
-        ),
-        (
-            "sources:\n- a.jsonl",
-            "config.yaml, line 3: sources.0 must be settings, not 'a.jsonl'",
-        ),
+        ("sources: 3", "config.yaml, line 2: sources must be a list of Source, not 3"),
+        ("sources: [3]", "config.yaml, line 2: sources.0 must be settings, not 3"),
         (
             "sources:\n- path: a\n  weight: heavy",
             "config.yaml, line 4: sources.0.weight must be a number, not 'heavy'",

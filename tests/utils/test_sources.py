@@ -23,7 +23,8 @@ from utils import files
 from utils.config import InputError
 from utils.lanes import check_mixture, cut_into_shards
 from utils.sources import (
-    FORMATS,
+    KINDS,
+    READABLE,
     BadRecord,
     Document,
     Shard,
@@ -36,6 +37,7 @@ from utils.sources import (
     read,
 )
 
+FORMATS = KINDS[0]  # what holds fields in fields
 RECORDS = [{"text": f"number {i} é 🙂\n", "meta": {"set": "AB"[i % 2]}} for i in range(23)]
 
 
@@ -99,7 +101,7 @@ def test_parts_of_a_file_hold_every_document_once(file: str, parts: int):
 
 
 def test_a_document_knows_its_domain_its_place_and_its_size(file: str):
-    first, second = read_all(file, domain_field="meta.set", name="numbers")[:2]
+    first, second = read_all(file, domain_field="meta.set", label="numbers")[:2]
     assert (first.text, first.domain, first.position, first.file) == (
         RECORDS[0]["text"],
         "A",
@@ -108,7 +110,7 @@ def test_a_document_knows_its_domain_its_place_and_its_size(file: str):
     )
     assert (second.domain, second.position) == ("B", first.end)
     assert first.size == len(RECORDS[0]["text"].encode()) == 17
-    assert read_all(file, domain_field="meta.other", name="numbers")[0].domain == "numbers"
+    assert read_all(file, domain_field="meta.other", label="numbers")[0].domain == "numbers"
     assert read_all(file)[0].domain == file
 
 
@@ -565,7 +567,7 @@ def test_local_names_that_look_like_others(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "given",
-    [{"split": "train[:90%]"}, {"split": "test"}, {"revision": "main"}, {"config_name": "x"}],
+    [{"split": "train[:90%]"}, {"split": "test"}, {"revision": "main"}, {"name": "x"}],
 )
 def test_settings_of_the_hub_beside_files_are_refused(tmp_path, given):
     (name,), path = given, write(tmp_path / "a.jsonl", RECORDS)
@@ -590,18 +592,18 @@ def test_names_with_dots_are_fields_or_lead_into_fields(tmp_path, format):
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
-    formats = ".jsonl, .jsonl.gz, .json.gz, .jsonl.zst, .parquet"
-    (tmp_path / "notes.txt").write_text("not data")
+    formats = READABLE
+    (tmp_path / "notes.md").write_text("not data")
     (tmp_path / "folder.jsonl").mkdir()
     for path in ("gone.jsonl", "*.jsonl.zst", "memory://gone/data.jsonl", "no-such-name"):
         with pytest.raises(InputError) as error:
             find_files(Source(path))
         told, _, folder = str(error.value).partition("; looked for from ")
-        assert told == f"source {path!r}: no file matches (of {formats})"
+        assert told == f"source {path!r}: no file matches ({formats})"
         assert folder == ("" if "://" in path else str(Path.cwd()))
     with pytest.raises(InputError, match="no file matches"):
         find_files(Source(str(tmp_path)))
-    for name in ("notes.txt", "*"):
+    for name in ("notes.md", "*"):
         with pytest.raises(InputError, match=f"cannot read .*: not {formats}"):
             find_files(Source(f"{tmp_path}/{name}"))
 
@@ -630,7 +632,7 @@ def test_a_name_on_the_hub_goes_through_datasets(monkeypatch):
         return SimpleNamespace(config=SimpleNamespace(data_files=data_files))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    assert find_files(Source("org/name", config_name="en", revision="v1")) == [url]
+    assert find_files(Source("org/name", name="en", revision="v1")) == [url]
     assert asked == [("org/name", "en", "v1")]
     with pytest.raises(InputError) as error:
         find_files(Source("org/name", split="validation"))
@@ -683,7 +685,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch):
         ),
         ([Source("a", epochs=0)], "source 'a': epochs must be at least 1, not 0"),
         (
-            [Source("a"), Source("b", name="a")],
+            [Source("a"), Source("b", label="a")],
             "two sources are called 'a': give each its own name",
         ),
     ],

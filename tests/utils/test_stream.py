@@ -20,12 +20,12 @@ from packing import DocumentEncoder, packed_rows
 from recipes.causal_lm.pretrain import Arguments
 from utils import lanes, sources
 from utils.config import InputError
-from utils.lanes import Corpus, Lane, Lanes, StreamArguments
+from utils.lanes import Corpus, Lane, Lanes
 from utils.loss import IGNORE_INDEX
 from utils.randomness import keyed_permutation
 from utils.run_folder import DATA_ONCE, differences
 from utils.sources import Document, Source
-from utils.stream import Row, TrainingStream
+from utils.stream import Row, StreamArguments, TrainingStream
 
 FORMATS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
 LANES, LENGTH = 16, 48
@@ -180,7 +180,7 @@ def test_seed_decides_the_order_and_the_folder_does_not(mixture, tokenizer, tmp_
     assert list(map(plain, Run(mixture, tokenizer, seed=1).steps(5))) != expected
     fingerprint = Run(mixture, tokenizer).corpus().fingerprint()
     for source in mixture:
-        source.path = shutil.move(source.path, tmp_path / f"moved-{source.name}")
+        source.path = shutil.move(source.path, tmp_path / f"moved-{source.label}")
     assert list(map(plain, Run(mixture, tokenizer).steps(5))) == expected
     assert Run(mixture, tokenizer).corpus().fingerprint() == fingerprint
 
@@ -423,7 +423,7 @@ def test_a_source_that_is_spent_leaves_and_the_others_keep_their_ratio(tmp_path)
         for name, weight, epochs in (("a", 6, 1), ("b", 3, None), ("c", 1, None), ("d", 0, None))
     ]
     lane = make_lane(mixture)
-    names = [lane.next()[2].name for _ in range(600)]
+    names = [lane.next()[2].label for _ in range(600)]
     assert Counter(names)["a"] == 60
     assert "a" not in names[200:]
     assert "d" not in names
@@ -587,7 +587,8 @@ def test_lanes_that_do_not_fit(monkeypatch):
     def check(lanes: int, global_batch_size: int, processes: int, workers: int = 0) -> None:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         arguments = StreamArguments(lanes=lanes, dataloader_num_workers=workers)
-        arguments.global_batch_size = global_batch_size  # of the TrainingArguments beside it
+        # of the TrainingArguments beside it
+        arguments.global_batch_size, arguments.num_train_epochs = global_batch_size, None
         arguments.check()
 
     check(lanes=64, global_batch_size=128, processes=8)

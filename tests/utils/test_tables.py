@@ -1,5 +1,6 @@
 """Rows of every format, each with its place, and what is said where there is something wrong."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from utils.config import InputError
 from utils.tables import Table, read_table
@@ -33,6 +35,49 @@ def test_all_formats_hold_the_same_rows(tmp_path, suffix):
     rows = read_table(Table(str(write(tmp_path / f"rows{suffix}"))))
     values = [{**row.values, "label": int(row.values["label"])} for row in rows]
     assert values == ROWS
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json"])
+def test_compressed_files_hold_the_same_rows(tmp_path, suffix, packed):
+    plain = write(tmp_path / f"rows{suffix}")
+    expected = [(row.values, row.place) for row in read_table(Table(str(plain)))]
+    path = tmp_path / f"rows{suffix}{packed}"
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}[packed]
+    path.write_bytes(pack(plain.read_bytes()))
+    found = [(row.values, row.place) for row in read_table(Table(str(path)))]
+    assert found == [(values, place.replace(str(plain), str(path))) for values, place in expected]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"cannot read {path}: "):
+        read_table(Table(str(path)))
+    path.write_bytes(pack(b"text\nna\xefve\n"))
+    with pytest.raises(InputError, match=rf"{suffix}{packed}, line \d: not UTF-8"):
+        read_table(Table(str(path)))
+
+
+def test_json_lines_by_the_name_of_json(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [row.values for row in read_table(Table(str(path)))] == ROWS
+    path.write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(InputError, match=r"rows\.json, line 2: not JSON"):
+        read_table(Table(str(path)))
+
+
+def test_a_folder_and_texts(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/two.txt").write_text("second\n\nthird\r\n\n\n")
+    (tmp_path / "one.txt").write_text("first")
+    rows = read_table(Table(str(tmp_path), sample_by="paragraph"))
+    assert [row.values["text"] for row in rows] == ["second", "third", "first"]
+    assert rows[1].place == f"{tmp_path}/b/two.txt, text 2"
+    rows = read_table(Table(str(tmp_path)))
+    assert [row.values["text"] for row in rows] == ["second\n\nthird\n\n\n", "first"]
+    write(tmp_path / "rows.csv")
+    assert len(read_table(Table(str(tmp_path)))) == len(ROWS)
+    assert len(read_table(Table(f"{tmp_path}/*.*"))) == len(ROWS) + 1
+    with pytest.raises(InputError, match=r"sample_by is for \.txt: leave it out"):
+        read_table(Table(str(tmp_path / "rows.csv"), sample_by="line"))
 
 
 def test_quotes_in_tab_separated_values_are_text(tmp_path):
@@ -102,7 +147,9 @@ def test_the_official_json_with_a_data_key(tmp_path):
         ("a.csv", b"text\n\xff\n", "{path}, line 2: not UTF-8: invalid start byte"),
         ("a.parquet", "PAR", "cannot read {path}: "),
         ("a.json", "{}", "{path}: expected a list of rows, or such a list under the key 'data'"),
-        ("a.txt", "text", "{path}: give files of one of these kinds: .csv, "),
+        ("a.md", "text", "{path}: give files of one of these kinds: .csv, "),
+        ("a.txt", b"\xff", "{path}, line 1: not UTF-8: invalid start byte"),
+        ("a.txt", " \n", "{path} holds no rows"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
