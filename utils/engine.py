@@ -91,8 +91,8 @@ class Data(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """By name, what must not change over the life of a run."""
 
-    def count_steps(self, ranks: Ranks) -> int:
-        """Until its epochs are spent; asked of data that do not know it by their settings."""
+    def count_steps(self, ranks: Ranks) -> int | None:
+        """Of the run, where the settings alone do not say it; None: it has no known end."""
 
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
         """The rank's steps after `step` steps, which left the states of its lanes."""

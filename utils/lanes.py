@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from utils.config import InputError
-from utils.program import announced
+from utils.program import announced, say
 from utils.randomness import keyed_permutation
 from utils.records import TEXTS, Shard, describe_position
 from utils.sources import (
@@ -101,14 +101,12 @@ class Corpus:
             a = replace(a, lanes=choose_lanes(a.global_batch_size, fewest))
             a.check_lanes()
         self.arguments = a
-        self.shards = [
-            cut_into_shards(
-                files,
-                a.lanes,
-                source.sample_by == "document" and all(file.endswith(TEXTS) for file in files),
-            )
-            for source, files in zip(self.sources, self.files, strict=True)
-        ]
+        self.shards = []
+        for source, files in zip(self.sources, self.files, strict=True):
+            is_whole = source.sample_by == "document" and all(f.endswith(TEXTS) for f in files)
+            self.shards.append(cut_into_shards(files, a.lanes, is_whole))
+            of_each = ", each of them a document" if is_whole else ""
+            say(f"{source.log_name}: files {len(files):,}{of_each}; lanes {a.lanes}")
 
     def fingerprint(self) -> dict[str, Any]:
         """By name, what the order of the documents depends on, besides the seed."""

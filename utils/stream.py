@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.config import InputError
 from utils.engine import Step
 from utils.lanes import Lanes
-from utils.program import announced
+from utils.program import announced, say
 from utils.ranks import Ranks, launched_world_size
 from utils.sources import Source, SourceArguments
 
@@ -137,15 +137,19 @@ class TrainingStream(torch.utils.data.IterableDataset):
             "the tokenizer": self.lanes.encode.fingerprint(),
         }
 
-    def count_steps(self, ranks: Ranks) -> int:
-        """Until the epochs of all sources are spent: a rank makes all rows of its lanes."""
+    def count_steps(self, ranks: Ranks) -> int | None:
+        """Until num_train_epochs are spent, if there are such: a rank makes all rows of its lanes."""
+        if self.arguments.num_train_epochs is None:
+            return None
         rows, batch = 0, self.arguments.global_batch_size
         with announced("counting the steps: all data are read once", each_rank=True):
             for lane in range(ranks.rank, self.lane_count, ranks.world_size):
                 found = itertools.takewhile(lambda row: row.tokens, self.rows_of(lane, None))
                 rows = max(rows, sum(1 for _ in found))
         self.lanes.close()
-        return math.ceil(max(ranks.gather([rows])) * self.lane_count / batch)
+        count = math.ceil(max(ranks.gather([rows])) * self.lane_count / batch)
+        say(f"num_train_epochs {self.arguments.num_train_epochs:g}: steps {count:,}")
+        return count
 
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
         for rows in self.rows(rank, world_size, states):

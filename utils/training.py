@@ -93,9 +93,8 @@ class Training:
             self._resume(newest)
         elif a.warm_start:
             self.engine.load(Path(a.warm_start))
-        self.state.total_steps = a.total_steps or self.state.total_steps
-        if self.state.total_steps is None and a.num_train_epochs is not None:
-            self.state.total_steps = data.count_steps(ranks)
+        steps = a.total_steps or self.state.total_steps
+        self.state.total_steps = steps or data.count_steps(ranks)
         self.learning_rate_factor = a.learning_rate_factor(self.state.total_steps)
         self.data = data.steps(ranks.rank, ranks.world_size, self.state.step, self.data_states)
 
@@ -218,11 +217,10 @@ class Training:
 
     def _begin(self) -> None:
         """Settings and metrics in their folder, and the trackers; on rank 0."""
-        a, state = self.arguments, self.state
         with self.ranks.together():
             if self.is_main:
-                self.folder.begin(a, state.metrics_size)
-            self.progress = Progress(self.accelerator, state, self.flops_per_token)
+                self.folder.begin(self.arguments, self.state.metrics_size)
+            self.progress = Progress(self.accelerator, self.state, self.flops_per_token)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""

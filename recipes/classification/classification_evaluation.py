@@ -9,6 +9,7 @@ import torch
 from classification_arguments import ClassificationArguments
 from classification_examples import Example
 from classification_metrics import measure, probabilities, undefined_metrics
+from labelled_texts import LabelledText
 from utils.config import InputError
 from utils.program import spared, warn
 from utils.scoring import check_finite, score_examples, write_predictions
@@ -96,7 +97,11 @@ def kept_share(
 
 
 def write_predicted(
-    training: Training, names: list[str], logits: np.ndarray, labels: np.ndarray
+    training: Training,
+    rows: list[LabelledText],
+    names: list[str],
+    logits: np.ndarray,
+    labels: np.ndarray,
 ) -> dict[str, Any]:
     """predictions.jsonl and plots, in the folder of the run; where they are. All ranks call it."""
     folder, facts = training.folder.path, {}
@@ -106,7 +111,8 @@ def write_predicted(
 
             found = probabilities(training.arguments.problem_type, logits.astype(np.float64))
             facts["predictions"] = folder / "predictions.jsonl"
-            write_predictions(facts["predictions"], prediction_records(names, found, labels))
+            records = prediction_records(rows, names, found, labels)
+            write_predictions(facts["predictions"], records)
             with spared("no plots of the predictions", but=OSError):
                 for path in write_figures(folder, names, found, labels):
                     facts[f"plot of the {path.stem.replace('_', ' ')}"] = path

@@ -10,21 +10,24 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from classification_metrics import Reliability, reliability_of
+from labelled_texts import LabelledText
 from utils.plots import COLORS, finish_axes, save_figures, short_name
 
 
 def prediction_records(
-    names: list[str], probabilities: np.ndarray, labels: np.ndarray
+    rows: list[LabelledText], names: list[str], probabilities: np.ndarray, labels: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    """In the order of the rows: label, prediction, and probabilities by name.
+    """In the order of the rows: where each stands, its texts, label, prediction, probabilities.
 
     Args:
         probabilities: (rows, labels), or the numbers that a regression predicts (rows,).
         labels: (rows,) numbers, or with several labels (rows, labels) zeros and ones.
     """
-    for values, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+    for row, values, label in zip(rows, probabilities.tolist(), labels.tolist(), strict=True):
+        texts = dict(zip(("text", "text_pair"), row.texts, strict=False))
+        what = {"row": row.place, **texts}
         if probabilities.ndim == 1:
-            yield {"label": label, "prediction": values}
+            yield what | {"label": label, "prediction": values}
             continue
         if labels.ndim == 2:
             pick = [value >= 0.5 for value in values]
@@ -33,7 +36,7 @@ def prediction_records(
         else:
             found, true = names[int(np.argmax(values))], names[label]
         shares = dict(zip(names, values, strict=True))
-        yield {"label": true, "prediction": found, "probabilities": shares}
+        yield what | {"label": true, "prediction": found, "probabilities": shares}
 
 
 def write_figures(

@@ -328,7 +328,7 @@ def main() -> None:
             training.record_test(results | named)
         facts |= as_facts(results, split) | as_facts(taught, split, " by the teacher")
         facts |= kept_share(args, results, taught)
-        facts |= write_predicted(training, names, logits, labels[split])
+        facts |= write_predicted(training, rows[split], names, logits, labels[split])
     conclude(training, "Distilled text classifier", "text-classification", usage_of(args), facts)
 
 

@@ -151,7 +151,8 @@ def main() -> None:
             return training.stop()
         if split == "test":
             training.record_test(results)
-        facts |= as_facts(results, split) | write_predicted(training, names, logits, labels[split])
+        facts |= as_facts(results, split)
+        facts |= write_predicted(training, rows[split], names, logits, labels[split])
     # an adapter alone takes them from its base model
     known = f", id2label={model.config.id2label}, problem_type={args.problem_type!r}"
     is_adapter = args.has_adapter and not args.merge_adapter

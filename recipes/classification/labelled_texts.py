@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from utils.config import InputError, Settings
+from utils.program import say
 from utils.tables import Table, TableRow, read_table
 
 
@@ -21,7 +22,7 @@ class LabelledTextArguments(Settings):
     problem_type: Literal[
         "single_label_classification", "multi_label_classification", "regression"
     ] = "single_label_classification"
-    text_column: str = "text"
+    text_column: str | None = None  # null: text, or else the only one that has no other use
     text_pair_column: str | None = None  # of the second text where rows are pairs of texts
     # text or numbers; of several labels a list of them, a list of 0 and 1 for each, a text of such
     label_column: str = "label"
@@ -67,11 +68,11 @@ def read_labelled_texts(
     Raises:
         InputError: a missing column, an empty text, a label that is none; says where.
     """
-    columns = [arguments.text_column, arguments.text_pair_column]
-    found: dict[str, list[LabelledText]] = {}
-    size = None
+    columns, found, size = None, {}, None
     for split, of_split in tables.items():
         rows = [row for table in of_split for row in read_table(table)]
+        if columns is None and rows:
+            columns = [_text_column(rows[0], arguments), arguments.text_pair_column]
         labels = [
             None if lacks_label and lacks_label(split, row) else _label(row, arguments)
             for row in rows
@@ -92,6 +93,18 @@ def read_labelled_texts(
             for row, label in zip(rows, labels, strict=True)
         ]
     return found
+
+
+def _text_column(row: TableRow, arguments: LabelledTextArguments) -> str:
+    a = arguments
+    if a.text_column is not None or row.has("text"):
+        return a.text_column or "text"
+    others = [name for name in row.values if name not in (a.label_column, a.text_pair_column)]
+    if len(others) != 1:
+        known = ", ".join(map(repr, row.values))
+        raise InputError(f"{row.place}: text_column: which holds the texts? there are: {known}")
+    say(f"{row.file}: the texts are taken from its column {others[0]!r}")
+    return others[0]
 
 
 def _label(row: TableRow, arguments: LabelledTextArguments) -> Any:

@@ -140,6 +140,7 @@ def prediction_record(
     has_none = threshold is not None and prediction.no_answer_score > threshold
     text, answers = "" if has_none else prediction.text, question.answer_texts
     return {
+        "row": question.place,
         "id": question.id,
         "question": question.text,
         "prediction": text,

@@ -227,7 +227,8 @@ def main() -> None:
     pairs, leaks = hold_out([read_pairs(part, args) for part in tables], attrgetter("source"), args)
     train_pairs, validation_pairs, test_pairs = pairs
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    fingerprint = {"the training data": digest(train_pairs), "the tokenizer": digest([backend])}
+    texts = digest((pair.source, pair.target) for pair in train_pairs)
+    fingerprint = {"the training data": texts, "the tokenizer": digest([backend])}
     encode = PairEncoder(tokenizer, args, config)
     encode_pairs = naming_failures(encode)
     train = encode_pairs(train_pairs)
@@ -305,7 +306,12 @@ def main() -> None:
         with training.ranks.together():
             if training.is_main:
                 records = (
-                    {"source": pair.source, "reference": pair.target, "prediction": text}
+                    {
+                        "row": pair.place,
+                        "source": pair.source,
+                        "reference": pair.target,
+                        "prediction": text,
+                    }
                     for pair, text in zip(test_pairs, texts, strict=True)
                 )
                 write_predictions(folder.path / "predictions.jsonl", records)

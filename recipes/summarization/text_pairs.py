@@ -128,12 +128,13 @@ def own_prefix(config: Any, arguments: PairArguments, task: str) -> str:
 class Pair(NamedTuple):
     source: str
     target: str
+    place: str = ""  # where it was read
 
 
 def read_pairs(tables: list[Table], columns: PairArguments) -> list[Pair]:
     """All pairs of the tables. Raises InputError for a missing column or an empty text."""
     return [
-        Pair(row.text(columns.source_column), row.text(columns.target_column))
+        Pair(row.text(columns.source_column), row.text(columns.target_column), row.place)
         for table in tables
         for row in read_table(table)
     ]

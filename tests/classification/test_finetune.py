@@ -532,6 +532,7 @@ def assert_pipeline_agrees(folder: Path, rows: list[dict]) -> None:
     for row, record, given in zip(rows, found, inputs, strict=True):
         scores = {result["label"]: result["score"] for result in classify([given])[0]}
         assert record["label"] == row["label"]
+        assert {k: record[k] for k in columns} == {k: row[k] for k in columns}
         assert record["probabilities"] == pytest.approx(scores, abs=1e-5)
 
 
@@ -540,6 +541,7 @@ def test_predictions_are_the_exports_and_the_card_tells_the_results(fine_tune: C
     assert ended.status == 0
     assert_pipeline_agrees(ended.folder, make_rows(30, 2))
     found = predictions(ended.folder)
+    assert [r["row"].rpartition(", ")[2] for r in found] == [f"line {n}" for n in range(1, 31)]
     assert all(
         r["prediction"] == max(r["probabilities"], key=r["probabilities"].get) for r in found
     )
