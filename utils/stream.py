@@ -138,7 +138,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         }
 
     def count_steps(self, ranks: Ranks) -> int | None:
-        """Until num_train_epochs are spent, if there are such: a rank makes all rows of its lanes."""
+        """Until num_train_epochs are spent, if they are set: a rank makes all rows of its lanes."""
         if self.arguments.num_train_epochs is None:
             return None
         rows, batch = 0, self.arguments.global_batch_size

@@ -101,8 +101,7 @@ class Training:
     def forward(self, batch: dict[str, torch.Tensor], **flags: Any) -> Any:
         """What the objective returns when nothing is learnt; under ZeRO all ranks call it together.
 
-        Args:
-            flags: of the objective's forward.
+        `flags` are of the objective's forward.
         """
         self.objective.eval()
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
