@@ -16,7 +16,6 @@ and reads them with `parse(Arguments)`:
 """
 
 import dataclasses
-import difflib
 import itertools
 import re
 import signal
@@ -27,20 +26,25 @@ import typing
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
 import yaml
 
 from utils.program import (
+    InputError,
     alternatives,
+    assign,
     at_end,
+    declared,
     default,
     in_brief,
     launched_rank,
     leave,
     looked_for,
+    options,
     plain,
+    say,
     show,
     spell,
     usage,
@@ -48,6 +52,43 @@ from utils.program import (
 
 SILENCE = 5.0  # seconds a silent rank outlives its error: the launcher ends all with the first
 CONFIG_BYTES, CONFIG_VALUES = 2**20, 100_000  # a few lines of aliases can stand for billions
+
+# what TRL, transformers, axolotl and litgpt call it: what it is here, the first that a recipe has
+ELSEWHERE = """
+base_model model_id checkpoint_dir: model_name_or_path
+model_type: model.model_type
+train_file train_data train_sources pretraining_dataset: train_sources | train_data
+dataset datasets dataset_name data data_path: train_sources | train_data | path
+validation_file validation_sources eval_dataset val_data: validation_sources | validation_data
+test_file test_data test_sources: test_sources | test_data
+data_files file: path
+dataset_text_field text_column: text_field | train_sources.0.text_field
+val_set_size: validation_split
+resume_from_checkpoint: resume
+max_seq_length max_length: max_source_length | sequence_length | max_new_tokens
+block_size sequence_len seq_len max_seq_len model_max_length: sequence_length
+per_device_train_batch_size micro_batch_size batch_size: per_device_batch_size
+gradient_accumulation_steps: global_batch_size
+bf16: mixed_precision: bf16
+fp16: mixed_precision: fp16
+precision torch_dtype dtype: mixed_precision | dtype
+load_in_4bit: teacher.dtype: 4bit
+flash_attention use_flash_attention_2: attn_implementation: flash_attention_2
+lr: learning_rate
+num_train_epochs num_epochs epochs: num_train_epochs | train_sources.0.epochs
+gradient_clipping: max_grad_norm
+evaluation_strategy eval_strategy: eval_steps
+save_total_limit: keep_last
+log_with logger_name wandb_project: report_to
+use_peft peft_config adapter: lora
+lora_r: lora.r
+lora_alpha: lora.lora_alpha
+lora_dropout: lora.lora_dropout
+lora_target_modules: lora.target_modules
+lora_model_dir: adapter_name_or_path
+teacher_model_name_or_path: teacher.model_name_or_path
+lmbda: on_policy_share
+"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,18 +122,6 @@ class Settings:
     def fixed(self) -> dict[str, Any]:
         """By name, what must not change over the life of a run."""
         return {}
-
-
-class InputError(Exception):
-    """What the person at the terminal can mend: says what is wrong, where, and what to do.
-
-    Args:
-        one_rank: met by one process alone, which has to say it.
-    """
-
-    def __init__(self, message: str, one_rank: bool = False):
-        super().__init__(message)
-        self.one_rank = one_rank
 
 
 def command(main: Callable[[], None]) -> typing.NoReturn:
@@ -140,53 +169,52 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
     argv = sys.argv[1:] if argv is None else argv
     kinds = settings if isinstance(settings, tuple) else (settings,)
     if "--help" in argv or "-h" in argv:
-        print("\n".join(map(usage, kinds)))
+        say(usage(kinds))
         sys.exit(0)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     if argv and not argv[0].startswith("-"):
         values, places = read_yaml(argv[0])
         argv = argv[1:]
-    keys = {*values, *(key.partition(".")[0] for key, _ in _options(argv))}
+    given = options(argv)
+    keys = {*values, *(key.partition(".")[0].replace("-", "_") for key, _ in given)}
     settings = max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys()))
     mine, *rest = (kind.__dataclass_fields__.keys() for kind in (settings, *kinds))
     if foreign := sorted(keys & set().union(*rest) - mine):
         own = min(keys & mine - set.intersection(*map(set, rest)), default="its other keys")
         raise InputError(f"{foreign[0]!r} does not go with {own!r}: two kinds of runs; give one")
     defaults = {field.name: default(field) for field in dataclasses.fields(settings)}
-    for key, text in _options(argv):
+    is_printed = False
+    for typed, text in given:
+        key, hint = declared(settings, typed)
+        if text is None and hint is not None and bool not in alternatives(hint):
+            raise InputError(
+                f"--{typed} has no value: options are written --key value or --key=value"
+            )
+        value = True if text is None else _read_word(text, hint)
+        if key == "print_config":
+            is_printed = _convert(value, bool, key, {})
+            continue
         top, dot, _ = key.partition(".")
         if dot and top not in values and defaults.get(top, MISSING) is not MISSING:
             values[top] = plain(defaults[top])  # a dotted key changes a part of the default
-        _assign(values, key, _read_word(text, _hint(settings, key)))
+        assign(values, key, value)
         # what was set below this key is replaced along with it
         places = {k: v for k, v in places.items() if k != key and not k.startswith(key + ".")}
-        places[key] = f"--{key}"
+        places[key] = f"--{typed}"
     result = _build(settings, values, "", places)
     if hasattr(result, "check"):
         result.check()
+    if is_printed:
+        say(as_yaml(result).rstrip())
+        sys.exit(0)
     return result
 
 
-def write_yaml(settings: Any, path: Path) -> None:
-    """Write a settings dataclass so that `parse` reads it back equal."""
+def as_yaml(settings: Any) -> str:
+    """Of a settings dataclass; `parse` reads it back equal."""
     values = dataclasses.asdict(settings)
-    path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100))
-
-
-def _options(argv: list[str]) -> list[tuple[str, str]]:
-    pairs = []
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("--"):
-            raise InputError(f"unexpected {word!r}: options are written --key value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            value = next(words, None)
-            if value is None:
-                raise InputError(f"--{key} has no value: options are written --key value")
-        pairs.append((key, value))
-    return pairs
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def _read_word(text: str, hint: Any) -> Any:
@@ -198,40 +226,6 @@ def _read_word(text: str, hint: Any) -> Any:
         return _load(text, "", {})
     except (yaml.YAMLError, ValueError):
         return text
-
-
-def _hint(hint: Any, key: str) -> Any:
-    """The type of the setting that a dotted key names; None if there is none."""
-    for name in key.split("."):
-        for choice in alternatives(hint):
-            if dataclasses.is_dataclass(choice):
-                hint = typing.get_type_hints(choice).get(name)
-                break
-            if typing.get_origin(choice) in (list, dict):
-                hint = typing.get_args(choice)[-1]
-                break
-        else:
-            return None
-    return hint
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key inside nested dicts and lists."""
-    inside: Any = values
-    names = key.split(".")
-    for depth, name in enumerate(names):
-        here, outer = ".".join(names[: depth + 1]), ".".join(names[:depth])
-        if isinstance(inside, list):
-            if not name.isdecimal() or int(name) >= len(inside):
-                raise InputError(f"--{key}: {here} does not exist ({len(inside)} entries, from 0)")
-            name = int(name)
-        elif not isinstance(inside, dict):
-            raise InputError(f"--{key}: {outer} is not a setting that holds others")
-        if here == key:
-            inside[name] = value
-        elif isinstance(inside, dict) and inside.get(name) is None:
-            inside[name] = {}
-        inside = inside[name]
 
 
 def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -295,10 +289,16 @@ def _build(settings: type, values: Any, prefix: str, places: dict[str, str]) -> 
     hints = typing.get_type_hints(settings)
     for key in values:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)
+            answer, (name,) = "the nearest valid one is", get_close_matches(str(key), fields, 1, 0)
+            for line in ELSEWHERE.split("\n"):
+                theirs, _, ours = line.partition(": ")
+                known = [n for n in ours.split(" | ") if re.split(r"\W", n)[0] in fields]
+                if key in theirs.split() and known:
+                    answer, name = "here it is", known[0]
+                    break
             raise InputError(
                 f"{_where(f'{prefix}{key}', places)}unknown key {f'{prefix}{key}'!r}: "
-                f"the nearest valid one is {prefix + close[0]!r}"
+                f"{answer} {prefix + name!r}"
             )
     result = {}
     for name, field in fields.items():

@@ -44,7 +44,7 @@ MAX_DOMAINS = 256  # each has a count in the state of every lane
 class StreamArguments(SourceArguments):
     """How documents become an order."""
 
-    train_sources: list[Source] = field(default_factory=list)
+    train_sources: list[Source] = field(default_factory=list)  # required
     # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
     # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.
     lanes: int = 64

@@ -1,4 +1,4 @@
-"""What a launch asks for, taken or refused by name; what the processes of a run hear and agree on."""
+"""What a launch asks for, taken or refused by name; what a run's processes hear and agree on."""
 
 import json
 import math
