@@ -12,7 +12,7 @@ ends the line or stands above it:
 
 and reads them with `parse(Arguments)`:
 
-    recipe.py CONFIG.yaml --learning_rate 1e-4 --model.hidden_size 64 --train_sources.0.weight 2
+    recipe.py CONFIG.yaml --learning_rate 1e-4 --model.hidden_size 64 --sources.0.weight 2 --dry_run
 """
 
 import dataclasses
@@ -160,7 +160,7 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
 
     Values on the command line are YAML (`--sources '[{path: a.jsonl}]'`), but text as it stands
     for a field whose type is `str` or a union that begins with it (`--prompt "def "`); a dotted
-    key reaches inside (`--model.hidden_size 64`, `--sources.0.path b.jsonl`). Its
+    key reaches inside (`--model.hidden_size 64`, `--sources.0.path b.jsonl`); a key alone is true.
     `check(self)`, if there is one, raises `InputError` for what only several fields get wrong.
 
     Raises:
