@@ -193,7 +193,7 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
             )
         value = True if text is None else _read_word(text, hint)
         if key == "print_config":
-            is_printed = _convert(value, bool, key, {})
+            is_printed = _convert(value, bool, key, {key: f"--{typed}"})
             continue
         top, dot, _ = key.partition(".")
         if dot and top not in values and defaults.get(top, MISSING) is not MISSING:

@@ -24,13 +24,11 @@ from typing import Any, NamedTuple, TextIO
 LONGEST = 2000  # characters of an error
 WIDTH = 80  # of the help
 # what most configs set, in the order of what has to be decided
-USUAL = (
-    *("model_name_or_path", "tokenizer", "model", "train_sources", "train_data"),
-    *("validation_sources", "validation_data", "output_dir", "sequence_length"),
-    *("global_batch_size", "per_device_batch_size", "mixed_precision", "learning_rate"),
-    *("lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs"),
-    *("eval_steps", "save_steps", "logging_steps"),
-)
+USUAL = """
+model_name_or_path tokenizer model train_sources train_data validation_sources validation_data
+output_dir sequence_length global_batch_size per_device_batch_size mixed_precision learning_rate
+lr_scheduler_type warmup_steps max_steps num_train_epochs eval_steps save_steps logging_steps
+""".split()
 NOTE = (
     "CONFIG.yaml holds lines of 'key: value', which options override. --key alone means true. "
     "--print_config prints all settings as such a file and ends."
@@ -156,7 +154,7 @@ def usage(kinds: Sequence[type]) -> str:
             return
         heading, _, more = inspect.cleandoc(heading).partition("\n\n")
         screen.start_section(heading.removesuffix("."))
-        screen.add_text(more + note or None)
+        screen.add_text(f"{more} {note}".strip() or None)
         for name, row in rows.items():
             text = row.text.replace("%", "%%")
             screen.add_argument(argparse.Action([f"{start}{name}"], name, nargs=0, help=text))
@@ -175,8 +173,9 @@ def usage(kinds: Sequence[type]) -> str:
             screen.add_text(kind.__doc__)
         required = [name for name, row in rows.items() if row.need]
         first = {name: rows[name] for name in [*required, *USUAL] if name in rows}
-        is_one = len({row.group for row in rows.values()}) == 1  # as it is declared
-        table("Settings" if is_one else "What most runs set", rows if is_one else first)
+        if len({row.group for row in rows.values()}) == 1:
+            first = rows  # as they are declared
+        table("What most runs set" if len(first) < len(rows) else "Settings", first)
         for group in kind.__mro__:
             rest = {n: row for n, row in rows.items() if row.group is group and n not in first}
             table("Only here" if group is kind else group.__doc__, rest)
