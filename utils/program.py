@@ -28,7 +28,7 @@ USUAL = """
 model_name_or_path tokenizer model train_sources train_data validation_sources validation_data
 output_dir sequence_length global_batch_size per_device_batch_size mixed_precision learning_rate
 lr_scheduler_type warmup_steps max_steps num_train_epochs eval_steps save_steps logging_steps
-""".split()
+"""
 NOTE = (
     "CONFIG.yaml holds lines of 'key: value', which options override. --key alone means true. "
     "--print_config prints all settings as such a file and ends."
@@ -146,7 +146,10 @@ class _Row(NamedTuple):
 
 
 def usage(kinds: Sequence[type]) -> str:
-    """The `--help` text: what is required, what most runs set, the rest by what declares it."""
+    """The `--help` text: what is required, what most runs set, the rest by what declares it.
+
+    Required is what has no default, and where the comment begins with that word.
+    """
     screen = argparse.HelpFormatter(Path(sys.argv[0]).name, max_help_position=28, width=WIDTH)
 
     def table(heading: str, rows: dict[str, _Row], note: str = "", start: str = "--") -> None:
@@ -172,7 +175,7 @@ def usage(kinds: Sequence[type]) -> str:
         if rows is not common and rows:
             screen.add_text(kind.__doc__)
         required = [name for name, row in rows.items() if row.need]
-        first = {name: rows[name] for name in [*required, *USUAL] if name in rows}
+        first = {name: rows[name] for name in [*required, *USUAL.split()] if name in rows}
         if len({row.group for row in rows.values()}) == 1:
             first = rows  # as they are declared
         table("What most runs set" if len(first) < len(rows) else "Settings", first)
