@@ -32,7 +32,7 @@ def is_installed(name: str) -> bool:
 
 @dataclass
 class TrainingArguments(Settings):
-    """Settings of the training shell; named as in transformers.TrainingArguments."""
+    """How it is trained; named as in transformers.TrainingArguments."""
 
     output_dir: str = "runs/run"  # everything the run writes; started again, it continues
     resume: Literal["auto", "never"] = "auto"  # "never" refuses an output_dir with checkpoints
@@ -47,7 +47,9 @@ class TrainingArguments(Settings):
     # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_steps: int = 0
-    max_steps: int | None = None  # the run ends at the first of max_steps, max_tokens, max_hours
+    # required, or max_tokens, unless the learning rate is constant: the run ends at the first of
+    # max_steps, max_tokens, max_hours
+    max_steps: int | None = None
     max_tokens: int | None = None
     # Times that all data are seen. Of a stream without max_steps and max_tokens the steps are
     # counted first, which takes as long as tokenizing it all; `epochs` of a source comes before it
@@ -221,16 +223,17 @@ class TrainingArguments(Settings):
 
 @dataclass
 class FinetuningArguments(TrainingArguments):
-    """Settings that the fine-tuning recipes share."""
+    """What examples are read, and how often."""
 
-    train_data: list[Table] = field(default_factory=list)
+    train_data: list[Table] = field(default_factory=list)  # required
     validation_data: list[Table] = field(default_factory=list)
     test_data: list[Table] = field(default_factory=list)  # read once, at the end of the run
     # share of train_data, by the hash of each row, that is validation data where there are none
     validation_split: float | None = None
     # when the texts of held-out rows stand in train_data too: they are counted, or stop the run
     on_leaked_rows: Literal["report", "fail"] = "report"
-    num_train_epochs: float = 3.0  # unless max_steps says how long the run is
+    num_train_epochs: float = 3.0
+    max_steps: int | None = None  # null: those of num_train_epochs
     global_batch_size: int = 32  # examples a step, over all processes
     # A micro-batch holds at most this many examples of sequence_length, or more that are shorter:
     # it has per_device_batch_size x sequence_length tokens at most, padding included.

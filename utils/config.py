@@ -5,18 +5,15 @@ ends the line or stands above it:
 
     @dataclass
     class Arguments:
-        \"\"\"Pretrain a causal language model.\"\"\"
-
         output_dir: str  # where everything this run writes goes
         learning_rate: float = 3e-4  # the peak, after warmup
 
 and reads them with `parse(Arguments)`:
 
-    recipe.py CONFIG.yaml --learning_rate 1e-4 --model.hidden_size 64 --train_sources.0.weight 2
+    recipe.py CONFIG.yaml --learning_rate 1e-4 --model.hidden_size 64 --sources.0.weight 2 --dry_run
 """
 
 import dataclasses
-import difflib
 import itertools
 import re
 import signal
@@ -27,20 +24,25 @@ import typing
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
 import yaml
 
 from utils.program import (
+    InputError,
     alternatives,
+    assign,
     at_end,
+    declared,
     default,
     in_brief,
     launched_rank,
     leave,
     looked_for,
+    options,
     plain,
+    say,
     show,
     spell,
     usage,
@@ -48,6 +50,27 @@ from utils.program import (
 
 SILENCE = 5.0  # seconds a silent rank outlives its error: the launcher ends all with the first
 CONFIG_BYTES, CONFIG_VALUES = 2**20, 100_000  # a few lines of aliases can stand for billions
+
+# what TRL, transformers, axolotl and litgpt call it: what it is here, the first that a recipe has
+ELSEWHERE = """
+base_model model_id checkpoint_dir: model_name_or_path; lora_target_modules: lora.target_modules
+val_set_size: validation_split; resume_from_checkpoint: resume; model_type: model.model_type
+test_file test_data test_sources: test_sources | test_data; config_name: name | train_sources.0.name
+train_file train_data train_sources pretraining_dataset: train_sources | train_data; lora_r: lora.r
+dataset datasets dataset_name data data_path: train_sources | train_data | path
+validation_file validation_sources eval_dataset val_data: validation_sources | validation_data
+block_size sequence_len seq_len max_seq_len model_max_length: sequence_length; data_files file: path
+dataset_text_field text_column: text_field | train_sources.0.text_field; bf16: mixed_precision: bf16
+max_seq_length max_length: max_source_length | sequence_length | max_new_tokens
+per_device_train_batch_size micro_batch_size batch_size: per_device_batch_size
+precision torch_dtype dtype: mixed_precision | dtype; gradient_accumulation_steps: global_batch_size
+num_epochs epochs: num_train_epochs; use_peft peft_config adapter: lora; fp16: mixed_precision: fp16
+load_in_4bit: teacher.dtype: 4bit; gradient_clipping: max_grad_norm; lora_dropout: lora.lora_dropout
+flash_attention use_flash_attention_2: attn_implementation: flash_attention_2
+save_total_limit: keep_last; lora_alpha: lora.lora_alpha; lmbda: on_policy_share; lr: learning_rate
+evaluation_strategy eval_strategy: eval_steps; log_with logger_name wandb_project: report_to
+teacher_model_name_or_path: teacher.model_name_or_path; lora_model_dir: adapter_name_or_path
+"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,18 +104,6 @@ class Settings:
     def fixed(self) -> dict[str, Any]:
         """By name, what must not change over the life of a run."""
         return {}
-
-
-class InputError(Exception):
-    """What the person at the terminal can mend: says what is wrong, where, and what to do.
-
-    Args:
-        one_rank: met by one process alone, which has to say it.
-    """
-
-    def __init__(self, message: str, one_rank: bool = False):
-        super().__init__(message)
-        self.one_rank = one_rank
 
 
 def command(main: Callable[[], None]) -> typing.NoReturn:
@@ -131,7 +142,7 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
 
     Values on the command line are YAML (`--sources '[{path: a.jsonl}]'`), but text as it stands
     for a field whose type is `str` or a union that begins with it (`--prompt "def "`); a dotted
-    key reaches inside (`--model.hidden_size 64`, `--sources.0.path b.jsonl`). Its
+    key reaches inside (`--model.hidden_size 64`, `--sources.0.path b.jsonl`); a key alone is true.
     `check(self)`, if there is one, raises `InputError` for what only several fields get wrong.
 
     Raises:
@@ -140,54 +151,53 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
     argv = sys.argv[1:] if argv is None else argv
     kinds = settings if isinstance(settings, tuple) else (settings,)
     if "--help" in argv or "-h" in argv:
-        print("\n".join(map(usage, kinds)))
+        say(usage(kinds))
         sys.exit(0)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     if argv and not argv[0].startswith("-"):
         values, places = read_yaml(argv[0])
         argv = argv[1:]
-    keys = {*values, *(key.partition(".")[0] for key, _ in _options(argv))}
+    given = options(argv)
+    keys = {*values, *(key.partition(".")[0].replace("-", "_") for key, _ in given)}
     settings = max(kinds, key=lambda kind: len(keys & kind.__dataclass_fields__.keys()))
     mine, *rest = (kind.__dataclass_fields__.keys() for kind in (settings, *kinds))
     if foreign := sorted(keys & set().union(*rest) - mine):
         own = min(keys & mine - set.intersection(*map(set, rest)), default="its other keys")
         raise InputError(f"{foreign[0]!r} does not go with {own!r}: two kinds of runs; give one")
     defaults = {field.name: default(field) for field in dataclasses.fields(settings)}
-    for key, text in _options(argv):
+    is_printed = False
+    for typed, text in given:
+        key, hint = declared(settings, typed)
+        if text is None and hint is not None and bool not in alternatives(hint):
+            raise InputError(
+                f"--{typed} has no value: options are written --key value or --key=value"
+            )
+        value = True if text is None else _read_word(text, hint)
+        if key == "print_config":
+            is_printed = _convert(value, bool, key, {key: f"--{typed}"})
+            continue
         top, dot, _ = key.partition(".")
         if dot and top not in values and defaults.get(top, MISSING) is not MISSING:
             values[top] = plain(defaults[top])  # a dotted key changes a part of the default
-        values[top] = _spelled_out(values.get(top), _hint(settings, top))
-        _assign(values, key, _read_word(text, _hint(settings, key)))
+        values[top] = spelled_out(values.get(top), declared(settings, top)[1])
+        assign(values, key, value)
         # what was set below this key is replaced along with it
         places = {k: v for k, v in places.items() if k != key and not k.startswith(key + ".")}
-        places[key] = f"--{key}"
+        places[key] = f"--{typed}"
     result = _build(settings, values, "", places)
     if hasattr(result, "check"):
         result.check()
+    if is_printed:
+        say(as_yaml(result).rstrip())
+        sys.exit(0)
     return result
 
 
-def write_yaml(settings: Any, path: Path) -> None:
-    """Write a settings dataclass so that `parse` reads it back equal."""
+def as_yaml(settings: Any) -> str:
+    """Of a settings dataclass; `parse` reads it back equal."""
     values = dataclasses.asdict(settings)
-    path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100))
-
-
-def _options(argv: list[str]) -> list[tuple[str, str]]:
-    pairs = []
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("--"):
-            raise InputError(f"unexpected {word!r}: options are written --key value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            value = next(words, None)
-            if value is None:
-                raise InputError(f"--{key} has no value: options are written --key value")
-        pairs.append((key, value))
-    return pairs
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def _read_word(text: str, hint: Any) -> Any:
@@ -201,51 +211,17 @@ def _read_word(text: str, hint: Any) -> Any:
         return text
 
 
-def _spelled_out(value: Any, hint: Any) -> Any:
+def spelled_out(value: Any, hint: Any) -> Any:
     """A path stands for a mapping of it alone, and what should be a list for its only entry."""
-    of_list = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
-    if dataclasses.is_dataclass(of_list) and isinstance(value, str | dict):
-        value = [value]
-    if dataclasses.is_dataclass(of_list) and isinstance(value, list):
-        return [_spelled_out(entry, of_list) for entry in value]
-    if dataclasses.is_dataclass(hint) and isinstance(value, str):
-        first = dataclasses.fields(hint)[0]
-        return {first.name: value} if default(first) is MISSING else value
-    return value
-
-
-def _hint(hint: Any, key: str) -> Any:
-    """The type of the setting that a dotted key names; None if there is none."""
-    for name in key.split("."):
-        for choice in alternatives(hint):
-            if dataclasses.is_dataclass(choice):
-                hint = typing.get_type_hints(choice).get(name)
-                break
-            if typing.get_origin(choice) in (list, dict):
-                hint = typing.get_args(choice)[-1]
-                break
-        else:
-            return None
-    return hint
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key inside nested dicts and lists."""
-    inside: Any = values
-    names = key.split(".")
-    for depth, name in enumerate(names):
-        here, outer = ".".join(names[: depth + 1]), ".".join(names[:depth])
-        if isinstance(inside, list):
-            if not name.isdecimal() or int(name) >= len(inside):
-                raise InputError(f"--{key}: {here} does not exist ({len(inside)} entries, from 0)")
-            name = int(name)
-        elif not isinstance(inside, dict):
-            raise InputError(f"--{key}: {outer} is not a setting that holds others")
-        if here == key:
-            inside[name] = value
-        elif isinstance(inside, dict) and inside.get(name) is None:
-            inside[name] = {}
-        inside = inside[name]
+    inside = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+    if not dataclasses.is_dataclass(inside):
+        return value
+    if inside is not hint:
+        entries = [value] if isinstance(value, str | dict) else value
+        return [spelled_out(e, inside) for e in entries] if isinstance(entries, list) else value
+    first = dataclasses.fields(hint)[0]
+    is_path = isinstance(value, str) and default(first) is MISSING
+    return {first.name: value} if is_path else value
 
 
 def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -309,10 +285,16 @@ def _build(settings: type, values: Any, prefix: str, places: dict[str, str]) -> 
     hints = typing.get_type_hints(settings)
     for key in values:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)
+            answer, (name,) = "the nearest valid one is", get_close_matches(str(key), fields, 1, 0)
+            for line in re.split("; |\n", ELSEWHERE):
+                theirs, _, ours = line.partition(": ")
+                known = [n for n in ours.split(" | ") if re.split(r"\W", n)[0] in fields]
+                if key in theirs.split() and known:
+                    answer, name = "here it is", known[0]
+                    break
             raise InputError(
                 f"{_where(f'{prefix}{key}', places)}unknown key {f'{prefix}{key}'!r}: "
-                f"the nearest valid one is {prefix + close[0]!r}"
+                f"{answer} {prefix + name!r}"
             )
     result = {}
     for name, field in fields.items():
@@ -324,7 +306,7 @@ def _build(settings: type, values: Any, prefix: str, places: dict[str, str]) -> 
 
 
 def _convert(value: Any, hint: Any, key: str, places: dict[str, str]) -> Any:
-    value = _spelled_out(value, hint)
+    value = spelled_out(value, hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:

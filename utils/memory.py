@@ -1,6 +1,6 @@
 """What a training run will need, known from the model's config alone: nothing is loaded.
 
-`--dry_run true` prints it, and the table of ds_configs/README.md is `memory_table` of a 7B model.
+`--dry_run` prints it, and the table of ds_configs/README.md is `memory_table` of a 7B model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -180,7 +180,7 @@ def plan(
     auto_model: Any = None,
     predicted: float = 1.0,
 ) -> str:
-    """What `--dry_run true` prints: parameters, tokens, steps, FLOPs, memory by ZeRO stage.
+    """What `--dry_run` prints: parameters, tokens, steps, FLOPs, memory by ZeRO stage.
 
     Args:
         arguments: a `TrainingArguments`.

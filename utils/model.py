@@ -41,7 +41,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id"
 class ModelArguments(Settings):
     """What is trained."""
 
-    tokenizer: str | None = None  # a folder or Hub name; null: that of model_name_or_path
+    tokenizer: str | None = None  # required, unless model_name_or_path has it: a folder or Hub name
     model_name_or_path: str | None = None  # continue from these weights; null: from scratch
     # From scratch: the architecture, as transformers' config classes name its settings. The
     # vocabulary and the special tokens come from the tokenizer unless they are given.

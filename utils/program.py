@@ -1,5 +1,6 @@
-"""A recipe as a program: what it says on the screen, its `--help`, and the signals it hears."""
+"""A recipe as a program: what it says on the screen, its `--help`, and how it ends."""
 
+import argparse
 import dataclasses
 import functools
 import glob
@@ -9,22 +10,44 @@ import multiprocessing.util
 import os
 import re
 import select
-import signal
 import sys
 import threading
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 LONGEST = 2000  # characters of an error
+WIDTH = 80  # of the help
+# what most configs set, in the order of what has to be decided
+USUAL = """
+model_name_or_path tokenizer model train_sources train_data validation_sources validation_data
+output_dir sequence_length global_batch_size per_device_batch_size mixed_precision learning_rate
+lr_scheduler_type warmup_steps max_steps num_train_epochs eval_steps save_steps logging_steps
+"""
+NOTE = (
+    "CONFIG.yaml holds lines of 'key: value', which options override. --key alone means true. "
+    "--print_config prints all settings as such a file and ends."
+)
 PATIENCE = 5  # seconds that a run is silent at most
 # what moves a terminal's cursor, turns the direction of writing, or is no character at all
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class InputError(Exception):
+    """What the person at the terminal can mend: says what is wrong, where, and what to do.
+
+    Args:
+        one_rank: met by one process alone, which has to say it.
+    """
+
+    def __init__(self, message: str, one_rank: bool = False):
+        super().__init__(message)
+        self.one_rank = one_rank
 
 
 def printable(text: Any) -> str:
@@ -116,29 +139,87 @@ def looked_for(path: str) -> str:
     return f"; looked for from {here}"
 
 
-def usage(settings: type) -> str:
-    """The `--help` text: the dataclass's docstring and each field with type, default and help."""
-    lines = [inspect.cleandoc(settings.__doc__ or ""), "", "usage: [CONFIG.yaml] [--key value …]"]
-    return "\n".join([*lines, *_field_lines(settings, "--")])
+class _Row(NamedTuple):
+    text: str
+    group: type  # the class that declares it first
+    need: str  # how it is named among what is required; empty: it is not
 
 
-def _field_lines(settings: type, prefix: str) -> list[str]:
-    lines = []
-    help_texts = _help_texts(settings)
-    hints = typing.get_type_hints(settings)
+def usage(kinds: Sequence[type]) -> str:
+    """The `--help` text: what is required, what most runs set, the rest by what declares it.
+
+    Required is what has no default, and where the comment begins with that word.
+    """
+    screen = argparse.HelpFormatter(Path(sys.argv[0]).name, max_help_position=28, width=WIDTH)
+
+    def table(heading: str, rows: dict[str, _Row], note: str = "", start: str = "--") -> None:
+        if not rows:
+            return
+        heading, _, more = inspect.cleandoc(heading).partition("\n\n")
+        screen.start_section(heading.removesuffix("."))
+        screen.add_text(f"{more} {note}".strip() or None)
+        for name, row in rows.items():
+            text = row.text.replace("%", "%%")
+            screen.add_argument(argparse.Action([f"{start}{name}"], name, nargs=0, help=text))
+        screen.end_section()
+
+    tables = [_rows(kind) for kind in kinds]
+    screen.add_usage("%(prog)s [CONFIG.yaml] [--key value …]", [], [])
+    for kind, rows in zip(kinds, tables, strict=True):
+        needs = "; ".join(row.need for row in rows.values() if row.need)
+        screen.add_text(f"{kind.__doc__} Required: {needs or 'nothing'}.")
+    screen.add_text(NOTE)
+    common = {n: row for n, row in tables[0].items() if all(t.get(n) == row for t in tables)}
+    own = [{n: row for n, row in table.items() if n not in common} for table in tables]
+    for kind, rows in zip([kinds[0], *kinds], [common, *own], strict=True):
+        if rows is not common and rows:
+            screen.add_text(kind.__doc__)
+        required = [name for name, row in rows.items() if row.need]
+        first = {name: rows[name] for name in [*required, *USUAL.split()] if name in rows}
+        if len({row.group for row in rows.values()}) == 1:
+            first = rows  # as they are declared
+        table("What most runs set" if len(first) < len(rows) else "Settings", first)
+        for group in kind.__mro__:
+            rest = {n: row for n, row in rows.items() if row.group is group and n not in first}
+            table("Only here" if group is kind else group.__doc__, rest)
+    for part, (place, *others) in _parts([(kind, "") for kind in kinds]).items():
+        note = f"{part.__doc__} Set by --{place}.KEY value"
+        note += f"; the same in {', '.join(others)}." if others else "."
+        table(part.__name__, _rows(part), note, start=".")
+    return screen.format_help()
+
+
+def _rows(settings: type) -> dict[str, _Row]:
+    rows = {}
+    hints, texts = typing.get_type_hints(settings), _help_texts(settings)
+    bases = [base for base in reversed(settings.__mro__) if dataclasses.is_dataclass(base)]
     for field in dataclasses.fields(settings):
-        hint, key = hints[field.name], f"{prefix}{field.name}"
-        value = default(field)
-        shown = "required" if value is MISSING else json.dumps(plain(value))
-        lines.append(f"  {key}  {spell(hint)}, {shown}")
-        if help_texts.get(field.name):
-            lines.append(f"      {help_texts[field.name]}")
-        for choice in alternatives(hint):
-            index = "0." if typing.get_origin(choice) is list else ""
-            inner = typing.get_args(choice)[0] if index else choice
-            if dataclasses.is_dataclass(inner):
-                lines += _field_lines(inner, f"{key}.{index}")
-    return lines
+        name, value, text = field.name, default(field), texts[field.name]
+        facts, need = spell(hints[name]), ""
+        if value is MISSING and not text.startswith("required"):
+            text = f"required: {text}" if text else "required"
+        if text.startswith("required"):
+            need = name + text.partition(":")[0].removeprefix("required")
+        else:
+            facts += f", default {json.dumps(plain(value))}"
+        group = next(b for b in bases if name in {f.name for f in dataclasses.fields(b)})
+        rows[name] = _Row(f"{text} ({facts})", group, need)
+    return rows
+
+
+def _parts(todo: list[tuple[type, str]]) -> dict[type, dict[str, None]]:
+    """Of (settings, prefix) the dataclasses inside, and where they stand; of lists the first."""
+    found: dict[type, dict[str, None]] = {}
+    for settings, prefix in todo:
+        for name, hint in typing.get_type_hints(settings).items():
+            for choice in alternatives(hint):
+                is_list = typing.get_origin(choice) is list
+                part = typing.get_args(choice)[0] if is_list else choice
+                if dataclasses.is_dataclass(part):
+                    place = f"{prefix}{name}{'.0' if is_list else ''}"
+                    found.setdefault(part, {})[place] = None
+                    todo.append((part, f"{place}."))
+    return found
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -187,13 +268,67 @@ def _help_texts(settings: type) -> dict[str, str]:
                 above.append(comment.strip())
                 continue
             if name in base.__annotations__:
-                texts[name] = " ".join([*above, comment.strip()]).strip()
+                own = " ".join([*above, comment.strip()]).strip()
+                texts[name] = own or texts.get(name, "")
             above = []
     return texts
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-ONE_WISH = 0.5  # seconds: `timeout -s INT` sends two signals, and means one
+def options(argv: list[str]) -> list[tuple[str, str | None]]:
+    """(key, value) of each `--key value` and `--key=value`; None: `--key` stands alone.
+
+    Raises:
+        InputError: a word that belongs to no key.
+    """
+    pairs: list[tuple[str, str | None]] = []
+    for word in argv:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            pairs.append((key, value if equals else None))
+        elif pairs and pairs[-1][1] is None:
+            pairs[-1] = (pairs[-1][0], word)
+        else:
+            raise InputError(f"unexpected {word!r}: options are written --key value")
+    return pairs
+
+
+def declared(settings: type, key: str) -> tuple[str, Any]:
+    """A dotted key with _ where - was typed, and the type of its setting; None if there is none."""
+    hint, names = settings, []
+    for name in key.split("."):
+        word = name.replace("-", "_")
+        for choice in alternatives(hint):
+            if dataclasses.is_dataclass(choice):
+                is_field = word in {field.name for field in dataclasses.fields(choice)}
+                name, hint = word, typing.get_type_hints(choice)[word] if is_field else None
+                break
+            if typing.get_origin(choice) in (list, dict):
+                hint = typing.get_args(choice)[-1]
+                name = word if hint is Any else name  # labels are data: as they are
+                break
+        else:
+            name, hint = (word, Any) if hint is Any else (name, None)
+        names.append(name)
+    return ".".join(names), hint
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key inside nested dicts and lists."""
+    inside: Any = values
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        here, outer = ".".join(names[: depth + 1]), ".".join(names[:depth])
+        if isinstance(inside, list):
+            if not name.isdecimal() or int(name) >= len(inside):
+                raise InputError(f"--{key}: {here} does not exist ({len(inside)} entries, from 0)")
+            name = int(name)
+        elif not isinstance(inside, dict):
+            raise InputError(f"--{key}: {outer} is not a setting that holds others")
+        if here == key:
+            inside[name] = value
+        elif isinstance(inside, dict) and inside.get(name) is None:
+            inside[name] = {}
+        inside = inside[name]
 
 
 class _AtEnd(ExitStack, ContextDecorator):
@@ -211,73 +346,3 @@ def leave(status: int) -> typing.NoReturn:
         worker.kill()
     multiprocessing.util._run_finalizers(0)  # else it is said of their semaphores that they leak
     os._exit(status)
-
-
-class StopSignals:
-    """What asks a run to stop, until `main` ends or `close` is called; none in a thread of its own.
-
-    A signal is answered at once, whatever the main thread waits for. A SIGINT after another ends
-    the process, with status 130; so does a SIGTERM after it from torchelastic, which makes that of
-    a second Ctrl-C. Where `main` is a part of another program, it raises KeyboardInterrupt.
-
-    `first` is the number of the first one, or 0; `answer` says what the run does about it.
-    """
-
-    def __init__(self):
-        self.first, self.time = 0, 0.0
-        self.answer = "stopping after this step, with a checkpoint"
-        taken = at_end.enter_context(ExitStack())
-        self.close, is_program = taken.close, at_end.is_program
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if is_program:
-            reader, writer = os.pipe()
-            os.set_blocking(writer, False)
-            thread = threading.Thread(target=self._watch, args=[reader], daemon=True)
-            thread.start()
-            taken.callback(thread.join)
-            taken.callback(os.close, writer)
-            taken.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer))
-        for number in STOP_SIGNALS:
-            handler = signal.getsignal(number)
-            if handler is None or (number == signal.SIGHUP and handler == signal.SIG_IGN):
-                continue  # it is not Python's, and could not be given back; nohup
-            signal.signal(number, self._keep if is_program else self._note)
-            taken.callback(signal.signal, number, handler)
-
-    def conclude(self, what: str) -> None:
-        """Say what the run does at its end, where it ends by itself, whatever it is told."""
-        self.answer = f"{what}, then the run ends"
-        say(what)
-
-    def _keep(self, number: int, frame: Any) -> None:
-        self.first = self.first or number
-
-    def _watch(self, reader: int) -> None:
-        """Note what a handler would note when the main thread runs Python again."""
-        with open(reader, "rb", buffering=0) as signals:
-            while number := signals.read(1):
-                if number[0] in STOP_SIGNALS:
-                    self._note(number[0])
-
-    def _note(self, number: int, frame: Any = None) -> None:
-        name = signal.Signals(number).name
-        if not self.time:
-            self.first, self.time = number, time.monotonic()
-            again = "a second Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
-            return _say_at_once(f"{name}: {self.answer}; {again} ends at once")
-        is_of_elastic = "TORCHELASTIC_RUN_ID" in os.environ and self.first == signal.SIGINT
-        is_wish = number == signal.SIGINT or (number == signal.SIGTERM and is_of_elastic)
-        if is_wish and time.monotonic() > self.time + ONE_WISH:
-            if not at_end.is_program:
-                raise KeyboardInterrupt
-            first = signal.Signals(self.first).name
-            _say_at_once(f"{first}, then {name}: ended at once; the last checkpoint stands")
-            leave(130)
-
-
-def _say_at_once(text: str) -> None:
-    """Where a `print` may be under way, or would wait."""
-    with suppress(OSError):
-        if launched_rank() == 0 and select.select([], [1], [], 0)[1]:
-            os.write(1, f"{text}\n".encode())

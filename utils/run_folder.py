@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils import checkpoint
-from utils.config import InputError, at_end, write_yaml
+from utils.config import InputError, as_yaml, at_end
 from utils.files import written_aside
 from utils.integrity import Lock, changed_files
 from utils.program import launched_rank, say, warn
@@ -145,7 +145,7 @@ class RunFolder:
         """Write the settings, and cut the metrics back to what the checkpoint has seen of them."""
         self.check()
         with written_aside(self.path / "config.yaml") as file:
-            write_yaml(settings, file)
+            file.write_text(as_yaml(settings))
         (self.path / "finished.json").unlink(missing_ok=True)
         with self.metrics.open("ab") as file:
             file.truncate(min(metrics_size, file.tell()))

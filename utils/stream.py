@@ -32,7 +32,7 @@ from utils.sources import Source, SourceArguments
 class StreamArguments(SourceArguments):
     """How documents become an order."""
 
-    train_sources: list[Source] = field(default_factory=list)
+    train_sources: list[Source] = field(default_factory=list)  # required
     # Independent streams that the corpus is dealt to. Divides global_batch_size and is a multiple
     # of the number of processes: 64 serves 1 to 64 GPUs by powers of two; 192 also 24, 48 and 96.
     # Null: as many as divide global_batch_size, up to 64 and to a quarter of the documents

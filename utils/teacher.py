@@ -44,7 +44,8 @@ class Teacher:
 class DistillationArguments(ModelArguments):
     """A smaller student learns from a teacher."""
 
-    teacher: Teacher = field(default_factory=Teacher)
+    tokenizer: str | None = None  # null: that of model_name_or_path, or else of the teacher
+    teacher: Teacher = field(default_factory=Teacher)  # required
     # The student: a smaller checkpoint (model_name_or_path), an architecture from scratch (model),
     # or these layers of the teacher, counted from 0, and of its MLPs so many neurons, those of the
     # largest weights.

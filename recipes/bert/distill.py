@@ -12,7 +12,7 @@ process, eight GPUs, several nodes:
     sbatch accelerate_configs/slurm_multi_node.sh \\
         recipes/bert/distill.py recipes/bert/configs/distill_minilm6_slimpajama.yaml
 
-The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+The same command continues a run that was stopped; `--dry_run` prints the plan instead.
 """
 
 import signal

@@ -11,7 +11,7 @@ sentence-order prediction) or RoBERTa (MLM alone), on one process, eight GPUs, s
     sbatch accelerate_configs/slurm_multi_node.sh \\
         recipes/bert/pretrain.py recipes/bert/configs/pretrain_large_slimpajama.yaml
 
-The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+The same command continues a run that was stopped; `--dry_run` prints the plan instead.
 """
 
 import signal

@@ -121,6 +121,6 @@ def count_rows(path: Path) -> int:
 def _damaged(path: Path, one_rank: bool = False) -> InputError:
     return InputError(
         f"teacher_cache: {path} is cut short or damaged: remove it and write it again with "
-        "--write_teacher_cache true",
+        "--write_teacher_cache",
         one_rank,
     )

@@ -45,7 +45,7 @@ class ConversationCache:
             raise InputError(
                 f"teacher_cache: {self.folder} is cut short: it lacks {missing:,} of "
                 f"{len(self.examples):,} conversations: write the rest with "
-                "--write_teacher_cache true"
+                "--write_teacher_cache"
             )
 
     def collate(self, rows: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ CPU process, two, eight GPUs:
         recipes/causal_lm/distill.py recipes/causal_lm/configs/distill_7b_conversations.yaml
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 \\
         recipes/causal_lm/distill.py recipes/causal_lm/configs/distill_8b_slimpajama.yaml \\
-        --teacher_cache runs/causal_lm/teacher_cache --write_teacher_cache true
+        --teacher_cache runs/causal_lm/teacher_cache --write_teacher_cache
 
 The same command continues a run, or a cache, that was stopped.
 """

@@ -10,7 +10,7 @@ One CPU process, two, one GPU with LoRA or QLoRA, eight GPUs with ZeRO-3:
     accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 8 \\
         recipes/causal_lm/finetune.py recipes/causal_lm/configs/finetune_7b_full.yaml
 
-The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+The same command continues a run that was stopped; `--dry_run` prints the plan instead.
 """
 
 import signal

@@ -14,7 +14,7 @@ from utils.model import empty_model
 
 
 def finetuning_plan(config: Any, arguments: Any) -> str:
-    """What `--dry_run true` prints: parameters, and memory by ZeRO stage and number of GPUs."""
+    """What `--dry_run` prints: parameters, and memory by ZeRO stage and number of GPUs."""
     a, parts = arguments, parameter_parts(config, arguments)
     total, tokens = parts["trained"] + parts["frozen"], a.per_device_batch_size * a.sequence_length
     lines = [

@@ -53,7 +53,8 @@ class Arguments:
     model_name_or_path: str
     # a smaller model that drafts what this one verifies: the same text, sooner
     assistant_model_name_or_path: str | None = None
-    prompt: str | list[str] | None = None  # a text to continue; in a YAML file also a list of them
+    # required, or prompt_file: a text to continue; in a YAML file also a list of them
+    prompt: str | list[str] | None = None
     prompt_file: str | None = None  # a prompt a line; .jsonl: an object with a "prompt" a line
     output_file: str | None = None  # JSON lines of "prompt" and "text"; null: only printed
     max_new_tokens: int = 64

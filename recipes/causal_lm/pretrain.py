@@ -12,7 +12,7 @@ One CPU process, two, one GPU, eight GPUs with ZeRO-2, several nodes with ZeRO-3
     sbatch accelerate_configs/slurm_multi_node.sh \\
         recipes/causal_lm/pretrain.py recipes/causal_lm/configs/pretrain_7b_slimpajama.yaml
 
-The same command continues a run that was stopped; `--dry_run true` prints the plan instead.
+The same command continues a run that was stopped; `--dry_run` prints the plan instead.
 """
 
 import signal

@@ -48,7 +48,7 @@ class StreamCache:
                 if held < self.wanted:
                     raise InputError(
                         f"teacher_cache: {self.folder} is cut short: lane {lane} has {held:,} rows "
-                        f"of {self.wanted:,}: write the rest with --write_teacher_cache true"
+                        f"of {self.wanted:,}: write the rest with --write_teacher_cache"
                     )
 
     def rows(self, lane: int, state: dict[str, Any] | None) -> Iterator[Row]:

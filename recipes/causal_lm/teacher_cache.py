@@ -97,7 +97,7 @@ def check_cache(cache: Cache, arguments: Any) -> None:
     if was is None:
         raise InputError(
             f"teacher_cache: there is none in {folder}: write it with the same settings and "
-            "--write_teacher_cache true"
+            "--write_teacher_cache"
         )
     _check_same(folder, was, fingerprint(arguments, cache))
     cache.check_complete()

@@ -70,7 +70,7 @@ print(tokenizer.decode(written, skip_special_tokens=True).strip())
 class GenerationArguments(Settings):
     """How texts are generated; named as in transformers.GenerationConfig.
 
-    null: as the given model's own generation_config has it, or else as the comment says.
+    null: as the given model's own generation_config has it, or else as stands beside it.
     """
 
     num_beams: int | None = None  # 1: always the likeliest token (greedy)

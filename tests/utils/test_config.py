@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from utils import sources
-from utils.config import InputError, looked_for, parse, read_yaml, write_yaml
+from utils.config import InputError, as_yaml, looked_for, parse, read_yaml
 from utils.sources import find_files
 from utils.tables import Table, read_table
 
@@ -22,12 +22,16 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Source:
+    """One entry of the mixture."""
+
     path: str  # a file of JSON lines
     weight: float = 1.0  # its share of the tokens
 
 
 @dataclass
 class Optimizer:
+    """How weights move."""
+
     name: Literal["adamw", "sgd"] = "adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.1  # not on norms and biases
@@ -174,6 +178,41 @@ def test_text_on_the_command_line_stands_as_it_is(text):
 
 
 @dataclass
+class Evaluated:
+    whole_words: bool = False
+
+
+@dataclass
+class Flags:
+    quiet: bool = False
+    loud: bool | None = None
+    max_steps: int = 20
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    inner: list[Evaluated] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, float] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--quiet"], Flags(quiet=True)),
+        (["--quiet", "--loud"], Flags(quiet=True, loud=True)),
+        (["--quiet", "--max_steps", "3", "--loud"], Flags(True, True, 3)),
+        (["--quiet", "--quiet=false", "--loud=true"], Flags(loud=True)),
+        (["--quiet", "false", "--loud", "null"], Flags()),
+        (["--inner", "[{}]", "--inner.0.whole-words"], Flags(inner=[Evaluated(True)])),
+        (["--max-steps", "3"], Flags(max_steps=3)),
+        (["--optimizer.weight-decay", "1"], Flags(optimizer=Optimizer(weight_decay=1.0))),
+        (["--model.a-b", "8", "--model.c-d.e-f=9"], Flags(model={"a_b": 8, "c_d": {"e_f": 9}})),
+        (["--labels.not-toxic", "2"], Flags(labels={"not-toxic": 2.0})),  # a name of the data
+    ],
+)
+def test_flags_alone_are_true_and_dashes_stand_for_underscores(words, expected):
+    assert parse(Flags, words) == expected
+
+
+@dataclass
 class Evaluation:
     output_dir: str
     split: str = "test"
@@ -249,7 +288,7 @@ def test_anchors_and_merge_keys(config):
 @pytest.mark.parametrize(
     "text", ["1e5", "12e4567", "no", "null", "~", "2024-01-31", "0123", "a: b"]
 )
-def test_write_yaml_is_read_back_equal(tmp_path, text):
+def test_what_as_yaml_writes_is_read_back_equal(tmp_path, text):
     args = Arguments(
         output_dir=text,
         learning_rate=1e-5,
@@ -261,7 +300,7 @@ def test_write_yaml_is_read_back_equal(tmp_path, text):
         model={"eps": 1e-5, "name": text, "none": None, "flag": True, "long": "word " * 50},
     )
     path = tmp_path / "config.yaml"
-    write_yaml(args, path)
+    path.write_text(as_yaml(args))
     assert parse(Arguments, [str(path)]) == args
     # any other YAML reader gets the same
     assert yaml.safe_load(path.read_text()) == asdict(args)
@@ -346,21 +385,32 @@ def test_a_wrong_line_of_the_file_is_named(config, text, expected):
     assert message(Arguments, config(f"output_dir: out\n{text}\n")) == expected
 
 
+NO_VALUE = "{} has no value: options are written --key value or --key=value"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ([], "output_dir is missing: it has no default"),
         (
-            ["--learning-rate", "1"],
-            "--learning-rate: unknown key 'learning-rate': the nearest valid one is "
-            "'learning_rate'",
+            ["--learning-rat", "1"],
+            "--learning-rat: unknown key 'learning_rat': the nearest valid one is 'learning_rate'",
         ),
         (
             ["--optimizer.nam", "sgd"],
             "--optimizer.nam: unknown key 'optimizer.nam': the nearest valid one is "
             "'optimizer.name'",
         ),
-        (["--max_steps"], "--max_steps has no value: options are written --key value"),
+        (["--max_steps"], NO_VALUE.format("--max_steps")),
+        (["--max_steps", "--bf16"], NO_VALUE.format("--max_steps")),
+        (["--output-dir", "--bf16", "true"], NO_VALUE.format("--output-dir")),
+        (["--model.tie_word_embeddings"], NO_VALUE.format("--model.tie_word_embeddings")),
+        (["--bf17"], "--bf17: unknown key 'bf17': the nearest valid one is 'bf16'"),
+        (["--bf16", "a.yaml"], "--bf16: bf16 must be true or false, not 'a.yaml'"),
+        (
+            ["--print_config", "a.yaml"],
+            "--print_config: print_config must be true or false, not 'a.yaml'",
+        ),
         (["--max_steps", "1", "2"], "unexpected '2': options are written --key value"),
         (["-x", "2"], "unexpected '-x': options are written --key value"),
         (["--max_steps", "x"], "--max_steps: max_steps must be a whole number, not 'x'"),
@@ -431,48 +481,87 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch, name, content, expec
 # what the program does
 
 HELP = """\
-Train a model.
+usage: recipe.py [CONFIG.yaml] [--key value …]
 
-The text after the first line is shown as well.
+Train a model. The text after the first line is shown as well. Required:
+output_dir.
 
-usage: [CONFIG.yaml] [--key value …]
-  --output_dir  text, required
-      where everything goes
-  --max_steps  a whole number, 20
-      optimizer steps
-  --learning_rate  a number, 0.0003
-      the peak, after warmup
-  --bf16  true or false, false
-  --mixed_precision  "no" or "bf16", "no"
-  --resume  "auto" or "never", "auto"
-      Continue from the newest checkpoint, or refuse a folder that has one.
-  --revision  text or null, null
-  --max_tokens  a whole number or null, null
-      null: no limit
-  --seed  text or a whole number, 0
-  --prompt  text or a list of text or null, null
-  --optimizer  Optimizer, {"name": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.2}
-  --optimizer.name  "adamw" or "sgd", "adamw"
-  --optimizer.betas  a list of a number, [0.9, 0.95]
-  --optimizer.weight_decay  a number, 0.1
-      not on norms and biases
-  --sources  a list of Source, []
-      what is read
-  --sources.0.path  text, required
-      a file of JSON lines
-  --sources.0.weight  a number, 1.0
-      its share of the tokens
-  --model  a mapping, {"hidden_size": 64, "layers": 2}
-  --averages  a mapping, {}
+CONFIG.yaml holds lines of 'key: value', which options override. --key alone
+means true. --print_config prints all settings as such a file and ends.
+
+Settings:
+  --output_dir       required: where everything goes (text)
+  --max_steps        optimizer steps (a whole number, default 20)
+  --learning_rate    the peak, after warmup (a number, default 0.0003)
+  --bf16             (true or false, default false)
+  --mixed_precision  ("no" or "bf16", default "no")
+  --resume           Continue from the newest checkpoint, or refuse a folder
+                     that has one. ("auto" or "never", default "auto")
+  --revision         (text or null, default null)
+  --max_tokens       null: no limit (a whole number or null, default null)
+  --seed             (text or a whole number, default 0)
+  --prompt           (text or a list of text or null, default null)
+  --optimizer        (Optimizer, default {"name": "adamw", "betas": [0.9, 0.95],
+                     "weight_decay": 0.2})
+  --sources          what is read (a list of Source, default [])
+  --model            (a mapping, default {"hidden_size": 64, "layers": 2})
+  --averages         (a mapping, default {})
+
+Optimizer:
+  How weights move. Set by --optimizer.KEY value.
+
+  .name              ("adamw" or "sgd", default "adamw")
+  .betas             (a list of a number, default [0.9, 0.95])
+  .weight_decay      not on norms and biases (a number, default 0.1)
+
+Source:
+  One entry of the mixture. Set by --sources.0.KEY value.
+
+  .path              required: a file of JSON lines (text)
+  .weight            its share of the tokens (a number, default 1.0)
+
 """
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["no.yaml", "--max_steps", "x", "--help"]])
-def test_help_lists_each_field_with_its_comment(capsys, words):
+def test_help_lists_each_field_with_its_comment(capsys, monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["recipes/some/recipe.py", *words])
     with pytest.raises(SystemExit) as end:
         read(*words)
     assert end.value.code == 0
     assert capsys.readouterr().out == HELP
+
+
+def printed(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        read(*words)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_settings_are_printed_as_a_config_that_is_read_back(config, capsys):
+    name = config("output_dir: out\nmax_steps: 30\nrevision: 'null'\nsources: [{path: a b}]\n")
+    words = [name, "--learning_rate", "1e-5", "--model.layers", "3", "--prompt=--a\nb"]
+    text = printed(capsys, *words, "--print_config")
+    Path("printed.yaml").write_text(text)
+    assert read("printed.yaml") == read(*words)
+    assert text == as_yaml(read(*words))
+    assert printed(capsys, name, "--print-config", "true") == as_yaml(read(name))
+    assert read(name, "--print_config", "false").max_steps == 30
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("option", ["--help", "--print_config"])
+def test_one_rank_prints(capsys, monkeypatch, rank, option):
+    monkeypatch.setenv("RANK", rank)
+    assert bool(printed(capsys, "--output_dir", "out", option)) == (rank == "0")
+
+
+def test_settings_are_printed_after_their_checks(capsys):
+    both = ["--bf16", "--mixed_precision", "bf16"]
+    expected = "bf16 and mixed_precision say the same: keep one of them"
+    assert message(Arguments, "--output_dir", "out", "--print_config", *both) == expected
+    assert capsys.readouterr().out == ""
 
 
 PROGRAM = """

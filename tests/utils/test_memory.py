@@ -233,7 +233,7 @@ def test_memory_table_of_a_small_model_is_in_mebibytes():
 
 
 def test_the_table_of_the_readme_is_what_the_dry_run_prints(tmp_path):
-    arguments = "recipes/causal_lm/configs/pretrain_7b_slimpajama.yaml --dry_run true"
+    arguments = "recipes/causal_lm/configs/pretrain_7b_slimpajama.yaml --dry_run"
     readme = (ROOT / "ds_configs/README.md").read_text()
     assert f"python {CAUSAL_LM} {arguments}\n" in readme
     table = memory_table({"trained": SEVEN_BILLION}, "bf16")

@@ -16,8 +16,7 @@ from launching import CAUSAL_LM, ROOT, Launch, checkpoints, metrics, tiny_run
 from recipes.causal_lm import pretrain as causal_lm
 from utils import report
 from utils.config import InputError, at_end
-from utils.program import ONE_WISH
-from utils.ranks import Ranks
+from utils.ranks import ONE_WISH, Ranks
 
 SCRIPTS = [
     str(path.relative_to(ROOT))
