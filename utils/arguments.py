@@ -47,8 +47,8 @@ class TrainingArguments(Settings):
     # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_steps: int = 0
-    # required, or max_tokens, unless the learning rate is constant: the run ends at the first of
-    # max_steps, max_tokens, max_hours
+    # required, or max_tokens or num_train_epochs, unless the learning rate is constant: the run
+    # ends at the first of max_steps, max_tokens, max_hours
     max_steps: int | None = None
     max_tokens: int | None = None
     # Times that all data are seen. Of a stream without max_steps and max_tokens the steps are

@@ -183,7 +183,8 @@ def usage(kinds: Sequence[type]) -> str:
             rest = {n: row for n, row in rows.items() if row.group is group and n not in first}
             table("Only here" if group is kind else group.__doc__, rest)
     for part, (place, *others) in _parts([(kind, "") for kind in kinds]).items():
-        note = f"{part.__doc__} Set by --{place}.KEY value"
+        how = "Changed" if place.endswith(".0") else "Set"  # there is no first entry to begin with
+        note = f"{part.__doc__} {how} by --{place}.KEY value"
         note += f"; the same in {', '.join(others)}." if others else "."
         table(part.__name__, _rows(part), note, start=".")
     return screen.format_help()

@@ -515,7 +515,7 @@ Optimizer:
   .weight_decay      not on norms and biases (a number, default 0.1)
 
 Source:
-  One entry of the mixture. Set by --sources.0.KEY value.
+  One entry of the mixture. Changed by --sources.0.KEY value.
 
   .path              required: a file of JSON lines (text)
   .weight            its share of the tokens (a number, default 1.0)
