@@ -42,7 +42,8 @@ class TrainingArguments(Settings):
     global_batch_size: int = 64  # sequences a step, over all processes
     per_device_batch_size: int = 8  # sequences a micro-batch; accumulation makes up the rest
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    learning_rate: float = 3e-4  # the peak
+    # the peak; null: 3e-4 on raw text, to fine-tune 2e-5, or of an adapter alone 2e-4
+    learning_rate: float | None = None
     lr_scheduler_type: SchedulerType = "cosine"
     # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +80,12 @@ class TrainingArguments(Settings):
     report_to: list[str] | str = field(
         default_factory=lambda: ["tensorboard"] if is_installed("tensorboard") else "none"
     )
+    project: str = "huggingface"  # of trackers but TensorBoard, which shows folders
+    run_name: str | None = None  # to the same trackers; null: output_dir
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = self.usual_learning_rate
 
     def check(self) -> None:
         for name, hint in get_type_hints(TrainingArguments).items():
@@ -169,6 +176,16 @@ class TrainingArguments(Settings):
         return names
 
     @property
+    def usual_learning_rate(self) -> float:
+        return 3e-4
+
+    def learning_rate_note(self) -> str:
+        """A line, of one that is more than 30 times the usual, or less by as much."""
+        ratio = self.learning_rate / self.usual_learning_rate
+        usual = f"the {self.usual_learning_rate:g} that is usual for such a run"
+        return "" if 1 / 30 <= ratio <= 30 else f"learning_rate: {ratio:.3g} times {usual}"
+
+    @property
     def eval_metric(self) -> str:
         """metric_for_best_model as evaluations name it."""
         return f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
@@ -226,7 +243,6 @@ class FinetuningArguments(TrainingArguments):
     # it has per_device_batch_size x sequence_length tokens at most, padding included.
     per_device_batch_size: int = 8
     sequence_length: int = 512  # tokens of an example, at most
-    learning_rate: float = 2e-5
     lr_scheduler_type: SchedulerType = "linear"
     warmup_ratio: float = 0.0  # of the run's steps, where warmup_steps is 0
     weight_decay: float = 0.01  # L2, decoupled: of matrices, not of norms and biases
@@ -260,6 +276,10 @@ class FinetuningArguments(TrainingArguments):
         if not self.has_validation and self.early_stopping_patience is not None:
             raise InputError("early_stopping_patience: give validation_data to stop by")
         super().check()
+
+    @property
+    def usual_learning_rate(self) -> float:
+        return 2e-4 if getattr(self, "has_adapter", False) else 2e-5
 
     @property
     def has_validation(self) -> bool:

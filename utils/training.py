@@ -41,13 +41,11 @@ class Training:
     """
 
     def __init__(self, arguments: TrainingArguments, folder: RunFolder):
-        self.arguments, self.folder = arguments, folder
-        self.ranks = Ranks()
-        self.accelerator = start_processes(arguments, folder.path)
+        self.arguments, self.folder, self.ranks = arguments, folder, Ranks()
+        self.accelerator = start_processes(arguments)
         self.ranks.join(self.accelerator.process_index, self.accelerator.num_processes)
-        self.is_main = self.ranks.is_main
+        self.is_main, self.state = self.ranks.is_main, RunState()
         self.folder.check(self.ranks)
-        self.state = RunState()
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
         self.failure: BaseException | None = None  # met by this rank alone
@@ -219,7 +217,7 @@ class Training:
         with self.ranks.together():
             if self.is_main:
                 self.folder.begin(a, state.metrics_size)
-            self.progress = Progress(self.accelerator, a.total_steps, state, self.flops_per_token)
+            self.progress = Progress(self.accelerator, a, state, self.flops_per_token)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""
