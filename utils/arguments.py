@@ -1,9 +1,13 @@
 """Settings that training scripts share; named as in transformers.TrainingArguments."""
 
+import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
@@ -28,6 +32,12 @@ SchedulerType = Literal[
 def is_installed(name: str) -> bool:
     found = find_spec(name)
     return found is not None and found.origin is not None  # a mere folder wandb/ is no package
+
+
+def _languages() -> set[str]:
+    """What may stand in a card: codes of ISO 639, which datasets brings, and two words."""
+    file = Path(find_spec("datasets").origin).parent / "utils/resources/languages.json"
+    return {"multilingual", *json.loads(file.read_text(encoding="utf-8"))}
 
 
 @dataclass
@@ -82,6 +92,12 @@ class TrainingArguments(Settings):
     )
     project: str = "huggingface"  # of trackers but TensorBoard, which shows folders
     run_name: str | None = None  # to the same trackers; null: output_dir
+    push_to_hub: bool = False  # upload model/, with card and plots, at the end of the run
+    hub_model_id: str | None = None  # user/name, or a name of one's own; null: that of output_dir
+    hub_private_repo: bool | None = None  # where it is made; null: as its owner has it by default
+    license: str | None = None  # of the card, as the Hub spells it: apache-2.0, llama3.1, other
+    language: list[str] | str = field(default_factory=list)  # of the card: en, or [en, de, code]
+    tags: list[str] = field(default_factory=list)  # of the card
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
@@ -103,6 +119,7 @@ class TrainingArguments(Settings):
                 "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
             )
         _ = self.trackers
+        self._check_card()
         check_launch(self)
         self.check_batch(self.per_device_batch_size)
         if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
@@ -114,6 +131,16 @@ class TrainingArguments(Settings):
                 f"warmup_steps: {self.warmup_steps} is more than the run's {self.total_steps} steps"
             )
         super().check()
+
+    def _check_card(self) -> None:
+        codes = [self.language] if isinstance(self.language, str) else self.language
+        for code in codes:
+            if code not in _languages():
+                raise InputError(f"language: {code!r} is no code of ISO 639 such as en, de, yue")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license or "mit"):
+            raise InputError(
+                f"license: {self.license!r} is not spelt as on the Hub: apache-2.0, llama3.1, other"
+            )
 
     def fixed(self) -> dict[str, Any]:
         own = {"seed": self.seed, "sequence_length": self.row_length}
@@ -174,6 +201,11 @@ class TrainingArguments(Settings):
                     "or leave it out"
                 )
         return names
+
+    @property
+    def hub_name(self) -> str:
+        """Of the repository, without its owner where that is the user."""
+        return self.hub_model_id or os.path.basename(os.path.abspath(self.output_dir))
 
     @property
     def usual_learning_rate(self) -> float:

@@ -220,7 +220,8 @@ def markdown_table(
 def conclude(
     training: "Training", title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]
 ) -> None:
-    """Write export, plots and card, say where they are and what came out; the end of all processes.
+    """Write export, plots and card, say where they are and what came out, and push them to the Hub,
+    if that is wanted; the end of all processes.
 
     Args:
         title, pipeline_tag, usage, facts: as for `write_card`.
@@ -235,6 +236,9 @@ def conclude(
             say(_conclusion(training, title, pipeline_tag, usage, facts))
     training.progress.end()
     training.accelerator.end_training()
+    if training.is_main and training.arguments.push_to_hub:  # others need not wait for it
+        training.ranks.signals.conclude(f"uploading {training.folder.path / 'model'}")
+        training.folder.push(training.arguments)
 
 
 def _conclusion(

@@ -29,7 +29,7 @@ from utils.optimizer import adamw
 from utils.program import announced, say
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks, end_together
-from utils.run_folder import RunFolder, check_continues
+from utils.run_folder import RunFolder, check_continues, push_to_hub
 from utils.run_state import RunState, totals
 
 
@@ -46,6 +46,9 @@ class Training:
         self.ranks.join(self.accelerator.process_index, self.accelerator.num_processes)
         self.is_main, self.state = self.ranks.is_main, RunState()
         self.folder.check(self.ranks)
+        with self.ranks.together():
+            if self.is_main and arguments.push_to_hub:
+                push_to_hub(arguments)  # whether it will be possible
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
         self.failure: BaseException | None = None  # met by this rank alone
