@@ -216,7 +216,8 @@ def push_to_hub(settings: Any, folder: Path | None = None) -> str:
         The address of the repository.
 
     Raises:
-        InputError: there is no token, or one that may not write there, or no Hub.
+        InputError: there is no token, or one that may not write there, or no Hub; or what is there
+            is public, and was to be private.
     """
     api, name = HfApi(), settings.hub_name
     where = f"push_to_hub: cannot write to {name} at {api.endpoint}"
@@ -225,11 +226,15 @@ def push_to_hub(settings: Any, folder: Path | None = None) -> str:
     disable_progress_bars()
     try:
         address = api.create_repo(name, private=settings.hub_private_repo, exist_ok=True)
+        if settings.hub_private_repo and not api.repo_info(address.repo_id).private:
+            raise InputError(f"hub_private_repo: {address} is there already, and public")
         if folder is None:  # an upload begins with a question that answers those who may write
             api.preupload_lfs_files(address.repo_id, [CommitOperationAdd("README.md", b"")])
         else:
             more = {"commit_message": "Model, card and plots", "delete_patterns": STALE}
             api.upload_folder(repo_id=address.repo_id, folder_path=folder, **more)
+    except InputError:
+        raise
     except Exception as error:  # of huggingface_hub, httpx and hf_xet
         refusals = {401: "the Hub does not know the token", 403: "the token may not write there"}
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None

@@ -65,10 +65,10 @@ class Hub:
             return 200, {"transfer": "basic", "objects": actions}
         name, what = re.fullmatch(r"/api/models/(.+?)(?:/(\w+)/main)?", path).groups()
         files = self.repositories.get(name)
-        if files is None or what is None:
-            return (
-                (404, {"error": "Repository not found"}) if files is None else (200, {"id": name})
-            )
+        if files is None:
+            return 404, {"error": "Repository not found"}
+        if what is None:
+            return 200, {"id": name, "private": self.visibility.get(name) == "private"}
         if what == "tree":
             return 200, [{"type": "file", "path": file, "size": 1, "oid": "0"} for file in files]
         if token == "hf_read":
@@ -243,6 +243,14 @@ def test_what_would_fail_at_the_end_is_told_before_the_training(what, train, hub
     assert ended.error.startswith(start)
     assert ended.error.count("\n") == 1
     assert not ended.folder.exists()
+
+
+def test_what_is_to_be_private_goes_to_no_public_repository(train, hub):
+    hub.repositories["someone/a-run"] = {}
+    ended = train("model", hub_private_repo=True)
+    assert (ended.status, hub.repositories) == (2, {"someone/a-run": {}})
+    there = f"{hub.endpoint}/someone/a-run"
+    assert ended.error == f"error: hub_private_repo: {there} is there already, and public\n"
 
 
 @pytest.mark.parametrize("what", ["/blobs/", "/commit/"])
