@@ -4,6 +4,7 @@ model that is made of its layers."""
 import copy
 import dataclasses
 import filecmp
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -69,6 +70,12 @@ class AdapterArguments(ModelArguments):
             is_default = getattr(self, name) == getattr(type(self), name)  # a recipe may want it
             if not self.has_adapter and getattr(self, name) and not is_default:
                 raise InputError(f"{name}: there is no adapter: give lora too")
+        base, is_alone = self.model_name_or_path or "", self.has_adapter and not self.merge_adapter
+        if is_alone and getattr(self, "push_to_hub", False) and os.path.exists(base):
+            raise InputError(
+                f"push_to_hub: the adapter's base {base} is a folder here, which others do not "
+                "have: give its name on the Hub, or set merge_adapter: true"
+            )
         super().check()
 
     def fixed(self) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """Settings that training scripts share; named as in transformers.TrainingArguments."""
 
+import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
@@ -42,7 +46,8 @@ class TrainingArguments(Settings):
     global_batch_size: int = 64  # sequences a step, over all processes
     per_device_batch_size: int = 8  # sequences a micro-batch; accumulation makes up the rest
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    learning_rate: float = 3e-4  # the peak
+    # the peak; null: 3e-4 on raw text, to fine-tune 2e-5, or of an adapter alone 2e-4
+    learning_rate: float | None = None
     lr_scheduler_type: SchedulerType = "cosine"
     # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +89,18 @@ class TrainingArguments(Settings):
     report_to: list[str] | str = field(
         default_factory=lambda: ["tensorboard"] if is_installed("tensorboard") else "none"
     )
+    project: str = "huggingface"  # of trackers but TensorBoard, which shows folders
+    run_name: str | None = None  # to the same trackers; null: output_dir
+    push_to_hub: bool = False  # upload model/, with card and plots, at the end of the run
+    hub_model_id: str | None = None  # user/name, or a name of one's own; null: that of output_dir
+    hub_private_repo: bool | None = None  # where it is made; null: as its owner has it by default
+    license: str | None = None  # of the card, as the Hub spells it: apache-2.0, llama3.1, other
+    language: list[str] | str = field(default_factory=list)  # of the card: en, or [en, de, code]
+    tags: list[str] = field(default_factory=list)  # of the card
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = self.usual_learning_rate
 
     def check(self) -> None:
         for name, hint in get_type_hints(TrainingArguments).items():
@@ -103,6 +120,7 @@ class TrainingArguments(Settings):
                 "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
             )
         _ = self.trackers
+        self._check_card()
         check_launch(self)
         self.check_batch(self.per_device_batch_size)
         if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
@@ -117,6 +135,18 @@ class TrainingArguments(Settings):
         if total_steps is not None and self.warmup_steps > total_steps:
             raise InputError(
                 f"warmup_steps: {self.warmup_steps} is more than the run's {total_steps} steps"
+            )
+
+    def _check_card(self) -> None:
+        codes = [self.language] if isinstance(self.language, str) else self.language
+        # codes of ISO 639, which datasets brings
+        file = Path(find_spec("datasets").origin).parent / "utils/resources/languages.json"
+        for code in codes:
+            if code not in {"multilingual", *json.loads(file.read_text(encoding="utf-8"))}:
+                raise InputError(f"language: {code!r} is no code of ISO 639 such as en, de, yue")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license or "mit"):
+            raise InputError(
+                f"license: {self.license!r} is not spelt as on the Hub: apache-2.0, llama3.1, other"
             )
 
     def fixed(self) -> dict[str, Any]:
@@ -180,6 +210,21 @@ class TrainingArguments(Settings):
         return names
 
     @property
+    def hub_name(self) -> str:
+        """Of the repository, without its owner where that is the user."""
+        return self.hub_model_id or os.path.basename(os.path.abspath(self.output_dir))
+
+    @property
+    def usual_learning_rate(self) -> float:
+        return 3e-4
+
+    def learning_rate_note(self) -> str:
+        """A line, of one that is more than 30 times the usual, or less by as much."""
+        ratio = self.learning_rate / self.usual_learning_rate
+        usual = f"the {self.usual_learning_rate:g} that is usual for such a run"
+        return "" if 1 / 30 <= ratio <= 30 else f"learning_rate: {ratio:.3g} times {usual}"
+
+    @property
     def eval_metric(self) -> str:
         """metric_for_best_model as evaluations name it."""
         return f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
@@ -239,7 +284,6 @@ class FinetuningArguments(TrainingArguments):
     # it has per_device_batch_size x sequence_length tokens at most, padding included.
     per_device_batch_size: int = 8
     sequence_length: int = 512  # tokens of an example, at most
-    learning_rate: float = 2e-5
     lr_scheduler_type: SchedulerType = "linear"
     warmup_ratio: float = 0.0  # of the run's steps, where warmup_steps is 0
     weight_decay: float = 0.01  # L2, decoupled: of matrices, not of norms and biases
@@ -271,6 +315,10 @@ class FinetuningArguments(TrainingArguments):
         if not self.has_validation and self.early_stopping_patience is not None:
             raise InputError("early_stopping_patience: give validation_data to stop by")
         super().check()
+
+    @property
+    def usual_learning_rate(self) -> float:
+        return 2e-4 if getattr(self, "has_adapter", False) else 2e-5
 
     @property
     def has_validation(self) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import accelerate
 
 
-def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerator":
+def start_processes(arguments: Any) -> "accelerate.Accelerator":
     """Join the process group that the launcher prepared, on the CPU where there is nothing else."""
     import accelerate
 
@@ -66,11 +66,9 @@ def start_processes(arguments: Any, project_dir: Path) -> "accelerate.Accelerato
     return accelerate.Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=arguments.mixed_precision,
-        log_with=arguments.trackers or None,
         # settings of the recipe, whatever ACCELERATE_… variables are exported
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
-        project_dir=project_dir,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
     )
 

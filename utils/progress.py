@@ -1,6 +1,9 @@
 """What the screen and the trackers show of a run: bars, speed, utilization, time left."""
 
+import dataclasses
+import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -14,6 +17,7 @@ from tqdm import tqdm
 
 from utils.config import InputError
 from utils.program import PATIENCE, launched_rank, say, spared
+from utils.ranks import flat
 from utils.run_state import RunState
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 LINE = 120  # characters of an evaluation
 TOKENIZER_BATCH = 256  # texts at a time: a bar moves, and what the tokenizer makes of them is large
+# what trackers call the name of a run; Accelerate gives them that of the project
+RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "clearml": "task_name"}
+RUN_NAMES |= {"swanlab": "experiment_name", "dvclive": "exp_name"}
 tqdm.monitor_interval = 0  # no thread for bars
 
 
@@ -68,6 +75,7 @@ class Progress:
     """What is shown of one session, from a start or a resume on: by the screen and the trackers.
 
     Args:
+        arguments: a `TrainingArguments`.
         state: where the run stands; it does not begin at 0 on a resume.
         flops_per_token: of the step with this number, 6 N + 12 L H S; 0 when it is not known.
 
@@ -78,34 +86,36 @@ class Progress:
     def __init__(
         self,
         accelerator: "accelerate.Accelerator",
+        arguments: Any,
         state: RunState,
         flops_per_token: Callable[[int], float],
     ):
-        self.accelerator = accelerator
         self.total_steps, self.first_step = state.total_steps, state.step
         self.tokens, self.seconds = state.tokens, state.seconds
         self.start = time.monotonic()
         self.flops_per_token, self.peak_flops = flops_per_token, _peak_flops(accelerator)
+        say(arguments.learning_rate_note())
+        self.trackers: list[Any] = []
         try:
-            accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": state.step}})
+            for name in arguments.trackers if accelerator.is_main_process else ():
+                self.trackers.append(_start_tracker(name, arguments, state.step))
         except Exception as error:  # each has kinds of its own
             raise InputError(f"report_to: {type(error).__name__}: {error}") from None
 
     def show(self, record: dict[str, Any], seconds: float, metric: str) -> None:
         """A record of metrics.jsonl; adds `tokens_per_second` and `mfu` to that of a step."""
         say(self._line(record, seconds) if "loss" in record else told(record, metric))
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        trackers = self.accelerator.trackers
-        for tracker in list(trackers):
-            trackers.remove(tracker)
+        numbers = dict(_tracked(record))
+        for tracker in list(self.trackers):
+            self.trackers.remove(tracker)
             with spared(f"report_to: {tracker.name} is left out from here on"):
                 tracker.log(numbers, step=record["step"])
-                trackers.append(tracker)
+                self.trackers.append(tracker)
 
     def end(self) -> None:
         """Of the trackers."""
-        while self.accelerator.trackers:
-            tracker = self.accelerator.trackers.pop(0)
+        while self.trackers:
+            tracker = self.trackers.pop(0)
             with spared(f"report_to: {tracker.name}"):
                 tracker.finish()
 
@@ -129,6 +139,46 @@ class Progress:
             left = timedelta(seconds=int(a_step * (self.total_steps - step)))
             parts.append(f"{left} left")
         return "  ".join(parts)
+
+
+def _start_tracker(name: str, arguments: Any, step: int) -> Any:
+    """With the settings as hyperparameters; TensorBoard names a run by its folder."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    a, run_name = arguments, arguments.run_name or arguments.output_dir
+    options = {"tensorboard": {"purge_step": step}, "aim": {"experiment": a.project}}
+    kind, more = LOGGER_TYPE_TO_CLASS[name], options.get(name, {})
+    if kind.requires_logging_directory:
+        tracker = kind("" if name == "tensorboard" else run_name, a.output_dir, **more)
+    else:
+        tracker = kind(a.project, **({RUN_NAMES[name]: run_name} if name in RUN_NAMES else {}))
+    tracker.start()
+    if name == "comet_ml":
+        tracker.writer.set_name(run_name)
+    values = {
+        key: value if isinstance(value, int | float | str) else json.dumps(value)
+        for key, value in flat(dataclasses.asdict(a))
+    }
+    if name == "tensorboard":  # Accelerate's tracker would make a run of its own of them
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(values, dict.fromkeys(("train/loss", "eval/loss"))):
+            tracker.writer.file_writer.add_summary(summary)
+    else:
+        tracker.store_init_configuration(values)
+    return tracker
+
+
+def _tracked(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record as trackers group them: train/loss, eval/loss, eval/loss/code."""
+    for key, value in record.items():
+        found = re.fullmatch(r"(eval|test)_(.+?)(?:_by_domain)?", key)
+        name = "/".join(found.groups()) if found else f"train/{key}"
+        values = value if type(value) is dict else {None: value}
+        for domain, number in values.items():
+            if isinstance(number, int | float) and key != "step":
+                tag = name if domain is None else f"{name}/{domain}"
+                yield re.sub(r"[^-/.\w]", "_", tag), number
 
 
 def seconds_since_command() -> float:

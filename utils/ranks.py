@@ -63,7 +63,7 @@ def check_launch(arguments: Any) -> None:
         if launched_with(what):
             raise InputError(f"ACCELERATE_USE_{what}: launch with DDP, DeepSpeed ZeRO or FSDP")
     a, config = arguments, _deepspeed_config()
-    found = dict(_flat(config))
+    found = dict(flat(config))
     same = {
         "train_batch_size": a.global_batch_size,
         "gradient_clipping": a.max_grad_norm,
@@ -115,11 +115,11 @@ def _deepspeed_config() -> dict[str, Any]:
     return config
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of nested settings."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

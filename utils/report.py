@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,16 +18,17 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from utils.comparison import PRECISIONS, reference_of_run
 from utils.config import read_yaml
-from utils.export import export
+from utils.export import ADAPTER, export
 from utils.files import written_aside
 from utils.program import printable, say, spared
 from utils.run_folder import RunFolder
 from utils.sources import FORMATS
+from utils.tables import FORMATS as TABLES
 
 if TYPE_CHECKING:
     from utils.training import Training
 
-PLOTS = ("loss", "learning_rate", "throughput", "domains")  # in the order of the card
+PLOTS = ("loss", "learning_rate", "throughput", "domains")  # come first in the card
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
@@ -38,13 +40,13 @@ def write_card(
     facts: dict[str, Any],
     step: int | None = None,
 ) -> Path:
-    """Write the model card: README.md of the run with its plots, and that of its model/ without.
+    """Write the model card: README.md of the run, and that of model/ with copies of the plots.
 
     Its scores are of the weights that were exported: on the test data, if there are such.
 
     Args:
         usage: Python that uses the model; "{model}" in it stands for the path of the export.
-        facts: what else is to be said of the run, in the order in which it is shown.
+        facts: what else is to be said of the run, in the order in which it is shown; paths are not.
         step: whose weights were exported; null: the last.
     """
     settings = folder.path / "config.yaml"
@@ -58,8 +60,11 @@ def write_card(
         results, split = _scores(latest, "eval_"), "validation"
     held_out = printable(", ".join(_paths(config, split))) or split
     counted = {"steps": latest.get("step", 0), "tokens seen": latest.get("tokens", 0)}
-    header = _metadata(config, title, pipeline_tag, results, held_out)
-    intro = [header, f"# {title}", markdown_table(["", ""], _escaped(counted | facts))]
+    is_adapter = (folder.path / "model" / ADAPTER).exists()
+    scores = _as_scores(title, pipeline_tag, results, split, held_out)
+    header = _metadata(config, pipeline_tag, is_adapter, **scores)
+    counted |= {name: fact for name, fact in facts.items() if not isinstance(fact, Path)}
+    intro = [header, f"# {title}", markdown_table(["", ""], _escaped(counted))]
     sections = [
         *_results(results, held_out),
         *_data(latest.get("tokens_by_source")),
@@ -70,6 +75,8 @@ def write_card(
     ]
     for path, model in ((folder.path, "model"), (folder.path / "model", ".")):
         if path.is_dir():
+            if path != folder.path and (folder.path / "plots").is_dir():
+                shutil.copytree(folder.path / "plots", path / "plots", dirs_exist_ok=True)
             code = _fenced("python", usage.strip().replace("{model}", model))
             use = ["## How to use", "In this folder:", code]
             parts = [*intro, *_pictures(path / "plots"), *use, *sections]
@@ -87,29 +94,42 @@ def _paths(config: dict[str, Any], split: str) -> list[str]:
     return list(dict.fromkeys(source["path"] for source in sources))
 
 
-def _metadata(config: dict, title: str, pipeline_tag: str, results: dict, held_out: str) -> str:
+def _metadata(config: dict, pipeline_tag: str, is_adapter: bool, **scores: Any) -> str:
     """What the Hub reads; https://huggingface.co/docs/hub/model-cards."""
-    given = config.get("model_name_or_path")
-    numbers = {k: v for k, v in results.items() if k != "tokens" and isinstance(v, int | float)}
-    scores = [score for score in numbers.items() if math.isfinite(score[1])]
+    base = config.get("model_name_or_path")
+    if any(config.get(f"student_{what}") for what in ("layers", "intermediate_size")):
+        base = config["teacher"]["model_name_or_path"]  # whose weights they were
+    base = base if base and _is_hub_name(base) else None
+    tags = ["lora", *([f"base_model:adapter:{base}"] if base else ())] if is_adapter else []
+    datasets = _paths(config, "train") + _paths(config, "transfer")
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag=pipeline_tag,
-        datasets=[path for path in _paths(config, "train") if _is_hub_name(path)] or None,
-        base_model=given if given and _is_hub_name(given) else None,
-        model_name=title if scores else None,
-        eval_results=[EvalResult(pipeline_tag, held_out, held_out, *s) for s in scores] or None,
+        license=config.get("license"),
+        language=config.get("language") or None,
+        tags=list(dict.fromkeys(tags + (config.get("tags") or []))) or None,
+        datasets=[*filter(_is_hub_name, datasets)] or None,
+        base_model=base,
+        **scores,
     )
     return f"---\n{data}\n---"
 
 
+def _as_scores(title: str, pipeline_tag: str, results: dict, split: str, held_out: str) -> dict:
+    numbers = {k: v for k, v in results.items() if k != "tokens" and isinstance(v, int | float)}
+    data = (held_out if _is_hub_name(held_out) else split, held_out)
+    scores = [EvalResult(pipeline_tag, *data, *s) for s in numbers.items() if math.isfinite(s[1])]
+    return {"model_name": title, "eval_results": scores} if scores else {}
+
+
 def _is_hub_name(path: str) -> bool:
-    is_file = os.path.exists(path) or path.endswith(FORMATS)
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not is_file
+    is_file = os.path.exists(path) or path.endswith((*FORMATS, *TABLES))
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", path) is not None and not is_file
 
 
 def _pictures(plots: Path) -> list[str]:
-    names = [name for name in PLOTS if (plots / f"{name}.png").exists()]
+    found = {path.stem for path in plots.glob("*.png")}
+    names = [*(name for name in PLOTS if name in found), *sorted(found - {*PLOTS})]
     return [f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in names]
 
 
@@ -200,7 +220,8 @@ def markdown_table(
 def conclude(
     training: "Training", title: str, pipeline_tag: str, usage: str, facts: dict[str, Any]
 ) -> None:
-    """Write export, plots and card, say where they are and what came out; the end of all processes.
+    """Write export, plots and card, say where they are and what came out, and push them to the Hub,
+    if that is wanted; the end of all processes.
 
     Args:
         title, pipeline_tag, usage, facts: as for `write_card`.
@@ -215,6 +236,9 @@ def conclude(
             say(_conclusion(training, title, pipeline_tag, usage, facts))
     training.progress.end()
     training.accelerator.end_training()
+    if training.is_main and training.arguments.push_to_hub:  # others need not wait for it
+        training.ranks.signals.conclude(f"uploading {training.folder.path / 'model'}")
+        training.folder.push(training.arguments)
 
 
 def _conclusion(

@@ -14,13 +14,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
 
 from utils import checkpoint
 from utils.config import InputError, as_yaml, at_end
 from utils.files import written_aside
 from utils.integrity import Lock, changed_files
-from utils.program import launched_rank, say, warn
+from utils.program import announced, launched_rank, say, warn
+from utils.progress import command_line
 from utils.ranks import launched_world_size
 
 # settings that a finished run has no use for any more; what its data are, they say themselves
@@ -29,12 +35,15 @@ FREE = {
     *("keep_every", "per_device_batch_size", "per_device_eval_batch_size", "torch_compile"),
     *("gradient_checkpointing", "attn_implementation", "dataloader_num_workers"),
     *("on_bad_record", "verify_sources", "train_sources", "train_data", "transfer_data"),
+    *("project", "run_name", "push_to_hub", "hub_model_id", "hub_private_repo"),
 }
 # the end of a run is done again for them
 MEASURED_AT_THE_END = {
     *("test_sources", "test_data", "baselines", "pseudo_perplexity_documents", "lead_sentences"),
-    "merge_adapter",
+    *("merge_adapter", "license", "language", "tags"),
 }
+# of a model that was in the repository before: no other may be loaded in its place
+STALE = ("config.json", "adapter_config.json", "adapter_model.safetensors", "model*.safetensors*")
 DATA_ONCE = ("sources and files", "lanes", "shuffle_documents", "shuffle_bytes")
 # what runs write in their folders
 FILES = ("config.yaml", "metrics.jsonl", "finished.json", "README.md", "predictions.jsonl")
@@ -110,7 +119,8 @@ class RunFolder:
     def is_finished(self, settings: Any, data: Any) -> bool:
         """Whether a run of these settings on these data has come to its end here.
 
-        It has not where limits let it go on, or where more is to be measured of its end.
+        It has not where limits let it go on, or where more is to be measured of its end. What is
+        finished is pushed to the Hub, if it is to be and was not yet.
 
         Args:
             settings: a `TrainingArguments`.
@@ -139,6 +149,8 @@ class RunFolder:
         if changed:
             return False
         say(f"{self.path} is finished at step {end['step']}: {end['reason']}")
+        if launched_rank() == 0:
+            self.push(settings)
         return True
 
     def begin(self, settings: Any, metrics_size: int) -> None:
@@ -180,6 +192,55 @@ class RunFolder:
         end = {"step": step, "reason": reason, "run": _identity(settings, data)}
         with written_aside(self.path / "finished.json") as file:
             file.write_text(json.dumps(end))
+
+    def push(self, settings: Any) -> None:
+        """Upload model/, which is finished, with its card and plots, unless that was done."""
+        file, name = self.path / "finished.json", settings.hub_name
+        end = json.loads(file.read_text())
+        if not settings.push_to_hub or end.get("pushed") == name:
+            return
+        try:
+            with announced(f"uploading {self.path / 'model'}"):
+                say(f"pushed: {push_to_hub(settings, self.path / 'model')}")
+        except InputError as error:
+            again = f"{self.path} is finished all the same; to upload it: {command_line()}"
+            raise InputError(f"{error}. {again}") from None
+        with written_aside(file) as aside:
+            aside.write_text(json.dumps(end | {"pushed": name}))
+
+
+def push_to_hub(settings: Any, folder: Path | None = None) -> str:
+    """Make sure of the repository, and upload a folder, if one is given, in one commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        InputError: there is no token, or one that may not write there, or no Hub; or what is there
+            is public, and was to be private.
+    """
+    api, name = HfApi(), settings.hub_name
+    where = f"push_to_hub: cannot write to {name} at {api.endpoint}"
+    if get_token() is None:
+        raise InputError(f"{where}: there is no token: set HF_TOKEN, or run hf auth login")
+    disable_progress_bars()
+    try:
+        address = api.create_repo(name, private=settings.hub_private_repo, exist_ok=True)
+        if settings.hub_private_repo and not api.repo_info(address.repo_id).private:
+            raise InputError(f"hub_private_repo: {address} is there already, and public")
+        if folder is None:  # an upload begins with a question that answers those who may write
+            api.preupload_lfs_files(address.repo_id, [CommitOperationAdd("README.md", b"")])
+        else:
+            more = {"commit_message": "Model, card and plots", "delete_patterns": STALE}
+            api.upload_folder(repo_id=address.repo_id, folder_path=folder, **more)
+    except InputError:
+        raise
+    except Exception as error:  # of huggingface_hub, httpx and hf_xet
+        refusals = {401: "the Hub does not know the token", 403: "the token may not write there"}
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        reason = f"{type(error).__name__}: {shorten(str(error), 300)}"
+        raise InputError(f"{where}: {refusals.get(status, reason)}") from None
+    return address
 
 
 def _check_kind(path: Path, is_folder: bool) -> None:

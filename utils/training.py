@@ -29,7 +29,7 @@ from utils.optimizer import adamw
 from utils.program import announced, say
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks, end_together
-from utils.run_folder import RunFolder, check_continues
+from utils.run_folder import RunFolder, check_continues, push_to_hub
 from utils.run_state import RunState, repeated, totals
 
 
@@ -41,13 +41,14 @@ class Training:
     """
 
     def __init__(self, arguments: TrainingArguments, folder: RunFolder):
-        self.arguments, self.folder = arguments, folder
-        self.ranks = Ranks()
-        self.accelerator = start_processes(arguments, folder.path)
+        self.arguments, self.folder, self.ranks = arguments, folder, Ranks()
+        self.accelerator = start_processes(arguments)
         self.ranks.join(self.accelerator.process_index, self.accelerator.num_processes)
-        self.is_main = self.ranks.is_main
+        self.is_main, self.state = self.ranks.is_main, RunState()
         self.folder.check(self.ranks)
-        self.state = RunState()
+        with self.ranks.together():
+            if self.is_main and arguments.push_to_hub:
+                push_to_hub(arguments)  # whether it will be possible
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
         self.saved_step: int | None = None
         self.failure: BaseException | None = None  # met by this rank alone
@@ -99,10 +100,7 @@ class Training:
         self.data = data.steps(ranks.rank, ranks.world_size, self.state.step, self.data_states)
 
     def forward(self, batch: dict[str, torch.Tensor], **flags: Any) -> Any:
-        """What the objective returns when nothing is learnt; under ZeRO all ranks call it together.
-
-        `flags` are of the objective's forward.
-        """
+        """What the objective, given `flags`, returns without learning; of all ranks together."""
         self.objective.eval()
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         with torch.no_grad(), self.accelerator.autocast():
@@ -216,10 +214,11 @@ class Training:
 
     def _begin(self) -> None:
         """Settings and metrics in their folder, and the trackers; on rank 0."""
+        a, state = self.arguments, self.state
         with self.ranks.together():
             if self.is_main:
-                self.folder.begin(self.arguments, self.state.metrics_size)
-            self.progress = Progress(self.accelerator, self.state, self.flops_per_token)
+                self.folder.begin(a, state.metrics_size)
+            self.progress = Progress(self.accelerator, a, state, self.flops_per_token)
 
     def _checkpoint(self) -> tuple[Path, dict[str, Any]]:
         """Where the checkpoint of this step stands, and what it says of the run."""

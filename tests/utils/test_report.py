@@ -346,6 +346,72 @@ def test_metadata_are_those_of_the_hub(folder):
     }
     assert results["loss"].task_type == "text-generation"
     assert results["loss"].dataset_name == "data/validation.jsonl"
+    assert results["loss"].dataset_type == "validation"  # where the Hub looks for a name of its own
+
+
+CARVED = {"student_layers": [0], "teacher": {"model_name_or_path": "org/teacher"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_adapter", "expected"),
+    [
+        ({"model_name_or_path": "org/base"}, False, {"base_model": "org/base"}),
+        ({"model_name_or_path": "gpt2"}, False, {"base_model": "gpt2"}),
+        ({"model_name_or_path": "data/local"}, False, {}),
+        ({"model_name_or_path": "./gone"}, False, {}),
+        ({"model_name_or_path": "../data/gone"}, False, {}),
+        ({"model_name_or_path": "/data/gone"}, False, {}),
+        (
+            {"model_name_or_path": "org/base", "tags": ["lora", "chat"]},
+            True,
+            {
+                "library_name": "peft",
+                "base_model": "org/base",
+                "tags": ["lora", "base_model:adapter:org/base", "chat"],
+            },
+        ),
+        ({"model_name_or_path": "data/local"}, True, {"library_name": "peft", "tags": ["lora"]}),
+        (CARVED, False, {"base_model": "org/teacher"}),
+        (CARVED | {"student_layers": None}, False, {}),
+        (
+            {"license": "mit", "language": "no", "tags": ["a"]},
+            False,
+            {"license": "mit", "language": "no", "tags": ["a"]},
+        ),
+        (
+            {"train_data": [{"path": "imdb"}, {"path": "gone/a.csv"}, {"path": "data/local"}]},
+            False,
+            {"datasets": ["imdb"]},
+        ),
+        (
+            {"train_data": [{"path": "org/a"}], "transfer_data": [{"path": "org/b"}]},
+            False,
+            {"datasets": ["org/a", "org/b"]},
+        ),
+    ],
+)
+def test_no_name_in_the_metadata_but_of_the_hub(settings, is_adapter, expected, folder):
+    write_metrics(folder, [training_line(1)])
+    (folder.path / "config.yaml").write_text(yaml.dump(settings))
+    (folder.path / "model").mkdir()
+    if is_adapter:
+        (folder.path / "model" / "adapter_config.json").write_text("{}")
+    card_text(folder)
+    for place in ("run", "run/model"):
+        data = ModelCard.load(f"{place}/README.md").data.to_dict()
+        usual = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        assert data == usual | expected
+
+
+def test_what_other_recipes_draw_is_shown_and_where_it_stands_here_is_not(folder):
+    write_metrics(folder, whole_run())
+    stand_in_plots(folder)
+    path = folder.path / "plots" / "confusion_matrix.png"
+    path.write_bytes(b"new")
+    text = card_text(folder, **{"plot of the confusion matrix": path, "labels": "a, b"})
+    assert "![confusion matrix](plots/confusion_matrix.png)" in text
+    assert {*table(text, "# A tiny Llama")} >= {"steps", "tokens seen", "labels"}
+    assert "plot of the" not in text
 
 
 def test_metrics_of_other_recipes(folder):
@@ -549,7 +615,9 @@ def test_the_snippet_runs_in_both_folders(folder, monkeypatch, capsys):
     for place in ("run", "model"):
         monkeypatch.chdir(place)
         text = Path("README.md").read_text()
-        assert ("plots/" in text) == (place == "run")
+        pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
+        assert len(pictures) == 4
+        assert all(Path(picture).read_bytes() == b"old" for picture in pictures)
         exec(re.search(r"```python\n(.+?)```", text, re.DOTALL)[1], {})
         assert "\na b" in f"\n{capsys.readouterr().out}"
     ModelCard.load("README.md")
