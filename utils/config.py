@@ -151,7 +151,8 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
     argv = sys.argv[1:] if argv is None else argv
     kinds = settings if isinstance(settings, tuple) else (settings,)
     if "--help" in argv or "-h" in argv:
-        say(usage(kinds))
+        if launched_rank() == 0:
+            show(usage(kinds), sys.stdout)  # as it is: Python 3.14 colours it on a terminal
         sys.exit(0)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -170,9 +171,7 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
     for typed, text in given:
         key, hint = declared(settings, typed)
         if text is None and hint is not None and bool not in alternatives(hint):
-            raise InputError(
-                f"--{typed} has no value: options are written --key value or --key=value"
-            )
+            raise InputError(f"--{typed} has no value: write --key value or --key=value")
         value = True if text is None else _read_word(text, hint)
         if key == "print_config":
             is_printed = _convert(value, bool, key, {key: f"--{typed}"})

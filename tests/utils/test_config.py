@@ -385,7 +385,7 @@ def test_a_wrong_line_of_the_file_is_named(config, text, expected):
     assert message(Arguments, config(f"output_dir: out\n{text}\n")) == expected
 
 
-NO_VALUE = "{} has no value: options are written --key value or --key=value"
+NO_VALUE = "{} has no value: write --key value or --key=value"
 
 
 @pytest.mark.parametrize(
