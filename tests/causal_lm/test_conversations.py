@@ -17,7 +17,8 @@ import chat_rendering
 from chat_rendering import PROBE, set_ends, turn_ends
 from comparing import run_code_of_card
 from conftest import write_jsonl
-from conversations import ConversationArguments, read_messages, set_chat_template, to_examples
+from conversation_rows import read_messages
+from conversations import ConversationArguments, set_chat_template, to_examples
 from launching import TINY_RUN, command_line, metrics
 from recipes.causal_lm import finetune
 from utils.config import InputError
