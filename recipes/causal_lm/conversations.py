@@ -81,8 +81,13 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str
     return name
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: ConversationArguments) -> None:
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, arguments: ConversationArguments
+) -> list[str]:
     """Give the tokenizer the template, the added tokens and the end token of the settings.
+
+    Returns:
+        the tokens that were added: those that it lacked.
 
     Raises:
         InputError: no template, a broken one, one that writes tokens that the tokenizer does not
@@ -95,10 +100,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
         )
     own = tokenizer.chat_template
     name = choose_template(tokenizer, arguments.chat_template)
+    if not all(token.strip() for token in arguments.add_tokens):
+        raise InputError("add_tokens: a token of blanks is none")
     vocabulary = tokenizer.get_vocab()
-    tokenizer.add_tokens(
-        [token for token in arguments.add_tokens if token not in vocabulary], special_tokens=True
-    )
+    added = [token for token in dict.fromkeys(arguments.add_tokens) if token not in vocabulary]
+    tokenizer.add_tokens(added, special_tokens=True)
     check_bounded(tokenizer, name)
     vocabulary = tokenizer.get_vocab()
     is_own = arguments.chat_template is None or arguments.chat_template in (own or ())
@@ -121,6 +127,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Conversatio
             f"chat_template: {name} writes something else before an answer than with "
             "add_generation_prompt: what clients ask is not what the model was trained on"
         )
+    return added
 
 
 @naming_failures

@@ -215,6 +215,64 @@ def test_what_a_role_says_is_written_or_refused(shipped):
     )
 
 
+# templates by name
+
+
+@pytest.fixture
+def of_several(tokenizer_folder, tmp_path):
+    """of_several(default=name, …): a tokenizer with templates of these names, as it is read."""
+
+    def load(**names):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer.add_tokens([*CHATML, *TOKENS["llama3.1"]], special_tokens=True)
+        texts = {key: (TEMPLATES / f"{name}.jinja").read_text() for key, name in names.items()}
+        tokenizer.chat_template = texts
+        tokenizer.save_pretrained(tmp_path / "-".join(names))
+        return AutoTokenizer.from_pretrained(tmp_path / "-".join(names))
+
+    return load
+
+
+def test_the_template_for_tools_writes_what_has_tools(of_several):
+    tokenizer = of_several(default="chatml", tool_use="llama3.1")
+    set_chat_template(tokenizer, arguments())
+    assert learnt(tokenizer, TURNS)[1] == "Now.<|im_end|>"
+    assert learnt(tokenizer, AGENT, [SCHEMA]) == [CALLS["llama3.1"], "Here.<|eot_id|>"]
+    assert tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) == [
+        "<|im_end|>",
+        "<|eot_id|>",
+        EOS,
+    ]
+
+
+def test_a_template_of_the_tokenizer_is_chosen_by_its_name(of_several, tmp_path):
+    tokenizer = of_several(default="chatml", tool_use="llama3.1")
+    set_chat_template(tokenizer, arguments(chat_template="tool_use"))
+    assert learnt(tokenizer, TURNS)[1] == "Now.<|eot_id|>"
+    tokenizer.save_pretrained(tmp_path / "exported")
+    read = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert read.chat_template == (TEMPLATES / "llama3.1.jinja").read_text()
+    tokenizer = of_several(rag="chatml", tool_use="qwen2.5")
+    message = "none of the name default: give one of rag, tool_use, chatml, llama3, plain, or a j"
+    with pytest.raises(InputError, match=message):
+        set_chat_template(tokenizer, arguments())
+    with pytest.raises(InputError, match="there is no rog; there are rag, tool_use, chatml, llam"):
+        set_chat_template(tokenizer, arguments(chat_template="rog"))
+
+
+@pytest.mark.parametrize("name", ["phi3", "zephyr"])
+def test_tokens_that_a_given_template_puts_together_are_looked_for(tokenizer, name):
+    settings = {"chat_template": str(TEMPLATES / f"{name}.jinja")}
+    names = ["<|assistant|>", "<|system|>", "<|user|>"]
+    names = sorted([*names, "<|end|>"]) if name == "phi3" else names
+    with pytest.raises(InputError) as error:
+        set_chat_template(tokenizer, arguments(**settings))
+    assert str(error.value).endswith(f"or set add_tokens: [{', '.join(names)}]")
+    assert set_chat_template(tokenizer, arguments(**settings, add_tokens=names)) == names
+    assert learnt(tokenizer, TURNS) == [as_written(name, turn["content"]) for turn in TURNS[1::2]]
+    assert set_chat_template(tokenizer, arguments(**settings, add_tokens=names)) == []
+
+
 # templates in which it cannot be told
 
 
