@@ -57,7 +57,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {}
     files = {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
-    known = ", ".join(dict.fromkeys([*named, *files]))
+    known = ", ".join(dict.fromkeys([*sorted(named), *files]))
     if name is None:
         # by name alone, the one for tools is taken where there are some
         if own is None or (named and "default" not in named):
