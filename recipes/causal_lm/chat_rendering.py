@@ -104,7 +104,7 @@ def answered_chat(
     def write(messages: Sequence[Message], **options: bool) -> str:
         return render_chat(tokenizer, messages, tools, **options).text
 
-    stops = [tokenizer.added_tokens_decoder[end].content for end in ends]
+    stops = tokenizer.convert_ids_to_tokens([*ends])
     return Text(written.text, find_answers(write, messages, written.text, stops))
 
 
@@ -152,10 +152,18 @@ def _limit(resource_: int, most: int) -> None:
 
 def tokens_written(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """What has the form of a token, <|so|>, in what the template writes."""
-    texts = []
-    for messages, tools in ((PROBE, None), ([SYSTEM, *PROBE], None), (CALLS, TOOLS)):
+
+    def written(messages: Sequence[Message], tools: list[dict] | None = None) -> str:
         with suppress(*UNWRITABLE):
-            texts.append(render_chat(tokenizer, messages, tools).text)
+            return render_chat(tokenizer, messages, tools).text
+        return ""
+
+    knows_calls = CALL["function"]["name"] in written(CALLS[:2])
+    texts = [
+        written(PROBE),
+        written([SYSTEM, *PROBE]),
+        written(CALLS, TOOLS) if knows_calls else "",
+    ]
     return set(re.findall(r"<\|[^|>\s]+\|>", "\n".join(texts)))
 
 
@@ -191,16 +199,17 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]
             "generation could stop: write {{ eos_token }} there"
         )
     tools = TOOLS if isinstance(tokenizer.chat_template, dict) else None  # it has one for them
-    for turns in (CALLS[:2], CALLS):  # some end a turn that calls a tool in another way
-        with suppress(*UNWRITABLE):
-            text, spans = render_chat(tokenizer, turns, tools)
-            ends += _ends_of(text, spans or [(0, len(text))], tokenizer)
+    with suppress(*UNWRITABLE):  # some end a turn that calls a tool in another way
+        written = [render_chat(tokenizer, turns, tools) for turns in (CALLS[:2], CALLS)]
+        if CALL["function"]["name"] in written[0].text:
+            for text, spans in written:
+                ends += _ends_of(text, spans or [(0, len(text))], tokenizer)
     return [end for end in dict.fromkeys(ends + own) if end is not None]
 
 
 def _ends_of(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
     """The added token that is the last in each span, or else the first behind it; or None."""
-    added = {*tokenizer.added_tokens_decoder}
+    added = {*tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     tokens = [(token, from_) for token, (from_, to) in pairs if text[from_:to].strip()]

@@ -7,7 +7,8 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from chat_answers import Message
 from chat_rendering import UNWRITABLE, set_ends
@@ -18,8 +19,8 @@ from utils.model_settings import max_positions, quiet
 
 def chat(
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    assistant: PreTrainedModel | None,
+    model: "transformers.PreTrainedModel",
+    assistant: "transformers.PreTrainedModel | None",
     arguments: Any,
 ) -> None:
     """Answers each line of stdin, after all that was said before it, until there are no more.
@@ -43,8 +44,8 @@ def chat(
 
 def _talk(
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    assistant: PreTrainedModel | None,
+    model: "transformers.PreTrainedModel",
+    assistant: "transformers.PreTrainedModel | None",
     arguments: Any,
 ) -> None:
     positions = min(max_positions(each.config)[0] for each in (model, assistant) if each)
@@ -76,7 +77,7 @@ def _talk(
         messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
-def add_turn_ends(model: PreTrainedModel, tokenizer: Any) -> None:
+def add_turn_ends(model: "transformers.PreTrainedModel", tokenizer: Any) -> None:
     """Answers end where the template ends a turn; max_new_tokens ends them where it does not."""
     if tokenizer.is_fast:
         with suppress(InputError):

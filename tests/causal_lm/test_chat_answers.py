@@ -1,12 +1,13 @@
 """What is learnt through templates as models ship them, which mark nothing: counted by hand."""
 
+import re
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from chat_answers import UnknownAnswer, find_answers
-from chat_rendering import render_chat, turn_ends
+from chat_rendering import PROBE, render_chat, turn_ends
 from conversations import ConversationArguments, set_chat_template, to_examples
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
@@ -67,6 +68,12 @@ def arguments(**settings) -> ConversationArguments:
     made = ConversationArguments(**settings)
     made.sequence_length = 2048
     return made
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder):
+    """One that tokens can be added to."""
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
 @pytest.fixture
@@ -213,6 +220,34 @@ def test_what_a_role_says_is_written_or_refused(shipped):
         "rows.jsonl, line 7: the chat_template does not write what 'tool' says: choose one that "
         "does, or take it out of the data"
     )
+
+
+MARK = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "plain"])
+def test_without_its_marks_a_template_marks_the_same(tokenizer, name):
+    tokenizer.add_tokens([*CHATML, *TOKENS["llama3.1"]], special_tokens=True)
+    blanks = [TURNS[0], {"role": "assistant", "content": "\n\n 👩‍🚀<|im_end|> \n"}]
+    long = [SYSTEM, *TURNS * 3, *blanks]
+    set_chat_template(tokenizer, arguments(chat_template=name))
+    marked = [example_of(tokenizer, turns) for turns in (TURNS, blanks, long)]
+    tokenizer.chat_template, count = MARK.subn("", tokenizer.chat_template)
+    assert count == 2
+    for example, turns in zip(marked, (TURNS, blanks, long), strict=True):
+        found = example_of(tokenizer, turns)
+        for key in ("input_ids", "shift_labels"):
+            assert found[key].tolist() == example[key].tolist()
+
+
+def test_an_unknown_word_is_no_end(wordpiece_folder, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(wordpiece_folder)
+    tokenizer.add_tokens(CHATML, special_tokens=True)
+    tokenizer.chat_template = (TEMPLATES / "chatml.jinja").read_text()
+    for turn in PROBE:
+        monkeypatch.setitem(turn, "content", "☃")
+    assert tokenizer.unk_token_id in tokenizer("☃")["input_ids"]
+    assert turn_ends(tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 # templates by name
