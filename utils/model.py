@@ -170,12 +170,12 @@ def model_config(arguments: Any, tokenizer: Any = None) -> Any:
     except (OSError, TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise _does_not_load(given, error) from None
     text = config.get_text_config(decoder=True)
-    # a model made of two has a vocabulary for each
-    if tokenizer is not None and len(tokenizer) > getattr(text, "vocab_size", math.inf):
-        raise InputError(
-            f"model.vocab_size: {text.vocab_size} is less than the tokenizer's "
-            f"{len(tokenizer)} tokens"
-        )
+    # a model made of two has a vocabulary for each; that of given weights grows by added tokens
+    room = getattr(text, "vocab_size", math.inf)
+    room += len(getattr(arguments, "add_tokens", ())) if given else 0
+    if tokenizer is not None and len(tokenizer) > room:
+        problem = f"{text.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
+        raise InputError(f"model.vocab_size: {problem}")
     if given and arguments.tokenizer:
         _check_vocabulary(tokenizer, arguments)
     if not given:

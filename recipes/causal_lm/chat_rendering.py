@@ -1,6 +1,7 @@
 """What a chat template writes: the text, what of it the assistant says, where its turns end."""
 
 import os
+import re
 import resource
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,10 +15,8 @@ import psutil
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from chat_answers import Message, Span, UnknownAnswer, find_answers
 from utils.config import InputError
-
-Message = dict[str, Any]
-Span = tuple[int, int]
 
 # keys of a turn, by their names, without which it would be another conversation
 MEANINGFUL = (
@@ -37,6 +36,7 @@ PROBE = [
     {"role": "user", "content": "When?"},
     {"role": "assistant", "content": "Here."},
 ]
+SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {}}}
 CALLS = [
     {"role": "user", "content": "Where?"},
@@ -44,13 +44,23 @@ CALLS = [
     {"role": "tool", "content": "Here.", "name": "look", "tool_call_id": CALL["id"]},
     {"role": "assistant", "content": "Here."},
 ]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Look.",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
 
 
 class Text(NamedTuple):
     """A conversation in characters."""
 
     text: str
-    spans: list[Span]  # of the characters that the template marks as the assistant's
+    spans: list[Span]  # of the characters that are the assistant's
 
 
 def render_chat(
@@ -59,16 +69,47 @@ def render_chat(
     tools: list[dict] | None = None,
     **options: Any,
 ) -> Text:
-    """What `apply_chat_template` writes, and where it marks the assistant."""
-    (text,), (spans,) = render_jinja_template(
+    """What `apply_chat_template` writes, and where it marks the assistant, if it does."""
+    template = tokenizer.get_chat_template(None, tools)
+    is_marked = has_marks(template)
+    (text,), spans = render_jinja_template(
         [plain_messages(messages)],
         tools=tools,
-        chat_template=tokenizer.get_chat_template(None, tools),
-        return_assistant_tokens_mask=True,
+        chat_template=template,
+        return_assistant_tokens_mask=is_marked,
         **tokenizer.special_tokens_map,
         **options,
     )
-    return Text(text, [span for span in spans if span[0] < span[1]])
+    return Text(text, [span for span in spans[0] if span[0] < span[1]] if is_marked else [])
+
+
+def answered_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[dict] | None = None,
+    ends: Sequence[int] = (),
+) -> Text:
+    """What `apply_chat_template` writes, and where the assistant speaks, marked or not.
+
+    Args:
+        ends: tokens at which generation stops.
+
+    Raises:
+        UnknownAnswer: it is not marked, and cannot be told.
+    """
+    written = render_chat(tokenizer, messages, tools)
+    if has_marks(tokenizer.get_chat_template(None, tools)):
+        return written
+
+    def write(messages: Sequence[Message], **options: bool) -> str:
+        return render_chat(tokenizer, messages, tools, **options).text
+
+    stops = tokenizer.convert_ids_to_tokens([*ends])
+    return Text(written.text, find_answers(write, messages, written.text, stops))
+
+
+def has_marks(template: str) -> bool:
+    return re.search(r"{%-?\s*generation\b", template) is not None
 
 
 def plain_messages(messages: Sequence[Message]) -> list[Message]:
@@ -109,6 +150,23 @@ def _limit(resource_: int, most: int) -> None:
     resource.setrlimit(resource_, (most, most))
 
 
+def tokens_written(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """What has the form of a token, <|so|>, in what the template writes."""
+
+    def written(messages: Sequence[Message], tools: list[dict] | None = None) -> str:
+        with suppress(*UNWRITABLE):
+            return render_chat(tokenizer, messages, tools).text
+        return ""
+
+    knows_calls = CALL["function"]["name"] in written(CALLS[:2])
+    texts = [
+        written(PROBE),
+        written([SYSTEM, *PROBE]),
+        written(CALLS, TOOLS) if knows_calls else "",
+    ]
+    return set(re.findall(r"<\|[^|>\s]+\|>", "\n".join(texts)))
+
+
 def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]:
     """Where generation is to stop: what ends a turn in the template, and the tokenizer's own end.
 
@@ -116,11 +174,16 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]
         name: of the template.
 
     Raises:
-        InputError: the template writes no such token, or marks something else than the answers.
+        InputError: the template writes no such token, or not what the assistant says, or marks
+            something else.
     """
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
-        text, spans = render_chat(tokenizer, PROBE)
+        text, spans = answered_chat(tokenizer, PROBE)
+    except UnknownAnswer as error:
+        raise InputError(
+            f"chat_template: {name}: in a conversation of four turns: {error}"
+        ) from None
     except UNWRITABLE:
         return own  # the first conversation that it cannot write will be named
     answer = PROBE[1]["content"]
@@ -135,14 +198,18 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]
             f"chat_template: {name} writes no token after the assistant's last turn at which "
             "generation could stop: write {{ eos_token }} there"
         )
+    tools = TOOLS if isinstance(tokenizer.chat_template, dict) else None  # it has one for them
     with suppress(*UNWRITABLE):  # some end a turn that calls a tool in another way
-        ends += _ends_of(*render_chat(tokenizer, CALLS), tokenizer)
+        written = [render_chat(tokenizer, turns, tools) for turns in (CALLS[:2], CALLS)]
+        if CALL["function"]["name"] in written[0].text:
+            for text, spans in written:
+                ends += _ends_of(text, spans or [(0, len(text))], tokenizer)
     return [end for end in dict.fromkeys(ends + own) if end is not None]
 
 
 def _ends_of(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
     """The added token that is the last in each span, or else the first behind it; or None."""
-    added = {*tokenizer.added_tokens_decoder}
+    added = {*tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     tokens = [(token, from_) for token, (from_, to) in pairs if text[from_:to].strip()]
@@ -160,7 +227,7 @@ def generation_header(tokenizer: PreTrainedTokenizerBase) -> str | None:
     None: that prompt is not what stands before an answer.
     """
     try:
-        text, spans = render_chat(tokenizer, PROBE)
+        text, spans = answered_chat(tokenizer, PROBE)
         prompt, _ = render_chat(tokenizer, PROBE[:-1], add_generation_prompt=True)
     except UNWRITABLE:
         return ""
@@ -188,13 +255,14 @@ def checked_chat(
     messages: list[Message],
     tools: list[dict] | None,
     place: str,
+    ends: Sequence[int],
 ) -> Text:
-    """Raises InputError where the template cannot write it, or does not write all of it."""
+    """As `answered_chat`; raises InputError where the template does not write all of it."""
     write = partial(render_chat, tokenizer)
 
     def is_read(whole: Text, *without: Any) -> bool:
         try:
-            return write(*without) != whole
+            return write(*without).text != whole.text
         except UNWRITABLE:
             return True
 
@@ -211,7 +279,15 @@ def checked_chat(
                     raise _silent(place, key)
             if tools and not is_read(whole, filled):
                 raise _silent(place, "tools")
-        written = write(messages, tools)
+        written = answered_chat(tokenizer, messages, tools, ends)
+        for role in ("system", "user", "tool"):
+            other = [
+                m | {"content": f"{m['content']}."} if m["role"] == role else m for m in messages
+            ]
+            if other != messages and not is_read(written, other, tools):
+                raise _silent(place, f"what {role!r} says")
+    except UnknownAnswer as error:
+        raise InputError(f"{place}: {error}") from None
     except UNWRITABLE as error:
         problem = shorten(str(error), 200)
         raise InputError(

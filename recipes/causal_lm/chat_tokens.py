@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from chat_rendering import Message, Span, Text, checked_chat, generation_header, turn_ends
+from chat_answers import Message, Span
+from chat_rendering import Text, checked_chat, generation_header, turn_ends
 from utils.config import InputError
 from utils.progress import in_batches
 
@@ -45,7 +46,7 @@ def encode_conversations(
     for first, batch in in_batches(conversations, "conversations"):
         texts = []
         for number, messages in enumerate(batch, first):
-            text, spans = checked_chat(tokenizer, messages, tools[number], places[number])
+            text, spans = checked_chat(tokenizer, messages, tools[number], places[number], stops)
             # what clients write is not the assistant's, marked or not
             begun = [start + len(header) * text.startswith(header, start) for start, _ in spans]
             texts.append(Text(text, [(a, b) for a, (_, b) in zip(begun, spans, strict=True)]))

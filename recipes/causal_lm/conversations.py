@@ -1,44 +1,33 @@
-"""Conversations: checked, written out by a chat template, and marked where the assistant speaks."""
+"""Conversations: written out by a chat template, and learnt where the assistant speaks."""
 
-import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from chat_rendering import Message, check_bounded, generation_header, turn_ends
+from chat_rendering import check_bounded, generation_header, tokens_written, turn_ends
 from chat_tokens import encode_conversations
+from conversation_rows import read_messages, read_tools
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.program import looked_for, warn
 from utils.tables import TableRow, naming_failures
 
-# whom each role may follow; None: the beginning
-FOLLOWS = {
-    "system": {None},
-    "user": {None, "system", "assistant"},
-    "assistant": {"user", "tool"},
-    "tool": {"assistant", "tool"},
-}
-
 CHAT_TEMPLATES = Path(__file__).parent / "chat_templates"
-# what data of other tools call the weight of a turn
-WEIGHTS = ("weight", "train", "training", "loss")
 
 
 @dataclass
 class ConversationArguments:
     """How rows become conversations, and conversations tokens."""
 
-    # The columns of the rows: conversations, or else a prompt and its completion, or else Alpaca's
-    # instruction, input (which may be empty) and output. The first of them that a row has is taken.
+    # The columns of the rows: turns (else ShareGPT's `conversations`), or a prompt and its
+    # completion, or Alpaca's instruction, input (which may be empty) and output: the first of them
+    # that a row has.
     messages_column: str = "messages"
     prompt_column: str = "prompt"
     completion_column: str = "completion"
@@ -49,194 +38,96 @@ class ConversationArguments:
     history_column: str = "history"  # of instructions: [[question, answer], …], the turns before
     tools_column: str = "tools"  # JSON schemas of the tools, where a row has such a column
     source_column: str | None = None  # by which the evaluation is broken down
-    # with generation marks: a name in chat_templates, or a jinja file; null: the tokenizer's
+    # one of the tokenizer's by its name, one in chat_templates, or a jinja file; null: its own
     chat_template: str | None = None
+    # special tokens that the template needs and the tokenizer lacks: [<|im_start|>, <|im_end|>]
+    add_tokens: list[str] = field(default_factory=list)
     # the tokenizer's end from now on; null: its own. Generation stops at what ends a turn, too
     eos_token: str | None = None
     # of more tokens than sequence_length; truncate: their end is cut off
     on_long_example: Literal["fail", "skip", "truncate"] = "fail"
 
 
-def read_messages(row: TableRow, arguments: ConversationArguments) -> list[Message]:
-    """A row as a conversation that ends with the assistant.
-
-    Turns keep what else they have (`tool_calls`, `name`), without nulls; a turn of the assistant
-    that nothing is to be learnt from has a "weight" of 0.
+def choose_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
+    """Give the tokenizer the template of this name; null: its own. Returns what to call it.
 
     Raises:
-        InputError: a missing column, an unknown role, an order of turns that is none, empty text,
-            a weight that is neither 0 nor 1.
+        InputError: there is none.
     """
-    a = arguments
-    if row.has(a.messages_column):
-        messages = row.get(a.messages_column)
-    elif row.has(a.prompt_column):
-        messages = [
-            {"role": "user", "content": row.text(a.prompt_column)},
-            {"role": "assistant", "content": row.text(a.completion_column)},
-        ]
-    elif row.has(a.instruction_column):
-        given = row.find(a.input_column)
-        if given is not None and not isinstance(given, str):
-            raise InputError(f"{row.place}: {a.input_column} must be text, not {given!r}")
-        parts = [row.text(a.instruction_column), given]
-        messages = [
-            *_history(row, a.history_column),
-            {"role": "user", "content": "\n\n".join(part for part in parts if part)},
-            {"role": "assistant", "content": row.text(a.output_column)},
-        ]
-    else:
-        wanted = f"{a.messages_column!r}, {a.prompt_column!r} and {a.instruction_column!r}"
-        known = ", ".join(map(str, row.values))
-        raise InputError(f"{row.place}: none of the columns {wanted}; there are: {known}")
-    if not isinstance(messages, list) or not messages:
-        shown = shorten(repr(messages), 60)
-        raise InputError(f"{row.place}: {a.messages_column} must be a list of turns, not {shown}")
-    system, first = row.find(a.system_column), messages[0]
-    has_system = isinstance(first, dict) and first.get("role") == "system"
-    if isinstance(system, str) and system.strip() and not has_system:
-        messages = [{"role": "system", "content": system}, *messages]
-    turns, before = [], None
-    for number, message in enumerate(messages, 1):
-        where = f"{row.place}: turn {number}"
-        if not isinstance(message, dict) or "role" not in message:
-            shown = shorten(repr(message), 60)
-            raise InputError(f"{where} must have a role and a content, not {shown}")
-        role = message["role"]
-        if not isinstance(role, str) or role not in FOLLOWS:
-            raise InputError(f"{where}: unknown role {role!r}: there are {', '.join(FOLLOWS)}")
-        if before not in FOLLOWS[role]:
-            after = "cannot come first" if before is None else f"cannot follow {before!r}"
-            raise InputError(f"{where}: {role!r} {after}")
-        turns.append(_turn(message, where))
-        before = role
-    if before != "assistant":
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}
+    files = {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
+    known = ", ".join(dict.fromkeys([*sorted(named), *files]))
+    if name is None:
+        # by name alone, the one for tools is taken where there are some
+        if own is None or (named and "default" not in named):
+            raise InputError(
+                f"chat_template: the tokenizer {tokenizer.name_or_path} has none"
+                f"{' of the name default' if named else ''}: give one of {known}, or a jinja file"
+            )
+        return f"that of {tokenizer.name_or_path}"
+    if name in named:
+        tokenizer.chat_template = named[name]
+        return name
+    if name not in files and re.fullmatch(r"[\w-]+", name):
         raise InputError(
-            f"{row.place}: the last turn is that of {before!r}: nothing to learn from it"
+            f"chat_template: there is no {name}; there are {known}, or give a jinja file"
         )
-    return turns
+    try:
+        tokenizer.chat_template = Path(files.get(name, name)).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        problem = f"{error.strerror}{looked_for(name)}"
+        raise InputError(f"chat_template: cannot read {name}: {problem}") from None
+    return name
 
 
-def _history(row: TableRow, column: str) -> list[Message]:
-    pairs = _parsed(row.find(column)) or []
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        shown = shorten(repr(pairs), 60)
-        raise InputError(f"{row.place}: {column} must be [[question, answer], …], not {shown}")
-    roles = ("user", "assistant")
-    return [
-        {"role": role, "content": text}
-        for pair in pairs
-        for role, text in zip(roles, pair, strict=True)
-    ]
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, arguments: ConversationArguments
+) -> list[str]:
+    """Give the tokenizer the template, the added tokens and the end token of the settings.
 
-
-def _turn(message: Message, where: str) -> Message:
-    is_assistant = message["role"] == "assistant"
-    has_calls = is_assistant and bool(message.get("tool_calls") or message.get("function_call"))
-    if "content" not in message and not has_calls:
-        shown = shorten(repr(message), 60)
-        raise InputError(f"{where} must have a role and a content, not {shown}")
-    content = message.get("content")
-    if has_calls and content is None:
-        content = ""
-    if not isinstance(content, str) or not (content.strip() or has_calls):
-        raise InputError(f"{where}: the content of {message['role']!r} is empty, or not text")
-    keys = [key for key in ("role", "content", *message) if key not in WEIGHTS]
-    turn = {key: message[key] for key in keys if message.get(key) is not None}
-    for name in WEIGHTS:
-        value = message.get(name)
-        if value is not None and value not in (0, 1):
-            raise InputError(f"{where}: {name} must be 0 or 1, not {shorten(repr(value), 60)}")
-        if is_assistant and value == 0:
-            turn["weight"] = 0
-        elif value and not is_assistant and name != "weight":  # which OpenAI ignores there
-            raise InputError(f"{where}: {name}: nothing is learnt from {message['role']!r}")
-    return turn
-
-
-def read_tools(row: TableRow, arguments: ConversationArguments) -> list[dict[str, Any]] | None:
-    """The tools that a row tells the assistant of; None: there are none.
+    Returns:
+        the tokens that were added: those that it lacked.
 
     Raises:
-        InputError: no list of JSON schemas.
-    """
-    column = arguments.tools_column
-    tools = _parsed(row.find(column)) or None
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        shown = shorten(repr(tools), 60)
-        raise InputError(f"{row.place}: {column} must be a list of JSON schemas, not {shown}")
-    return tools
-
-
-def _parsed(value: Any) -> Any:
-    """A cell of a csv file is text, also where it holds JSON."""
-    if isinstance(value, str):
-        value = value.strip()
-        with suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: ConversationArguments) -> None:
-    """Give the tokenizer the template and the end token of the settings.
-
-    Raises:
-        InputError: no template, a broken one, one without generation marks, one that writes tokens
-            that the tokenizer does not know, or none at which generation could stop.
+        InputError: no template, a broken one, one that writes tokens that the tokenizer does not
+            know, none at which generation could stop, or not what the assistant says.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"tokenizer: {type(tokenizer).__name__} does not tell which characters a token stands "
             "for: conversations need a fast tokenizer (tokenizer.json)"
         )
-    given = arguments.chat_template
-    shipped = {path.stem: path for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
-    known = ", ".join(shipped)
-    if given is not None:
-        if given not in shipped and re.fullmatch(r"[\w-]+", given):
-            raise InputError(
-                f"chat_template: there is no {given}; there are {known}, or give a jinja file"
-            )
-        try:
-            path = Path(shipped.get(given, given))
-            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            problem = f"{error.strerror}{looked_for(given)}"
-            raise InputError(f"chat_template: cannot read {given}: {problem}") from None
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # another one for tools
-        template = template.get("default")
-    if not isinstance(template, str):
-        raise InputError(
-            f"chat_template: the tokenizer {tokenizer.name_or_path} has none: give one of {known}, "
-            "or a jinja file"
-        )
-    name = given or f"that of {tokenizer.name_or_path}"
-    if not re.search(r"{%-?\s*generation\b", template):
-        raise InputError(
-            f"chat_template: {name} does not mark what the assistant says: enclose it in "
-            "{% generation %} and {% endgeneration %}, else there is nothing to train on"
-        )
+    own = tokenizer.chat_template
+    name = choose_template(tokenizer, arguments.chat_template)
+    if not all(token.strip() for token in arguments.add_tokens):
+        raise InputError("add_tokens: a token of blanks is none")
     vocabulary = tokenizer.get_vocab()
-    for token in sorted(set(re.findall(r"<\|[^|>]+\|>", template))):
-        if token not in vocabulary:
-            raise InputError(
-                f"chat_template: {name} writes {token}, which is no token of the tokenizer "
-                f"{tokenizer.name_or_path}: choose a template that suits it"
-            )
+    added = [token for token in dict.fromkeys(arguments.add_tokens) if token not in vocabulary]
+    tokenizer.add_tokens(added, special_tokens=True)
+    check_bounded(tokenizer, name)
+    vocabulary = tokenizer.get_vocab()
+    is_own = arguments.chat_template is None or arguments.chat_template in (own or ())
+    lacking = [] if is_own else sorted(tokens_written(tokenizer) - vocabulary.keys())
+    if lacking:
+        raise InputError(
+            f"chat_template: {name} writes {lacking[0]}, which is no token of the tokenizer "
+            f"{tokenizer.name_or_path}: choose a template that suits it, or set add_tokens: "
+            f"[{', '.join(lacking)}]"
+        )
     if arguments.eos_token is not None:
         if arguments.eos_token not in vocabulary:
             raise InputError(f"eos_token: {arguments.eos_token} is no token of the tokenizer")
         tokenizer.eos_token = arguments.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks are made of lengths, never of this token
-    check_bounded(tokenizer, name)
     turn_ends(tokenizer, name)
     if generation_header(tokenizer) is None:
         warn(
             f"chat_template: {name} writes something else before an answer than with "
             "add_generation_prompt: what clients ask is not what the model was trained on"
         )
+    return added
 
 
 @naming_failures

@@ -15,6 +15,7 @@ from on_policy import Sampler
 from packing import DocumentEncoder, begin_as_documents, packed_rows
 from stream_cache import StreamCache
 from text_evaluation import evaluate_documents, write_samples
+from utils.config import InputError
 from utils.engine import Data
 from utils.epochs import Epochs
 from utils.lanes import Corpus, Lanes
@@ -69,7 +70,11 @@ class Conversations:
 
     def __init__(self, tokenizer: Any, arguments: Any):
         self.tokenizer = tokenizer
-        set_chat_template(tokenizer, arguments)
+        if added := set_chat_template(tokenizer, arguments):
+            raise InputError(
+                f"add_tokens: the teacher knows no {added[0]}: add it to the teacher first, with "
+                "finetune.py"
+            )
         self.data = read_conversations(tokenizer, arguments)
         self.train, self.validation, self.test = self.data.parts
         self.arguments = arguments.for_examples(len(self.train))

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import torch
 import transformers
 
+from added_tokens import check_added_tokens, embed_added_tokens
 from causal_head import CausalHead, check_model, output_layer
 from chat_rendering import set_ends
 from conversation_data import read_conversations
@@ -134,7 +135,8 @@ def main() -> None:
         print(finetuning_plan(model_config(args), args))
         return
     tokenizer = load_tokenizer(args)
-    set_chat_template(tokenizer, args)
+    added = set_chat_template(tokenizer, args)
+    check_added_tokens(added, args)
     config = model_config(args, tokenizer)
     data = read_conversations(tokenizer, args)
     train, validation, test = data.parts
@@ -151,6 +153,8 @@ def main() -> None:
     model, trained = task_model(
         args, config, transformers.AutoModelForCausalLM, "CAUSAL_LM", folder.path, **options
     )
+    if args.model_name_or_path:
+        embed_added_tokens(model, tokenizer, added)
     set_ends(model.generation_config, tokenizer)
     objective = AnswerLoss(model, args.packing, args.neftune_noise_alpha)
     training.prepare(

@@ -17,6 +17,11 @@ Many prompts, the texts also written to a file:
 
     python recipes/causal_lm/generate.py --model_name_or_path runs/demo/model \
         --prompt_file prompts.txt --batch_size 16 --output_file generated.jsonl
+
+A conversation with a model that has a chat template: Ctrl-D ends it, /reset begins another:
+
+    python recipes/causal_lm/generate.py --model_name_or_path runs/causal_lm/finetune_demo/model \
+        --chat true --max_new_tokens 512
 """
 
 import json
@@ -35,10 +40,12 @@ if __name__ == "__main__":
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from conversations import choose_template
 from prompt_files import read_prompts
+from terminal_chat import add_turn_ends, chat
+from text_output import Interrupt, Stream, decode
 from utils.config import InputError, command, parse
 from utils.files import written_aside
 from utils.integrity import locked
@@ -56,6 +63,10 @@ class Arguments:
     # required, or prompt_file: a text to continue; in a YAML file also a list of them
     prompt: str | list[str] | None = None
     prompt_file: str | None = None  # a prompt a line; .jsonl: an object with a "prompt" a line
+    chat: bool = False  # a conversation in the terminal instead
+    system_prompt: str | None = None  # of the conversation
+    # one of the tokenizer's by its name, one in chat_templates, or a jinja file; null: its own
+    chat_template: str | None = None
     output_file: str | None = None  # JSON lines of "prompt" and "text"; null: only printed
     max_new_tokens: int = 64
     temperature: float = 0.0  # 0: the likeliest token (greedy, beams); above 0: sampling
@@ -70,8 +81,20 @@ class Arguments:
     trust_remote_code: bool = False  # run the Python that comes with the model or its tokenizer
 
     def check(self) -> None:
-        if self.prompt is None and self.prompt_file is None:
-            raise InputError("there is nothing to continue: give prompt or prompt_file")
+        if self.chat:
+            for name in ("prompt", "prompt_file", "output_file"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name}: a chat is read from the terminal: leave it out")
+            if self.num_beams * self.num_return_sequences > 1:
+                raise InputError(
+                    "chat: it has one answer: leave num_beams and num_return_sequences"
+                )
+        else:
+            for name in ("system_prompt", "chat_template"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name}: it is for a conversation: set chat: true")
+            if self.prompt is None and self.prompt_file is None:
+                raise InputError("there is nothing to continue: give prompt, prompt_file or chat")
         if self.prompt is not None and self.prompt_file is not None:
             raise InputError("prompt and prompt_file are both given: keep one of them")
         for name in ("max_new_tokens", "top_k", "num_beams", "num_return_sequences", "batch_size"):
@@ -105,13 +128,17 @@ class Arguments:
 
 def main() -> None:
     args = parse(Arguments)
-    prompts = read_prompts(args)
+    prompts = [] if args.chat else read_prompts(args)
     tokenizer, model = load(args.model_name_or_path, args.dtype, args.trust_remote_code)
     encoded = encode(prompts, tokenizer, model, args.max_new_tokens)
     assistant, batch_size = None, args.batch_size
     if args.assistant_model_name_or_path is not None:
         assistant, batch_size = load_assistant(args, tokenizer, model), 1
         encode(prompts, tokenizer, assistant, args.max_new_tokens)  # it has to have room, too
+
+    if args.chat:
+        choose_template(tokenizer, args.chat_template)
+        add_turn_ends(model, tokenizer)
 
     # All choices are made here: of a generation_config.json beside the model only its ends count.
     ends = end_tokens(tokenizer, model)
@@ -130,6 +157,8 @@ def main() -> None:
         model.generation_config.top_k = args.top_k or 0  # 0 is all tokens; None would be 50
         model.generation_config.top_p = args.top_p
     transformers.set_seed(args.seed)
+    if args.chat:
+        return chat(tokenizer, model, assistant, args)
 
     interrupt = Interrupt()
     signal.signal(signal.SIGINT, interrupt.press)
@@ -283,47 +312,6 @@ def end_tokens(
     given = model.generation_config.eos_token_id
     given = given if isinstance(given, list) else [given]
     return [*dict.fromkeys(end for end in (*given, tokenizer.eos_token_id) if end is not None)]
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-class Stream(BaseStreamer):
-    """Prints one text, its prompt first, as its tokens come.
-
-    transformers' TextStreamer holds each word back until the next begins, and decodes line by line,
-    which loses the blank that a line begins with for tokenizers that mark the starts of words.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.printed = 0  # characters
-
-    def put(self, value: torch.Tensor) -> None:
-        """`value`: first the prompt's token ids, (1, length), then each new one, (1,)."""
-        self.ids += value.flatten().tolist()
-        text = decode(self.tokenizer, self.ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a part of a character
-            print(text[self.printed :], end="", flush=True)
-            self.printed = len(text)
-
-    def end(self) -> None:
-        print(decode(self.tokenizer, self.ids)[self.printed :], flush=True)
-
-
-class Interrupt(StoppingCriteria):
-    """Ctrl-C ends generation after the token in hand, so that what was made is printed."""
-
-    pressed = False
-
-    def press(self, *_) -> None:
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.pressed, device=input_ids.device)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import chat_rendering
 from chat_rendering import PROBE, set_ends, turn_ends
 from comparing import run_code_of_card
 from conftest import write_jsonl
-from conversations import ConversationArguments, read_messages, set_chat_template, to_examples
+from conversation_rows import read_messages
+from conversations import ConversationArguments, set_chat_template, to_examples
 from launching import TINY_RUN, command_line, metrics
 from recipes.causal_lm import finetune
 from utils.config import InputError
@@ -503,6 +504,79 @@ def test_system_and_history_come_before_what_is_asked():
     values = {"instruction": "x", "output": "y", "history": "yes"}
     with pytest.raises(InputError, match=r"history must be \[\[question, answer\], …\], not 'yes'"):
         read_messages(row(values), arguments())
+
+
+SHAREGPT = [
+    {"from": "system", "value": "Be brief."},
+    {"from": "human", "value": "Where?", "name": "kim"},
+    {"from": "gpt", "value": "Here.", "weight": 0},
+    {"from": "human", "value": "When?"},
+    {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "it"}}'},
+    {"from": "observation", "value": "Now."},
+    {"from": "gpt", "value": "Now."},
+]
+
+
+def test_rows_of_sharegpt_are_read_by_the_names_of_openai():
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    expected = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Where?", "name": "kim"},
+        {"role": "assistant", "content": "Here.", "weight": 0},
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "Now."},
+        {"role": "assistant", "content": "Now."},
+    ]
+    assert read_messages(row({"id": 1, "conversations": SHAREGPT}), arguments()) == expected
+    # in a cell of a csv file; with the system prompt in a column of its own
+    text = json.dumps(SHAREGPT[1:])
+    values = {"conversations": text, "system": "Be brief."}
+    assert read_messages(row(values), arguments()) == expected
+    for messages in ([{"from": "bot", "value": "x"}], [{"from": "function_call", "value": "look"}]):
+        with pytest.raises(
+            InputError, match=f"line 7: turn 1: unknown role '{messages[0]['from']}'"
+        ):
+            read_messages(row({"conversations": messages}), arguments())
+    with pytest.raises(InputError, match="turn 1: the content of 'user' is empty, or not text"):
+        read_messages(row({"conversations": [{"from": "human"}]}), arguments())
+
+
+def test_a_developer_gives_the_system_prompt():
+    turns = [{"role": "developer", "content": "Be brief."}, *TURNS]
+    expected = [{"role": "system", "content": "Be brief."}, *TURNS]
+    assert read_messages(row({"messages": turns, "system": "Be long."}), arguments()) == expected
+
+
+def test_parts_of_a_content_are_joined_if_they_are_text():
+    parts = [{"type": "text", "text": "Whe"}, {"type": "text", "text": "re?"}]
+    turns = [{"role": "user", "content": parts}, *TURNS[1:]]
+    assert read_messages(row({"messages": turns}), arguments()) == TURNS
+    for part, shown in (
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url'"),
+        ({"type": "text"}, "'text'"),
+        ("Where?", "'Where?'"),
+    ):
+        turns[0] = {"role": "user", "content": [*parts, part]}
+        with pytest.raises(InputError) as error:
+            read_messages(row({"messages": turns}), arguments())
+        assert str(error.value) == (
+            f"rows.jsonl, line 7: turn 1: a part of the content is {shown}: text alone is learnt "
+            "from"
+        )
+    turns[0] = {"role": "user", "content": []}
+    with pytest.raises(InputError, match="turn 1: the content of 'user' is empty"):
+        read_messages(row({"messages": turns}), arguments())
+
+
+def test_the_turns_of_a_prompt_are_not_learnt(chat_tokenizer):
+    set_chat_template(chat_tokenizer, arguments(chat_template="chatml"))
+    values = {"prompt": TURNS[:3], "completion": TURNS[3:]}
+    turns = read_messages(row(values), arguments())
+    assert turns == [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]
+    assert learnt(chat_tokenizer, turns) == ["Now, or\nlater.<|im_end|>"]
+    with pytest.raises(InputError, match="prompt must be text, not"):
+        read_messages(row({"prompt": TURNS[:3], "completion": "Now."}), arguments())
 
 
 def test_half_of_a_character_is_refused(chat_tokenizer):

@@ -34,10 +34,10 @@ from transformers import (
 from xxhash import xxh3_64_hexdigest
 
 from conftest import WORDS, Ended, write_jsonl
+from conversation_rows import read_messages
 from conversations import (
     ConversationArguments,
     collate,
-    read_messages,
     set_chat_template,
     to_examples,
 )
@@ -262,7 +262,10 @@ USER, ASSISTANT = TURNS[1:3]
         ({"messages": "Hi"}, "messages must be a list of turns, not 'Hi'"),
         ({"prompt": "x"}, "no column 'completion'; there are: prompt"),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
-        ({"text": "x"}, "none of the columns 'messages', 'prompt' and 'instruction'; there are: t"),
+        (
+            {"text": "x"},
+            "none of the columns 'messages', 'conversations', 'prompt' and 'instruction'; t",
+        ),
     ],
 )
 def test_rows_that_are_no_conversations(values, message):
@@ -834,7 +837,10 @@ def test_frozen_parameters_do_not_move(instruct, frozen, still):
             "chat_template: there is no chatlm; there are chatml, llama3, plain, or give a jinja f",
         ),
         ({"chat_template": "chatml"}, "writes <|im_end|>, which is no token of the tokenizer"),
-        ({"chat_template": "{unmarked}"}, "does not mark what the assistant says: enclose it in"),
+        (
+            {"chat_template": "{silent}"},
+            "silent.jinja: in a conversation of four turns: turn 2: the chat_template does not wri",
+        ),
         (
             {"chat_template": "{broken}"},
             "train.jsonl, line 1: the chat_template cannot write the co",
@@ -851,11 +857,11 @@ def test_frozen_parameters_do_not_move(instruct, frozen, still):
     ],
 )
 def test_bad_settings(instruct, tokenizer_folder, tmp_path, settings, message):
-    (tmp_path / "unmarked.jinja").write_text("{{ messages[0]['content'] }}")
+    (tmp_path / "silent.jinja").write_text("{{ messages[0]['content'] }}")
     (tmp_path / "broken.jinja").write_text("{% generation %}{{ raise }{% endgeneration %}")
     places = {
         "tokenizer": tokenizer_folder,
-        "unmarked": tmp_path / "unmarked.jinja",
+        "silent": tmp_path / "silent.jinja",
         "broken": tmp_path / "broken.jinja",
     }
     if isinstance(settings.get("chat_template"), str):

@@ -420,7 +420,7 @@ def test_a_prompt_on_the_command_line_is_taken_as_it_stands(prompt):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "there is nothing to continue: give prompt or prompt_file"),
+        ({}, "there is nothing to continue: give prompt, prompt_file or chat"),
         (
             {"prompt": "a", "prompt_file": "b"},
             "prompt and prompt_file are both given: keep one of them",
@@ -666,9 +666,12 @@ def test_every_documented_command_parses(tmp_path, monkeypatch):
     Path("runs/demo").mkdir(parents=True)
     page = (ROOT / "recipes/causal_lm/README.md").read_text()
     commands = documented_commands(PROGRAM, generate.__doc__, page)
-    assert len(commands) >= 8
-    for words in commands:
-        assert parse(generate.Arguments, words).model_name_or_path == "runs/demo/model"
+    assert len(commands) >= 10
+    given = [parse(generate.Arguments, words) for words in commands]
+    assert {(args.model_name_or_path, args.chat) for args in given} == {
+        ("runs/demo/model", False),
+        ("runs/causal_lm/finetune_demo/model", True),
+    }
 
 
 ASSISTANTS = {
