@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from conftest import make_prose
 from launching import ROOT, TINY_BERT, TINY_RUN, steps
+from recipes.causal_lm import finetune, pretrain
+from recipes.classification import finetune as finetune_classifier
 
 TEMPLATE = ROOT / "recipes/causal_lm/chat_templates/plain.jinja"
 
@@ -35,8 +37,6 @@ def texts(tmp_path):
 
 
 def test_a_folder_of_texts(call, texts, tokenizer_folder, tmp_path):
-    from recipes.causal_lm import pretrain
-
     config, option, _ = command_for("recipes/causal_lm/pretrain.py")
     folder = tmp_path / "run"
     words = [config, option, str(texts), "--output_dir", str(folder)]
@@ -56,8 +56,6 @@ def test_a_folder_of_texts(call, texts, tokenizer_folder, tmp_path):
 
 @pytest.mark.parametrize(("separator", "name"), [(",", "my.csv"), ("\t", "my data.tsv")])
 def test_a_table(separator, name, call, wordpiece_folder, tmp_path):
-    from recipes.classification import finetune
-
     config, data, _, label, column = command_for("recipes/classification/finetune.py")
     rows = [
         (d["text"].split(". ")[0], ("good", "bad")[i % 2])
@@ -74,7 +72,7 @@ def test_a_table(separator, name, call, wordpiece_folder, tmp_path):
     folder = tmp_path / "run"
     words = [config, data, str(path), label, column, "--output_dir", str(folder)]
     words += ["--model_name_or_path", str(base), "--sequence_length", "64", "--report_to", "none"]
-    ended = call(finetune.main, words, folder)
+    ended = call(finetune_classifier.main, words, folder)
     assert ended.status == 0, ended.error
     assert f"{path}: the texts are taken from its column 'review'" in ended.output
     assert "labels: bad, good" in ended.output
@@ -82,13 +80,11 @@ def test_a_table(separator, name, call, wordpiece_folder, tmp_path):
     assert settings["train_data"][0]["path"] == str(path)
     assert AutoConfig.from_pretrained(folder / "model").id2label == {0: "bad", 1: "good"}
     path.write_text("id,review,y\n1,nice,good\n2,poor,bad\n".replace(",", separator))
-    ended = call(finetune.main, words, folder)
+    ended = call(finetune_classifier.main, words, folder)
     assert "text_column: which holds the texts? there are: 'id', 'review', 'y'" in ended.error
 
 
 def test_conversations(call, tokenizer_folder, tmp_path):
-    from recipes.causal_lm import finetune
-
     config, data, _, model, _ = command_for("recipes/causal_lm/finetune.py")
     base = tmp_path / "chat model"
     torch.manual_seed(0)
