@@ -120,7 +120,7 @@ def test_processes_and_stages_change_and_the_run_goes_on(
         assert difference < 1e-5 * np.linalg.norm(expected_weight) + 1e-8, name
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["ZeRO-3"])  # the others: tests/utils/test_kill.py
 def test_kills_leave_no_trace_in_metrics_and_weights(stage, tmp_path, launch, finish):
     config, processes = STAGES[stage]
     undisturbed, output_dir = tmp_path / "undisturbed", tmp_path / "run"
