@@ -46,7 +46,7 @@ class TrainingArguments(Settings):
     global_batch_size: int = 64  # sequences a step, over all processes
     per_device_batch_size: int = 8  # sequences a micro-batch; accumulation makes up the rest
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    # the peak; null: 3e-4 on raw text, to fine-tune 2e-5, or of an adapter alone 2e-4
+    # the peak; null: 3e-4 on raw text and from scratch, to fine-tune 2e-5, of an adapter 2e-4
     learning_rate: float | None = None
     lr_scheduler_type: SchedulerType = "cosine"
     # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
@@ -220,9 +220,9 @@ class TrainingArguments(Settings):
 
     def learning_rate_note(self) -> str:
         """A line, of one that is more than 30 times the usual, or less by as much."""
-        ratio = self.learning_rate / self.usual_learning_rate
-        usual = f"the {self.usual_learning_rate:g} that is usual for such a run"
-        return "" if 1 / 30 <= ratio <= 30 else f"learning_rate: {ratio:.3g} times {usual}"
+        ratio = self.learning_rate / (usual := self.usual_learning_rate)
+        note = f"learning_rate: {ratio:.3g} times the {usual:g} that is usual for such a run"
+        return "" if 1 / 30 <= ratio <= 30 else note
 
     @property
     def eval_metric(self) -> str:
@@ -318,7 +318,9 @@ class FinetuningArguments(TrainingArguments):
 
     @property
     def usual_learning_rate(self) -> float:
-        return 2e-4 if getattr(self, "has_adapter", False) else 2e-5
+        is_given = getattr(self, "model_name_or_path", None) or getattr(self, "is_carved", False)
+        of_all = 2e-5 if is_given else super().usual_learning_rate
+        return 2e-4 if getattr(self, "has_adapter", False) else of_all
 
     @property
     def has_validation(self) -> bool:
@@ -332,11 +334,7 @@ class FinetuningArguments(TrainingArguments):
         return True  # of num_train_epochs, once the examples are counted
 
     def for_examples(self, count: int) -> Self:
-        """With the steps of the run and its cadence, for that many training examples.
-
-        Raises:
-            InputError: as `check`.
-        """
+        """With the steps of the run and its cadence, for so many training examples; as checked."""
         epoch = math.ceil(count / self.global_batch_size)
         steps = self.max_steps or math.ceil(self.num_train_epochs * epoch)
         settings = replace(

@@ -40,7 +40,7 @@ FREE = {
 # the end of a run is done again for them
 MEASURED_AT_THE_END = {
     *("test_sources", "test_data", "baselines", "pseudo_perplexity_documents", "lead_sentences"),
-    *("merge_adapter", "license", "language", "tags"),
+    *("merge_adapter", "license", "language", "tags", "scored_answers"),
 }
 # of a model that was in the repository before: no other may be loaded in its place
 STALE = ("config.json", "adapter_config.json", "adapter_model.safetensors", "model*.safetensors*")

@@ -54,6 +54,38 @@ def evaluate_answers(
 def write_answers(
     training: Training, model: Any, tokenizer: Any, examples: list[dict[str, Any]]
 ) -> list[dict[str, str]] | None:
+    """`first_answers` to be read below each other."""
+    found = first_answers(training, model, tokenizer, examples)
+    if found is None:
+        return None
+    return [{"prompt": one["prompt"], "text": f"\n\n{one['prediction']}"} for one in found]
+
+
+def score_answers(
+    training: Training, model: Any, tokenizer: Any, examples: list[dict[str, Any]]
+) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
+    """How often `first_answers` are those of the data to the letter, how near by ROUGE-L; and each.
+
+    Both in percent, but for blanks at the ends; ROUGE-L is the F1 of rouge_score with Porter's
+    stemmer, which reads letters and digits of English. None when a stop signal came in between.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second
+
+    found = first_answers(training, model, tokenizer, examples)
+    if found is None:
+        return None
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for one in found:
+        texts = one["reference"].strip(), one["prediction"].strip()
+        one["exact_match"] = 100.0 * (texts[0] == texts[1])
+        one["rougeL"] = 100 * scorer.score(*texts)["rougeL"].fmeasure
+    names = ("exact_match", "rougeL")
+    return {f"eval_{n}": float(np.mean([one[n] for one in found])) for n in names}, found
+
+
+def first_answers(
+    training: Training, model: Any, tokenizer: Any, examples: list[dict[str, Any]]
+) -> list[dict[str, Any]] | None:
     """What the model says first in each conversation: at most 100 tokens, each the most likely.
 
     Left out are conversations that leave it no position. None when a stop signal came in between.
@@ -70,12 +102,13 @@ def write_answers(
             return_dict=True,
         )["input_ids"]
         if len(prompt) < positions:
-            asked.append(turns[first - 1]["content"])
+            asked.append(
+                {"prompt": turns[first - 1]["content"], "reference": turns[first]["content"] or ""}
+            )
             prompts.append(prompt)
     texts = generate_texts(
         training, model, tokenizer, prompts, 100, eos_token_id=turn_ends(tokenizer), do_sample=False
     )
     if texts is None:
         return None
-    pairs = zip(asked, texts, strict=True)
-    return [{"prompt": question, "text": f"\n\n{text}"} for question, text in pairs]
+    return [turn | {"prediction": text} for turn, text in zip(asked, texts, strict=True)]

@@ -28,7 +28,7 @@ from added_tokens import check_added_tokens, embed_added_tokens
 from causal_head import CausalHead, check_model, output_layer
 from chat_rendering import set_ends
 from conversation_data import read_conversations
-from conversation_evaluation import evaluate_answers, write_answers
+from conversation_evaluation import evaluate_answers, score_answers, write_answers
 from conversations import ConversationArguments, collate, set_chat_template
 from finetuning_plan import check_trained_part, finetuning_plan
 from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_share
@@ -40,6 +40,7 @@ from utils.model_settings import quantization
 from utils.ranks import launched_with, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
+from utils.scoring import write_predictions
 from utils.training import Training
 
 USAGE = """
@@ -66,6 +67,9 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
     load_in_4bit: bool = False  # QLoRA: the base in NF4, its scales quantized too; needs lora
     neftune_noise_alpha: float = 0.0  # noise on the embeddings, 5 for example; 0: none
     sample_answers: int = 3  # to the first conversations of validation_data, at each evaluation
+    # conversations of test_data, whose first answers are written and held against theirs: exact
+    # match and ROUGE-L, and each in predictions.jsonl
+    scored_answers: int = 0
     dry_run: bool = False  # print parameters and memory, and load nothing
 
     def check(self) -> None:
@@ -78,6 +82,8 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
                 "launch with single_gpu.yaml, multi_gpu.yaml or zero2.yaml"
             )
         self.check_metric(METRICS)
+        if self.scored_answers and not self.test_data:
+            raise InputError("scored_answers: give test_data, of which they are")
         if self.neftune_noise_alpha < 0:
             raise InputError(f"neftune_noise_alpha: {self.neftune_noise_alpha} is negative")
 
@@ -181,12 +187,19 @@ def main() -> None:
     facts = {"trained": trainable_share(trained), **data.facts}
     if test:
         training.load_best()
-        results = evaluate(test)
-        if results is None:
+        results, chosen = evaluate(test), test[: args.scored_answers]
+        scored = (
+            results and score_answers(training, model, tokenizer, chosen) if chosen else ({}, [])
+        )
+        if results is None or scored is None:
             return training.stop()
+        results |= scored[0]
         training.record_test(results)
-        for name in ("loss", "token_accuracy"):
+        for name in ("loss", "token_accuracy", *(n.removeprefix("eval_") for n in scored[0])):
             facts[f"{name.replace('_', ' ')} of the test"] = f"{results[f'eval_{name}']:.4f}"
+        with training.ranks.together():
+            if training.is_main and chosen:
+                write_predictions(folder.path / "predictions.jsonl", scored[1])
     conclude(training, "Assistant", "text-generation", USAGE, facts)
 
 

@@ -33,6 +33,7 @@ from transformers import (
 )
 from xxhash import xxh3_64_hexdigest
 
+import conversation_evaluation
 from conftest import WORDS, Ended, write_jsonl
 from conversation_rows import read_messages
 from conversations import (
@@ -41,7 +42,17 @@ from conversations import (
     set_chat_template,
     to_examples,
 )
-from launching import ROOT, TINY_RUN, Launch, checkpoints, command_line, metrics, run, steps
+from launching import (
+    ROOT,
+    TINY_RUN,
+    Launch,
+    checkpoints,
+    command_line,
+    metrics,
+    predictions,
+    run,
+    steps,
+)
 from recipes.causal_lm import finetune as instruction
 from utils.config import InputError, read_yaml
 from utils.loss import IGNORE_INDEX
@@ -564,6 +575,54 @@ def test_a_signal_while_answers_are_written_is_heard_and_made_up_for(instruct, m
     instruct("part", **settings)
     assert metrics(part.folder) == metrics(whole.folder)
     assert sum("samples" in record for record in metrics(whole.folder)) == 2
+
+
+def test_answers_of_the_test_are_scored(instruct, data):
+    ended = instruct(
+        "scored", scored_answers=4, test_data=[{"path": str(data / "validation.jsonl")}]
+    )
+    assert ended.status == 0, ended.error
+    model = AutoModelForCausalLM.from_pretrained(ended.folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(ended.folder / "model")
+    found = predictions(ended.folder)
+    rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
+    for record, given in zip(found, rows, strict=False):
+        turns = given["messages"]
+        first = [turn["role"] for turn in turns].index("assistant")
+        assert record["reference"] == turns[first]["content"]
+        prompt = tokenizer.apply_chat_template(
+            turns[:first], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        room = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
+        written = model.generate(**prompt, max_new_tokens=min(100, room), do_sample=False)
+        text = tokenizer.decode(
+            written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        assert record["prediction"] == text
+        assert record["exact_match"] == 100 * (text.strip() == record["reference"].strip())
+    (test,) = (record for record in metrics(ended.folder) if "test_loss" in record)
+    for name in ("exact_match", "rougeL"):
+        assert test[f"test_{name}"] == pytest.approx(sum(r[name] for r in found) / len(found))
+    assert len(found) == 4
+    again = instruct(
+        "scored", scored_answers=2, test_data=[{"path": str(data / "validation.jsonl")}]
+    )
+    assert again.status == 0, again.error
+    assert predictions(ended.folder) == found[:2]
+
+
+def test_scores_of_answers(monkeypatch):
+    answers = [
+        {"prompt": "a", "reference": "The cats sat.\n", "prediction": " The cats sat."},
+        {"prompt": "b", "reference": "the cat sat", "prediction": "A cat sits there"},
+    ]
+    monkeypatch.setattr(conversation_evaluation, "first_answers", lambda *_: answers)
+    results, each = conversation_evaluation.score_answers(None, None, None, [])
+    # of the second, stemmed: a longest common subsequence of one word, of 3 and of 4
+    f1 = 2 * (1 / 4) * (1 / 3) / (1 / 4 + 1 / 3)
+    assert [one["exact_match"] for one in each] == [100, 0]
+    assert each[1]["rougeL"] == pytest.approx(100 * f1)
+    assert results == {"eval_exact_match": 50, "eval_rougeL": pytest.approx(50 + 50 * f1)}
 
 
 # adapters

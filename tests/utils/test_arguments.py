@@ -19,15 +19,17 @@ TEACHER = ["--teacher.model_name_or_path", "org/teacher"]
     ("script", "words", "rate"),
     [
         (pretrain, STREAM, 3e-4),
-        (finetune, TABLES, 2e-5),
+        (finetune, TABLES, 3e-4),
+        (finetune, [*TABLES, "--model_name_or_path", "a"], 2e-5),
         (finetune, [*TABLES, *LORA], 2e-4),
         (finetune, [*TABLES, *LORA, "--learning_rate", "1e-4"], 1e-4),
         (classification, [*TABLES, *LORA, "--learning_rate", "null"], 2e-4),
         (classification, [*TABLES, "--model_name_or_path", "a", "--freeze", "encoder"], 2e-5),
         (distillation, [*STREAM, *TEACHER], 3e-4),
-        (distillation, [*TABLES, *TEACHER, "--on_policy_share", "0"], 2e-5),
+        (distillation, [*TABLES, *TEACHER, "--on_policy_share", "0"], 3e-4),
+        (distillation, [*TABLES, *TEACHER, "--student_layers", "[0]"], 2e-5),
         (bert_distillation, [*STREAM, *TEACHER], 3e-4),
-        (classifier_distillation, [*TABLES, *TEACHER], 2e-5),
+        (classifier_distillation, [*TABLES, *TEACHER, "--model_name_or_path", "a"], 2e-5),
     ],
 )
 def test_the_learning_rate_suits_what_is_trained(script, words, rate, tmp_path):
