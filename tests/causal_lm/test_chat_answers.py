@@ -308,6 +308,15 @@ def test_tokens_that_a_given_template_puts_together_are_looked_for(tokenizer, na
     assert set_chat_template(tokenizer, arguments(**settings, add_tokens=names)) == []
 
 
+def test_what_is_said_beside_a_call_is_written_or_refused(shipped):
+    turns = [AGENT[0], AGENT[1] | {"content": "I look."}, *AGENT[2:]]
+    call = CALLS["qwen2.5"]
+    assert learnt(shipped("qwen2.5"), turns, [SCHEMA])[0] == f"I look.\n{call}"
+    assert "does not write what 'assistant' says beside a call: choose" in (
+        refused(shipped("llama3.1"), turns, tools=[SCHEMA])
+    )
+
+
 # templates in which it cannot be told
 
 
