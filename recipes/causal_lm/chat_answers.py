@@ -11,7 +11,7 @@ from typing import Any
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-CALLS = ("tool_calls", "function_call")
+CALL_KEYS = ("tool_calls", "function_call")
 
 
 class UnknownAnswer(Exception):
@@ -43,7 +43,7 @@ def find_answers(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        turn, calls = f"turn {index + 1}", any(message.get(key) for key in CALLS)
+        turn, calls = f"turn {index + 1}", calls_tools(message)
         other = write_other(index)
         if other == whole and message.get("content"):
             raise UnknownAnswer(f"{turn}: the chat_template does not write what it says")
@@ -74,10 +74,14 @@ def find_answers(
     return spans
 
 
+def calls_tools(message: Message) -> bool:
+    return any(message.get(key) for key in CALL_KEYS)
+
+
 def _with_words(message: Message, words: str) -> Message:
     """The message, which says `words` and has them in the arguments of its calls."""
     other = message | ({"content": words} if message.get("content") else {})
-    for key in CALLS:
+    for key in CALL_KEYS:
         if message.get(key):
             other[key] = _with_arguments(message[key], words)
     return other

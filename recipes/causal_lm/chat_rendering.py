@@ -15,7 +15,7 @@ import psutil
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from chat_answers import Message, Span, UnknownAnswer, find_answers
+from chat_answers import Message, Span, UnknownAnswer, calls_tools, find_answers
 from utils.config import InputError
 
 # keys of a turn, by their names, without which it would be another conversation
@@ -280,12 +280,15 @@ def checked_chat(
             if tools and not is_read(whole, filled):
                 raise _silent(place, "tools")
         written = answered_chat(tokenizer, messages, tools, ends)
-        for role in ("system", "user", "tool"):
+        kinds = [(message["role"], calls_tools(message)) for message in messages]
+        for kind in dict.fromkeys(kinds):
+            pairs = zip(messages, kinds, strict=True)
             other = [
-                m | {"content": f"{m['content']}."} if m["role"] == role else m for m in messages
+                m | {"content": f"{m['content']}."} if kind == of_m and m.get("content") else m
+                for m, of_m in pairs
             ]
             if other != messages and not is_read(written, other, tools):
-                raise _silent(place, f"what {role!r} says")
+                raise _silent(place, f"what {kind[0]!r} says" + " beside a call" * kind[1])
     except UnknownAnswer as error:
         raise InputError(f"{place}: {error}") from None
     except UNWRITABLE as error:

@@ -308,6 +308,15 @@ def test_tokens_that_a_given_template_puts_together_are_looked_for(tokenizer, na
     assert set_chat_template(tokenizer, arguments(**settings, add_tokens=names)) == []
 
 
+def test_what_is_said_beside_a_call_is_written_or_refused(shipped):
+    turns = [AGENT[0], AGENT[1] | {"content": "I look."}, *AGENT[2:]]
+    call = CALLS["qwen2.5"]
+    assert learnt(shipped("qwen2.5"), turns, [SCHEMA])[0] == f"I look.\n{call}"
+    assert "does not write what 'assistant' says beside a call: choose" in (
+        refused(shipped("llama3.1"), turns, tools=[SCHEMA])
+    )
+
+
 # templates in which it cannot be told
 
 
@@ -345,6 +354,40 @@ def test_a_user_s_end_is_none_of_the_assistant_s(tokenizer):
     assert refused(tokenizer, TURNS).startswith(
         "rows.jsonl, line 7: the chat_template writes no token after turn 2 at which generation"
     )
+
+
+WITH_CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.tool_calls %}"
+    "{{ m.tool_calls | tojson + '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (WITH_CALLS, "the chat_template writes no token after turn 2 at which generation stops"),
+        (
+            WITH_CALLS.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'"),
+            "turn 2: where its call begins cannot be told: with add_generation_prompt the chat_temp",
+        ),
+    ],
+)
+def test_a_call_that_cannot_be_told_is_refused(tokenizer, template, message):
+    tokenizer.add_tokens(CHATML, special_tokens=True)
+    tokenizer.chat_template = template
+    turns = [{k: v for k, v in turn.items() if k != "name"} for turn in AGENT]
+    assert refused(tokenizer, turns).startswith(f"rows.jsonl, line 7: {message}")
+
+
+def test_a_call_without_arguments_is_learnt(shipped):
+    function = {"name": "look", "arguments": {}}
+    call = {"id": "call00001", "type": "function", "function": function}
+    turns = [AGENT[0], AGENT[1] | {"tool_calls": [call]}, *AGENT[2:]]
+    assert learnt(shipped("qwen2.5"), turns) == [
+        '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>',
+        "Here.<|im_end|>",
+    ]
 
 
 def test_spans_are_characters_of_what_transformers_writes(shipped):
