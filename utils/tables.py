@@ -49,6 +49,7 @@ class Table:
     # train; of a Hub dataset in train_data alone
     split: str | None = None
     revision: str | None = None  # of the Hub dataset: a commit or a branch
+    label: str | None = None  # in the logs; default: the path
     sample_by: SampleBy = "document"  # what of .txt is a row: the file, or as `Source` has it
 
     @property
@@ -64,6 +65,7 @@ class TableRow(NamedTuple):
     file: str
     unit: str  # "line" or "row"
     number: int
+    table: str = ""  # its label
 
     @property
     def place(self) -> str:
@@ -133,7 +135,8 @@ def read_table(table: Table) -> list[TableRow]:
     else:
         for name in ("name", "revision"):
             if getattr(table, name) is not None:
-                raise InputError(f"{table.path}: {name} is for datasets of the Hub: leave it out")
+                advice = "the name in the logs is label" if name == "name" else "leave it out"
+                raise InputError(f"{table.path}: {name} is for datasets of the Hub: {advice}")
         files = find_local_files(table.path, KINDS)
         for file in files:
             if not file.endswith(FORMATS) or os.path.isdir(file):
@@ -145,7 +148,7 @@ def read_table(table: Table) -> list[TableRow]:
         rows = _slice([row for file in files for row in _read_file(file, table.sample_by)], table)
     if not rows:
         raise InputError(f"{table.path} holds no rows")
-    return rows
+    return [row._replace(table=table.label or table.path) for row in rows]
 
 
 def naming_failures(encode: Callable) -> Callable:

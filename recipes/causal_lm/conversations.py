@@ -37,7 +37,7 @@ class ConversationArguments:
     system_column: str = "system"  # the first turn, where a row has such a text
     history_column: str = "history"  # of instructions: [[question, answer], …], the turns before
     tools_column: str = "tools"  # JSON schemas of the tools, where a row has such a column
-    source_column: str | None = None  # by which the evaluation is broken down
+    source_column: str | None = None  # by which the evaluation is broken down; null: by table
     # one of the tokenizer's by its name, one in chat_templates, or a jinja file; null: its own
     chat_template: str | None = None
     # special tokens that the template needs and the tokenizer lacks: [<|im_start|>, <|im_end|>]
@@ -174,7 +174,7 @@ def to_examples(
             counts["truncated"] += 1
         labels = np.full(len(ids), IGNORE_INDEX, np.int32)
         labels[:-1] = np.where(is_target[1:], ids[1:], IGNORE_INDEX)
-        source = "all" if a.source_column is None else str(row.get(a.source_column))
+        source = row.table if a.source_column is None else str(row.get(a.source_column))
         examples.append(
             {
                 "input_ids": ids,

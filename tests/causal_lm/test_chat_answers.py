@@ -369,7 +369,7 @@ WITH_CALLS = (
         (WITH_CALLS, "the chat_template writes no token after turn 2 at which generation stops"),
         (
             WITH_CALLS.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'"),
-            "turn 2: where its call begins cannot be told: with add_generation_prompt the chat_temp",
+            "turn 2: where its call begins cannot be told: with add_generation_prompt the chat",
         ),
     ],
 )

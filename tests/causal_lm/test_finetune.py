@@ -577,6 +577,22 @@ def test_a_signal_while_answers_are_written_is_heard_and_made_up_for(instruct, m
     assert sum("samples" in record for record in metrics(whole.folder)) == 2
 
 
+def test_tables_are_evaluated_apart(instruct, data):
+    tables = [
+        {"path": str(data / "validation.jsonl"), "split": s} for s in ("train[:5]", "train[5:]")
+    ]
+    tables[0]["label"] = "first"
+    ended = instruct("apart", source_column=None, validation_data=tables, max_steps=1)
+    assert ended.status == 0, ended.error
+    alone = [instruct(f"{i}", validation_data=[t], max_steps=1) for i, t in enumerate(tables)]
+    (found,) = (r for r in metrics(ended.folder) if "eval_loss" in r)
+    losses = [r["eval_loss"] for one in alone for r in metrics(one.folder) if "eval_loss" in r]
+    assert found["eval_loss_by_source"] == {
+        "first": pytest.approx(losses[0]),
+        str(data / "validation.jsonl"): pytest.approx(losses[1]),
+    }
+
+
 def test_answers_of_the_test_are_scored(instruct, data):
     ended = instruct(
         "scored", scored_answers=4, test_data=[{"path": str(data / "validation.jsonl")}]

@@ -237,7 +237,8 @@ def test_settings_of_the_hub_beside_files(tmp_path, name):
     path = write(tmp_path / "a.jsonl")
     with pytest.raises(InputError) as error:
         read_table(Table(str(path), **{name: "x"}))
-    assert str(error.value) == f"{path}: {name} is for datasets of the Hub: leave it out"
+    advice = {"name": "the name in the logs is label"}.get(name, "leave it out")
+    assert str(error.value) == f"{path}: {name} is for datasets of the Hub: {advice}"
 
 
 def test_a_file_comes_once_and_by_its_name(tmp_path):
