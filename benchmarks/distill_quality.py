@@ -71,6 +71,8 @@ class Arguments:
     encoder_steps: int = 150  # of 16 rows of 128 tokens
     encoder_teacher_steps: int = 1000
     classification_steps: int = 60  # of 32 docstrings; of the teacher four times as many
+    classification_learning_rate: float = 5e-4
+    classification_hidden_weight: float = 5.0  # of the taught
     labels: list[int] = field(default_factory=lambda: [100, 1000, 8000])  # that a classifier has
     mixed_precision: Literal["no", "bf16"] = "no"
     output_dir: str = "runs/distill_quality"
@@ -255,11 +257,12 @@ def classification(args: Arguments, folder: Path) -> list[dict[str, Any]]:
             *("--teacher.model_name_or_path", str(teacher / "model")),
             *("--model_name_or_path", str(three_layers(minilm, folder / "three"))),
             *("--train_data", f"[{{path: {TASK}/train.jsonl, split: 'train[:{labels}]'}}]"),
-            *("--max_steps", str(args.classification_steps), "--learning_rate", "5e-4"),
+            *("--max_steps", str(args.classification_steps)),
+            *("--learning_rate", str(args.classification_learning_rate)),
         ]
         rest = f"[{{path: {TASK}/train.jsonl, split: 'train[{labels}:]'}}]"
         taught = ("--hard_weight", "1", "--soft_weight", "1", "--temperature", "2")
-        taught += ("--hidden_weight", "5")
+        taught += ("--hidden_weight", str(args.classification_hidden_weight))
         taught += ("--transfer_data", rest) if labels < count else ()
         ways = {"labels": LABELS, "teacher": taught}
         script, name = "recipes/classification/distill.py", f"classifier, {labels:,} labels"
