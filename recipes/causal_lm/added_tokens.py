@@ -1,5 +1,6 @@
 """Tokens that a chat template needs and the given model lacks."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,14 @@ from utils.fragments import gathered
 from utils.model_settings import quiet
 
 
-def check_added_tokens(added: list[str], arguments: Any) -> None:
-    """Raises InputError where they would never be learnt, or their embeddings not be exported."""
+def check_added_tokens(added: list[str], tokenizer: Any, config: Any, arguments: Any) -> None:
+    """Raises InputError where they would never be learnt, or their embeddings not be exported.
+
+    Args:
+        added: those that the tokenizer lacked; the model may lack others of `add_tokens`, too.
+    """
+    if len(tokenizer) > getattr(config.get_text_config(decoder=True), "vocab_size", math.inf):
+        added = added or arguments.add_tokens
     setting = "lora" if arguments.has_adapter else "freeze"
     if added and (arguments.has_adapter or arguments.freeze is not None):
         raise InputError(
@@ -25,10 +32,11 @@ def embed_added_tokens(model: Any, tokenizer: Any, added: list[str]) -> None:
     So the probabilities of the others stay as they were, nearly (Hewitt 2021); beside logits that
     are all below 0, that of a new row of small numbers would be the largest.
     """
-    if not added:
+    held = model.get_input_embeddings().num_embeddings
+    if not added and len(tokenizer) <= held:
         return
-    first = min(tokenizer.convert_tokens_to_ids(added))
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    first = min([held, *tokenizer.convert_tokens_to_ids(added)])
+    if len(tokenizer) > held:
         with quiet():  # a multiple of 64 suits the hardware
             model.resize_token_embeddings(
                 len(tokenizer), pad_to_multiple_of=64, mean_resizing=False

@@ -45,7 +45,7 @@ def find_answers(
             continue
         turn, calls = f"turn {index + 1}", calls_tools(message)
         other = write_other(index)
-        if other == whole and message.get("content"):
+        if other == whole and has_words(message):
             raise UnknownAnswer(f"{turn}: the chat_template does not write what it says")
         first, end = _common(whole, other), len(whole) - _common(whole[::-1], other[::-1])
         prompt = write(messages[:index], add_generation_prompt=True)
@@ -78,9 +78,13 @@ def calls_tools(message: Message) -> bool:
     return any(message.get(key) for key in CALL_KEYS)
 
 
+def has_words(message: Message) -> bool:
+    return bool((message.get("content") or "").strip())
+
+
 def _with_words(message: Message, words: str) -> Message:
     """The message, which says `words` and has them in the arguments of its calls."""
-    other = message | ({"content": words} if message.get("content") else {})
+    other = message | ({"content": words} if has_words(message) else {})
     for key in CALL_KEYS:
         if message.get(key):
             other[key] = _with_arguments(message[key], words)

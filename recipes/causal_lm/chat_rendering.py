@@ -15,7 +15,14 @@ import psutil
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from chat_answers import Message, Span, UnknownAnswer, calls_tools, find_answers
+from chat_answers import (
+    Message,
+    Span,
+    UnknownAnswer,
+    calls_tools,
+    find_answers,
+    has_words,
+)
 from utils.config import InputError
 
 # keys of a turn, by their names, without which it would be another conversation
@@ -199,10 +206,10 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase, name: str = "it") -> list[int]
             "generation could stop: write {{ eos_token }} there"
         )
     tools = TOOLS if isinstance(tokenizer.chat_template, dict) else None  # it has one for them
-    with suppress(*UNWRITABLE):  # some end a turn that calls a tool in another way
-        written = [render_chat(tokenizer, turns, tools) for turns in (CALLS[:2], CALLS)]
-        if CALL["function"]["name"] in written[0].text:
-            for text, spans in written:
+    for turns in (CALLS[:2], CALLS):
+        with suppress(*UNWRITABLE):  # some end a turn that calls a tool in another way
+            text, spans = render_chat(tokenizer, turns, tools)
+            if CALL["function"]["name"] in text:
                 ends += _ends_of(text, spans or [(0, len(text))], tokenizer)
     return [end for end in dict.fromkeys(ends + own) if end is not None]
 
@@ -280,14 +287,13 @@ def checked_chat(
             if tools and not is_read(whole, filled):
                 raise _silent(place, "tools")
         written = answered_chat(tokenizer, messages, tools, ends)
-        kinds = [(message["role"], calls_tools(message)) for message in messages]
-        for kind in dict.fromkeys(kinds):
-            pairs = zip(messages, kinds, strict=True)
+        kinds = [(m["role"], calls_tools(m)) if has_words(m) else None for m in messages]
+        for kind in dict.fromkeys(filter(None, kinds)):
             other = [
-                m | {"content": f"{m['content']}."} if kind == of_m and m.get("content") else m
-                for m, of_m in pairs
+                m | {"content": f"{m['content']}."} if of_m == kind else m
+                for m, of_m in zip(messages, kinds, strict=True)
             ]
-            if other != messages and not is_read(written, other, tools):
+            if not is_read(written, other, tools):
                 raise _silent(place, f"what {kind[0]!r} says" + " beside a call" * kind[1])
     except UnknownAnswer as error:
         raise InputError(f"{place}: {error}") from None

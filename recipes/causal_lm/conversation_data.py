@@ -35,9 +35,12 @@ def read_conversations(tokenizer: PreTrainedTokenizerBase, arguments: Any) -> Co
     parts, left_out = zip(*examples, strict=True)
     parts, leaks = hold_out(parts, itemgetter("messages"), a)
     train = parts[0]
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # whose files are listed in any order
+        template = sorted(template.items())
     fingerprint = {
         "the training data": digest(e["messages"] + (e["tools"] or []) for e in train),
-        "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
+        "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), template]),
     }
     for example in train:
         del example["messages"], example["tools"]  # texts that nothing reads again

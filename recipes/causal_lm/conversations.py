@@ -99,6 +99,7 @@ def set_chat_template(
             "for: conversations need a fast tokenizer (tokenizer.json)"
         )
     own = tokenizer.chat_template
+    own = [*own.values(), own] if isinstance(own, dict) else [own]
     name = choose_template(tokenizer, arguments.chat_template)
     if not all(token.strip() for token in arguments.add_tokens):
         raise InputError("add_tokens: a token of blanks is none")
@@ -106,9 +107,9 @@ def set_chat_template(
     added = [token for token in dict.fromkeys(arguments.add_tokens) if token not in vocabulary]
     tokenizer.add_tokens(added, special_tokens=True)
     check_bounded(tokenizer, name)
-    vocabulary = tokenizer.get_vocab()
-    is_own = arguments.chat_template is None or arguments.chat_template in (own or ())
-    lacking = [] if is_own else sorted(tokens_written(tokenizer) - vocabulary.keys())
+    lacking = []
+    if tokenizer.chat_template not in own:
+        lacking = sorted(tokens_written(tokenizer) - tokenizer.get_vocab().keys())
     if lacking:
         raise InputError(
             f"chat_template: {name} writes {lacking[0]}, which is no token of the tokenizer "
@@ -116,7 +117,7 @@ def set_chat_template(
             f"[{', '.join(lacking)}]"
         )
     if arguments.eos_token is not None:
-        if arguments.eos_token not in vocabulary:
+        if arguments.eos_token not in tokenizer.get_vocab():
             raise InputError(f"eos_token: {arguments.eos_token} is no token of the tokenizer")
         tokenizer.eos_token = arguments.eos_token
     if tokenizer.pad_token is None:

@@ -142,8 +142,8 @@ def main() -> None:
         return
     tokenizer = load_tokenizer(args)
     added = set_chat_template(tokenizer, args)
-    check_added_tokens(added, args)
     config = model_config(args, tokenizer)
+    check_added_tokens(added, tokenizer, config, args)
     data = read_conversations(tokenizer, args)
     train, validation, test = data.parts
     args = args.for_examples(len(train))

@@ -87,7 +87,7 @@ class Arguments:
                     raise InputError(f"{name}: a chat is read from the terminal: leave it out")
             if self.num_beams * self.num_return_sequences > 1:
                 raise InputError(
-                    "chat: it has one answer: leave num_beams and num_return_sequences"
+                    "chat: it has one answer: leave num_beams and num_return_sequences at 1"
                 )
         else:
             for name in ("system_prompt", "chat_template"):

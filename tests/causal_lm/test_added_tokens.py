@@ -98,6 +98,20 @@ def test_they_are_trained_and_exported_and_the_run_goes_on(instruct, tmp_path):
     assert len(weight_of(again.folder / "model")) == len(learnt)
 
 
+def test_a_tokenizer_may_have_them_already(instruct, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(ADDED, special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "grown")
+    ended = instruct(tokenizer=tmp_path / "grown", max_steps=1)
+    assert ended.status == 0, ended.error
+    learnt, held = weight_of(ended.folder / "model"), weight_of(tmp_path / "base")
+    assert torch.allclose(learnt[len(held)], held.mean(0), atol=0.02)
+    ended = instruct("adapter", tokenizer=tmp_path / "grown", lora={"r": 2})
+    assert "add_tokens: <|im_start|> needs an embedding that is trained" in ended.error
+    ended = instruct("other", tokenizer=tmp_path / "grown", add_tokens=[])
+    assert "model.vocab_size: 512 is less than the tokenizer's 514 tokens" in ended.error
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -312,9 +312,20 @@ def test_what_is_said_beside_a_call_is_written_or_refused(shipped):
     turns = [AGENT[0], AGENT[1] | {"content": "I look."}, *AGENT[2:]]
     call = CALLS["qwen2.5"]
     assert learnt(shipped("qwen2.5"), turns, [SCHEMA])[0] == f"I look.\n{call}"
+    # blanks say nothing
+    turns_of_blanks = [AGENT[0], AGENT[1] | {"content": "\n"}, *AGENT[2:]]
+    assert learnt(shipped("llama3.1"), turns_of_blanks, [SCHEMA])[0] == CALLS["llama3.1"]
     assert "does not write what 'assistant' says beside a call: choose" in (
         refused(shipped("llama3.1"), turns, tools=[SCHEMA])
     )
+
+
+def test_a_name_in_the_text_of_the_own_template_is_another_s(tokenizer):
+    tokenizer.chat_template = "{# no chatml #}{{ messages[0].content }}"
+    with pytest.raises(
+        InputError, match=r"writes <\|im_end\|>, which is no token of the tokenizer"
+    ):
+        set_chat_template(tokenizer, arguments(chat_template="chatml"))
 
 
 # templates in which it cannot be told
@@ -369,7 +380,7 @@ WITH_CALLS = (
         (WITH_CALLS, "the chat_template writes no token after turn 2 at which generation stops"),
         (
             WITH_CALLS.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'"),
-            "turn 2: where its call begins cannot be told: with add_generation_prompt the chat",
+            "turn 2: where its call begins cannot be told: with add_generation_prompt the chat_",
         ),
     ],
 )
