@@ -1,5 +1,6 @@
 """What a chat template writes: the text, what of it the assistant says, where its turns end."""
 
+import json
 import os
 import re
 import resource
@@ -295,6 +296,12 @@ def checked_chat(
             ]
             if not is_read(written, other, tools):
                 raise _silent(place, f"what {kind[0]!r} says" + " beside a call" * kind[1])
+        for text in filter(None, map(_arguments_in_text, messages)):
+            if json.dumps(text, ensure_ascii=False) in written.text:
+                raise InputError(
+                    f"{place}: the chat_template writes the arguments of a call as a text in "
+                    "quotes, not as JSON: give a mapping, not text"
+                )
     except UnknownAnswer as error:
         raise InputError(f"{place}: {error}") from None
     except UNWRITABLE as error:
@@ -303,6 +310,13 @@ def checked_chat(
             f"{place}: the chat_template cannot write the conversation: {problem}"
         ) from None
     return written
+
+
+def _arguments_in_text(message: Message) -> str | None:
+    """Of the first call, where they are the text of JSON, as OpenAI has them."""
+    calls = message.get("tool_calls") or [{"function": message.get("function_call")}]
+    arguments = (calls[0].get("function") or {}).get("arguments")
+    return arguments if isinstance(arguments, str) and arguments.startswith("{") else None
 
 
 def _silent(place: str, key: str) -> InputError:

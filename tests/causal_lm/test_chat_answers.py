@@ -1,5 +1,6 @@
 """What is learnt through templates as models ship them, which mark nothing: counted by hand."""
 
+import json
 import re
 from pathlib import Path
 
@@ -306,6 +307,20 @@ def test_tokens_that_a_given_template_puts_together_are_looked_for(tokenizer, na
     assert set_chat_template(tokenizer, arguments(**settings, add_tokens=names)) == names
     assert learnt(tokenizer, TURNS) == [as_written(name, turn["content"]) for turn in TURNS[1::2]]
     assert set_chat_template(tokenizer, arguments(**settings, add_tokens=names)) == []
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama3.1"])
+def test_arguments_in_text_are_written_as_json_or_refused(shipped, name):
+    function = {"name": "look", "arguments": json.dumps(LOOK["arguments"])}
+    call = {"id": "call00001", "type": "function", "function": function}
+    turns = [AGENT[0], AGENT[1] | {"tool_calls": [call]}, *AGENT[2:]]
+    if name == "qwen3":  # which writes them as they stand
+        assert learnt(shipped(name), turns)[0] == CALLS[name]
+    else:
+        assert refused(shipped(name), turns) == (
+            "rows.jsonl, line 7: the chat_template writes the arguments of a call as a text in "
+            "quotes, not as JSON: give a mapping, not text"
+        )
 
 
 def test_what_is_said_beside_a_call_is_written_or_refused(shipped):
