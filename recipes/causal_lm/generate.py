@@ -21,7 +21,7 @@ Many prompts, the texts also written to a file:
 A conversation with a model that has a chat template: Ctrl-D ends it, /reset begins another:
 
     python recipes/causal_lm/generate.py --model_name_or_path runs/causal_lm/finetune_demo/model \
-        --chat true --max_new_tokens 512
+        --chat --max_new_tokens 512
 """
 
 import json
