@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from utils.config import InputError
-from utils.program import announced, say
+from utils.program import announced
 from utils.randomness import keyed_permutation
 from utils.records import TEXTS, Shard, describe_position
 from utils.sources import (
@@ -78,7 +78,8 @@ def cut_into_shards(files: list[str], lanes: int, is_whole: bool = False) -> lis
 class Corpus:
     """The sources, cut into shards, and the order in which the lanes read them.
 
-    Its `arguments` are those that it is given, with the number of lanes.
+    Its `arguments` are those that it is given, with the number of lanes; `told` is a line for the
+    screen of each source.
 
     Raises:
         InputError: nothing to read, a source without its text field, weights that sum to nothing.
@@ -101,12 +102,12 @@ class Corpus:
             a = replace(a, lanes=choose_lanes(a.global_batch_size, fewest))
             a.check_lanes()
         self.arguments = a
-        self.shards = []
+        self.shards, self.told = [], []
         for source, files in zip(self.sources, self.files, strict=True):
             is_whole = source.sample_by == "document" and all(f.endswith(TEXTS) for f in files)
             self.shards.append(cut_into_shards(files, a.lanes, is_whole))
             of_each = ", each of them a document" if is_whole else ""
-            say(f"{source.log_name}: files {len(files):,}{of_each}; lanes {a.lanes}")
+            self.told += [f"{source.log_name}: files {len(files):,}{of_each}; lanes {a.lanes}"]
 
     def fingerprint(self) -> dict[str, Any]:
         """By name, what the order of the documents depends on, besides the seed."""

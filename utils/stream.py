@@ -126,6 +126,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         self.lanes, self.rows_of, self.arguments = lanes, rows_of, arguments
         self.lane_count = lanes.corpus.arguments.lanes
         self.states: dict[int, dict | None] = {}  # of the lanes that are read here
+        say("\n".join(lanes.corpus.told))
 
     @property
     def files(self) -> list[str]:

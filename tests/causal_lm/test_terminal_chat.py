@@ -183,6 +183,7 @@ def press(*_, **__):
 
 
 def test_ctrl_c_ends_it_in_an_answer_and_between_two(talk, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which processes of pytest-xdist ignore
     with monkeypatch.context() as patch:
         patch.setattr(LlamaForCausalLM, "forward", press)
         ended, _ = talk("ka?")

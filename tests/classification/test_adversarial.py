@@ -186,8 +186,9 @@ def test_padding_and_other_examples_change_nothing(settings: dict):
         for row in range(3)
     ]
     for name, value in together.items():
-        assert padded[name].item() == pytest.approx(value.item(), rel=1e-5)
-        assert sum(one[name].item() for one in alone) == pytest.approx(value.item(), rel=1e-5)
+        # the direction of the worst noise is rounded as well
+        assert padded[name].item() == pytest.approx(value.item(), rel=1e-4)
+        assert sum(one[name].item() for one in alone) == pytest.approx(value.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["fgm", "pgd", "freelb", "smart"])

@@ -24,7 +24,7 @@ from recipes.question_answering import finetune as question_answering
 from recipes.question_answering.finetune import Arguments, SpanLoss
 from squad_metrics import squad_scores
 from utils.config import parse
-from utils.tables import Table
+from utils.tables import READABLE, Table
 
 SCRIPT = "recipes/question_answering/finetune.py"
 MODEL = TINY_BERT["model"]
@@ -360,7 +360,7 @@ def test_refusals(answer, data, tokenizer_folder, tmp_path):
     refused("doc_stride must be at least 0 and less than sequence_length 40, not 40", doc_stride=40)
     refused("max_answer_length must be at least 1, not 0", max_answer_length=0)
     refused(
-        f"no file {tmp_path / 'nothing.jsonl'}",
+        f"no file {tmp_path / 'nothing.jsonl'} ({READABLE})",
         test_data=[{"path": str(tmp_path / "nothing.jsonl")}],
     )
     refused(

@@ -360,8 +360,7 @@ def test_rows_on_which_the_tokenizer_fails(
     words = finetuning_words(recipe, folder, data, wordpiece_folder, tokenizer_folder)
     ended = call(main, words, folder)
     assert (ended.status, folder.exists()) == (2, False)
-    place = f"{tmp_path / 'bad.jsonl'}, line 3" if recipe != "summarization" else "Pair(source="
-    assert ended.error.startswith(f"error: {place}")
+    assert ended.error.startswith(f"error: {tmp_path / 'bad.jsonl'}, line 3")
     assert ended.error.endswith(": the tokenizer fails on it: retry-limit-in-match over\n")
 
 

@@ -185,7 +185,8 @@ def test_a_classifier_reads_what_the_exported_tokenizer_writes(kind, saved, tmp_
     tokenizer = AutoTokenizer.from_pretrained(saved(kind))
     config = AutoConfig.for_model("bert" if kind == "word pieces" else "llama")
     check_for_classifier(tokenizer, config, 16)
-    for columns in ([pair.source for pair in TEXTS],), zip(*TEXTS, strict=True):
+    sources, targets = [pair.source for pair in TEXTS], [pair.target for pair in TEXTS]
+    for columns in ([sources], [sources, targets]):
         rows = [*zip(*columns, strict=True)]
         examples, cut = encode(tokenizer, rows)
         tokenizer.save_pretrained(tmp_path / "export")

@@ -424,7 +424,11 @@ def test_the_state_is_small_and_says_what_was_seen(pretrain, corpus_folder):
         for name, tokens in lane["seen"].items():
             seen[name] += tokens
     assert sum(seen.values()) == state(newest)["counters"]["tokens"] == 5 * 16 * 32
-    assert metrics(ended.folder)[-1] == {"step": 5, "tokens_by_source": seen}
+    assert metrics(ended.folder)[-1] == {
+        "step": 5,
+        "tokens_by_source": seen,
+        "epoch_by_source": {"t": 0},
+    }
 
 
 # export
