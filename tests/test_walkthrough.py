@@ -9,7 +9,7 @@ from recipes.corpus import train_tokenizer
 
 # what takes longer than two steps
 LESS = {
-    "train_tokenizer": "--train_sources data/sample/validation.jsonl --vocab_size 400 "
+    "train_tokenizer": "--train_sources data/sample/validation.jsonl --vocab_size 2000 "
     "--validation_sources []",
     "pretrain": "--max_steps 2 --warmup_steps 0 --eval_documents 2 --sample_prompts [] "
     "--baselines false --validation_sources [] --report_to none",
@@ -28,7 +28,8 @@ def commands() -> dict[str, list[str]]:
 def test_the_road_from_raw_text_to_a_chat(call, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     test = tmp_path / "test.jsonl"
-    test.write_text((ROOT / "data/tasks/instruction/test.jsonl").read_text().partition("\n")[0])
+    rows = (ROOT / "data/tasks/instruction/test.jsonl").read_text().splitlines(keepends=True)
+    test.write_text(min(rows, key=len))
     documents = tmp_path / "documents.jsonl"
     documents.write_text((ROOT / "data/sample/test.jsonl").read_text().partition("\n")[0])
     more = {"pretrain": ["--test_sources", str(documents)], "finetune": ["--test_data", str(test)]}
@@ -42,8 +43,9 @@ def test_the_road_from_raw_text_to_a_chat(call, tmp_path, monkeypatch):
         words += [*shlex.split(LESS[name]), *more.get(name, ())]
         ended = call(scripts[name].main, words, tmp_path / name)
         assert ended.status == 0, (name, ended.error)
-    for folder in ("tokenizer", "pretrain", "finetune"):
-        assert (tmp_path / folder / "README.md").exists()
+    assert (tmp_path / "tokenizer/tokenizer.json").exists()
+    for folder in ("pretrain", "finetune"):
+        assert (tmp_path / folder / "model/README.md").exists()
 
 
 def end_of_input() -> str:
