@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from utils.lanes import Corpus
+from utils.loss import IGNORE_INDEX
 from utils.sources import Source
 from utils.stream import StreamArguments
 
@@ -72,6 +73,16 @@ def corpus_of(sources: list[Source], seed: int = 0, **settings: Any) -> Corpus:
     arguments = StreamArguments(train_sources=sources, **{"lanes": 64} | settings)
     arguments.seed, arguments.num_train_epochs = seed, None  # of the TrainingArguments beside it
     return Corpus(arguments)
+
+
+def learnt_pieces(tokenizer: Any, shift_labels: Any) -> list[str]:
+    """What the loss falls on, piece by piece."""
+    pieces = [[]]
+    for label in shift_labels:
+        pieces[-1] += [label] if label != IGNORE_INDEX else []
+        if label == IGNORE_INDEX and pieces[-1]:
+            pieces.append([])
+    return [tokenizer.decode(piece) for piece in pieces if piece]
 
 
 def write_jsonl(path: Path, records: list[Any]) -> str:

@@ -37,12 +37,6 @@ class RunState:
     best_step: int | None = None
     evaluations_since_best: int = 0
 
-    def forget(self) -> None:
-        """What comes is not to be compared with what was: in spikes, in early stopping."""
-        self.recent_losses = []
-        self.best_metric = self.best_step = None
-        self.evaluations_since_best = 0
-
     def spike_limit(self, arguments: TrainingArguments) -> float:
         """The loss above which the next step is a spike."""
         usual = self.recent_losses

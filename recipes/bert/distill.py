@@ -31,7 +31,13 @@ from encoder_arguments import EncoderArguments
 from encoder_signals import ObservedEncoder, attention_loss, cosine_loss, relation_loss
 from example_rows import check_examples, example_rows
 from masked_check import check_objective, check_signals
-from masked_evaluation import USAGE, MaskedEvaluation, facts_of_sequences, facts_of_test
+from masked_evaluation import (
+    USAGE,
+    MaskedEvaluation,
+    facts_of_sequences,
+    facts_of_test,
+    forget_losses,
+)
 from masked_loss import check_model
 from masking import ExampleMaker
 from sentence_encoder import SentenceEncoder
@@ -131,7 +137,8 @@ class DistillationLoss(ObservedEncoder):
         # in any case: it is logged, and no weight of the head is left without a gradient
         self.weights["hard_loss"] = a.hard_weight
         for term in self.terms[1:]:
-            self.weights |= {f"hard_{term}_loss": a.hard_weight, f"soft_{term}_loss": a.soft_weight}
+            self.weights[f"hard_{term}_loss"] = a.hard_weight
+            self.weights |= {f"soft_{term}_loss": a.soft_weight} if a.soft_weight else {}
         self.names = tuple(self.weights)
         self.learns_all = a.soft_tokens == "all" and "soft_loss" in self.names
 
@@ -166,9 +173,11 @@ class DistillationLoss(ObservedEncoder):
         for term in self.terms[1:]:
             is_pair = batch["pair_labels"] != IGNORE_INDEX
             student, teacher = Logits(mine.pairs), Logits(theirs.pairs)
-            labelled = summed_losses(student, batch["pair_labels"][is_pair])
-            taught = summed_losses(student, None, teacher, self.divergence)
-            losses |= {f"hard_{term}_loss": labelled[0], f"soft_{term}_loss": taught[1]}
+            hard = summed_losses(student, batch["pair_labels"][is_pair])[0]
+            losses[f"hard_{term}_loss"] = hard
+            if "soft_loss" in names:
+                soft = summed_losses(student, None, teacher, self.divergence)[1]
+                losses[f"soft_{term}_loss"] = soft
         if "cosine_loss" in names:
             last = self.projection(mine.last_hidden_state[kept])
             losses["cosine_loss"] = cosine_loss(last, theirs.last_hidden_state[kept])
@@ -190,8 +199,8 @@ class DistillationLoss(ObservedEncoder):
         counts = dict.fromkeys(self.names, tokens) | {"hard_loss": targets}
         if not self.learns_all and "soft_loss" in counts:
             counts["soft_loss"] = targets
-        of_pairs = {f"{kind}_{term}_loss" for kind in ("hard", "soft") for term in self.terms[1:]}
-        return counts | dict.fromkeys(of_pairs, pairs)
+        endings = tuple(f"_{term}_loss" for term in self.terms[1:])
+        return {name: pairs if name.endswith(endings) else n for name, n in counts.items()}
 
 
 def observed(
@@ -306,7 +315,7 @@ def main() -> None:
         if training.evaluates():
             training.record_evaluation(evaluation.validation(step))
         if args.phase_at(step) != args.phase_at(step - 1):
-            training.state.forget()  # losses of another length
+            forget_losses(training.state)  # losses of another length
     if training.stopped:
         return
 

@@ -16,6 +16,7 @@ from sentence_encoder import SentenceEncoder, Sentences
 from utils.config import InputError
 from utils.lanes import encode_documents
 from utils.loss import IGNORE_INDEX
+from utils.run_state import RunState
 from utils.scoring import batches
 from utils.sources import BadRecords, Document, held_out_documents
 from utils.training import Training
@@ -199,6 +200,13 @@ class MaskedEvaluation:
                 by_domain = totals.setdefault(term, {})
                 by_domain[name] = by_domain.get(name, 0) + values
         return totals
+
+
+def forget_losses(state: RunState) -> None:
+    """What comes is not to be compared with what was: in spikes, in early stopping."""
+    state.recent_losses = []
+    state.best_metric = state.best_step = None
+    state.evaluations_since_best = 0
 
 
 def facts_of_test(results: dict[str, Any]) -> dict[str, str]:

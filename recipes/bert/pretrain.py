@@ -24,7 +24,13 @@ if __name__ == "__main__":
 from encoder_arguments import EncoderArguments
 from example_rows import check_examples, example_rows
 from masked_check import check_objective
-from masked_evaluation import USAGE, MaskedEvaluation, facts_of_sequences, facts_of_test
+from masked_evaluation import (
+    USAGE,
+    MaskedEvaluation,
+    facts_of_sequences,
+    facts_of_test,
+    forget_losses,
+)
 from masked_loss import MaskedLoss, check_model
 from masking import ExampleMaker
 from sentence_encoder import SentenceEncoder
@@ -91,7 +97,7 @@ def main() -> None:
         if training.evaluates():
             training.record_evaluation(evaluation.validation(step))
         if args.phase_at(step) != args.phase_at(step - 1):
-            training.state.forget()  # losses of another length
+            forget_losses(training.state)  # losses of another length
     if training.stopped:
         return
 

@@ -220,6 +220,14 @@ def test_pairs_teach_as_their_tokens_do(model_type, objective, packing, batch):
             assert (mine[key] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7 * largest, key
 
 
+def test_what_has_no_weight_is_not_computed_of_pairs_either(batch):
+    settings = {"objective": "mlm_nsp", "soft_weight": 0.0}
+    rows, loss = batch(True, "mlm_nsp"), objective_of(**settings)
+    assert {*loss(**rows)} == {*loss.counts(rows)} == {*loss.names}
+    assert "hard_nsp_loss" in loss.names
+    assert not [name for name in loss.names if name.startswith("soft")]
+
+
 def gradients(model, loss):
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), None, True, allow_unused=True)

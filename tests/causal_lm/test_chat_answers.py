@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 
 from chat_answers import UnknownAnswer, find_answers
 from chat_rendering import PROBE, render_chat, turn_ends
+from conftest import learnt_pieces
 from conversations import ConversationArguments, set_chat_template, to_examples
 from utils.config import InputError
-from utils.loss import IGNORE_INDEX
 from utils.tables import TableRow
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -101,12 +101,7 @@ def learnt(tokenizer, messages: list[dict], tools: list[dict] | None = None) -> 
     example = example_of(tokenizer, messages, tools=tools)
     whole = tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
     assert example["input_ids"].tolist() == whole
-    pieces = [[]]
-    for label in example["shift_labels"]:
-        pieces[-1] += [label] if label != IGNORE_INDEX else []
-        if label == IGNORE_INDEX and pieces[-1]:
-            pieces.append([])
-    return [tokenizer.decode(piece) for piece in pieces if piece]
+    return learnt_pieces(tokenizer, example["shift_labels"])
 
 
 def refused(tokenizer, messages: list[dict], **columns) -> str:

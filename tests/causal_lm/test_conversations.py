@@ -16,7 +16,7 @@ from transformers import (
 import chat_rendering
 from chat_rendering import PROBE, set_ends, turn_ends
 from comparing import run_code_of_card
-from conftest import write_jsonl
+from conftest import learnt_pieces, write_jsonl
 from conversation_rows import read_messages
 from conversations import ConversationArguments, set_chat_template, to_examples
 from launching import TINY_RUN, command_line, metrics
@@ -91,12 +91,7 @@ def with_template(chat_tokenizer, tmp_path):
 def learnt(tokenizer, messages: list[dict], **columns) -> list[str]:
     """What the loss falls on, piece by piece."""
     ((example,), _) = to_examples([row({"messages": messages, **columns})], tokenizer, arguments())
-    pieces = [[]]
-    for label in example["shift_labels"]:
-        pieces[-1] += [label] if label != IGNORE_INDEX else []
-        if label == IGNORE_INDEX and pieces[-1]:
-            pieces.append([])
-    return [tokenizer.decode(piece) for piece in pieces if piece]
+    return learnt_pieces(tokenizer, example["shift_labels"])
 
 
 def refused(tokenizer, messages: list[dict], **columns) -> str:
