@@ -82,6 +82,8 @@ def test_a_table(separator, name, call, wordpiece_folder, tmp_path):
     path.write_text("id,review,y\n1,nice,good\n2,poor,bad\n".replace(",", separator))
     ended = call(finetune_classifier.main, words, folder)
     assert "text_column: which holds the texts? there are: 'id', 'review', 'y'" in ended.error
+    ended = call(finetune_classifier.main, [*words, "--label_column", "z"], folder)
+    assert "line 2: no column 'z'; there are: id, review, y" in ended.error
 
 
 def test_conversations(call, tokenizer_folder, tmp_path):

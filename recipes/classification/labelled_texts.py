@@ -71,8 +71,6 @@ def read_labelled_texts(
     columns, found, size = None, {}, None
     for split, of_split in tables.items():
         rows = [row for table in of_split for row in read_table(table)]
-        if columns is None and rows:
-            columns = [_text_column(rows[0], arguments), arguments.text_pair_column]
         labels = [
             None if lacks_label and lacks_label(split, row) else _label(row, arguments)
             for row in rows
@@ -84,6 +82,8 @@ def read_labelled_texts(
                 None if parts is None else _names_of(parts, row.place, size, arguments)
                 for row, parts in zip(rows, labels, strict=True)
             ]
+        if columns is None and rows:
+            columns = [_text_column(rows[0], arguments), arguments.text_pair_column]
         found[split] = [
             LabelledText(
                 tuple(row.text(column) for column in columns if column is not None),
