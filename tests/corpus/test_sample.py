@@ -1,4 +1,4 @@
-"""recipes/corpus/sample.py: the parts on small trees, and one corpus of what is installed here."""
+"""recipes/corpus/sample.py: the parts on small trees, and the corpus of what is installed here."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ from recipes.corpus import sample
 from utils.config import InputError, parse
 
 README = ROOT / "recipes/corpus/README.md"
+BUILT = ROOT / "data/sample"
 PROGRAM = "recipes/corpus/sample.py"
 TRAIN = [f"train-0000{shard}-of-00004.jsonl" for shard in range(4)]
 FILES = sorted([*TRAIN, "validation.jsonl", "test.jsonl", "README.md"])
@@ -37,38 +38,35 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# the corpus of this installation
+# the corpus of this installation, as `make setup` has built it
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sample") / "data" / "sample"
-    return folder, programs.start(PROGRAM, "--output_dir", folder)
-
-
-@pytest.fixture(scope="module")
-def corpus(built) -> dict[str, list[dict]]:
+def corpus() -> dict[str, list[dict]]:
     """File name → its records."""
-    folder, _ = built
-    return {path.name: records(path) for path in folder.glob("*.jsonl")}
+    return {path.name: records(path) for path in BUILT.glob("*.jsonl")}
 
 
-def test_the_program_builds_the_files_and_leaves_nothing_else(built):
-    folder, done = built
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_program_leaves_nothing_else_and_tells_each_domain_and_the_totals(
+    call, tmp_path, monkeypatch
+):
+    domains = {"One": texts(300, seed=1), "Two": texts(200, seed=2)}
+    monkeypatch.setattr(sample, "installed_domains", lambda: domains)
+    monkeypatch.setattr(sample.gc, "disable", lambda: None)  # it would stay so
+    folder = tmp_path / "data" / "sample"
+    done = call(sample.main, ["--output_dir", str(folder)], folder)
+    assert (done.status, done.error) == (0, "")
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert list(folder.parent.iterdir()) == [folder]
-
-
-def test_the_output_tells_each_domain_and_the_totals(built, corpus):
-    folder, done = built
-    *lines, last = [line for line in done.stdout.splitlines() if "  skipped " not in line]
-    assert {line.split()[0] for line in lines} == DOMAINS
-    counts = [int(line.split()[1].replace(",", "")) for line in lines]
-    assert sum(counts) == sum(map(len, corpus.values()))
-    size = sum(len(record["text"].encode()) for rows in corpus.values() for record in rows)
-    total = f"{folder}: {sum(counts):,} documents, {size / 1e6:.1f} MB in "
+    *lines, last = done.output.splitlines()
+    assert [line.split()[:2] for line in lines] == [["One", "300"], ["Two", "200"]]
+    size = sum(len(record["text"].encode()) for record in read_corpus(folder))
+    total = f"{folder}: 500 documents, {size / 1e6:.1f} MB in "
     assert re.fullmatch(re.escape(total) + r"\d+ s", last)
+
+
+def test_setup_has_built_all_files_and_nothing_else(corpus):
+    assert sorted(path.name for path in BUILT.iterdir()) == FILES
 
 
 def test_records_have_the_format_of_slimpajama(corpus):
@@ -128,9 +126,8 @@ def test_known_documents_are_there(corpus):
     assert not [source for source in texts if re.search("(^|/)(tests?|site-packages)/", source)]
 
 
-def test_the_card_counts_what_is_there(built, corpus):
-    folder, _ = built
-    card = (folder / "README.md").read_text(encoding="utf-8")
+def test_the_card_counts_what_is_there(corpus):
+    card = (BUILT / "README.md").read_text(encoding="utf-8")
     table = {}
     for line in card.splitlines():
         if re.match(r"\| [\w*]+ \| [\d,]+ \|", line):
@@ -152,9 +149,8 @@ def test_the_card_counts_what_is_there(built, corpus):
     assert f"Python {sys.version.split()[0]}," in card
 
 
-def test_datasets_loads_the_folder_with_its_splits(built, corpus):
-    folder, _ = built
-    splits = load_dataset(str(folder), streaming=True)
+def test_datasets_loads_the_folder_with_its_splits(corpus):
+    splits = load_dataset(str(BUILT), streaming=True)
     assert list(splits) == ["train", "validation", "test"]
     assert next(iter(splits["train"])) == corpus[TRAIN[0]][0]
     assert list(splits["validation"]) == corpus["validation.jsonl"]

@@ -17,6 +17,7 @@ from recipes.corpus import sample_tasks
 from utils.config import InputError, parse
 
 README = ROOT / "recipes/corpus/README.md"
+BUILT = ROOT / "data/tasks"
 PROGRAM = "recipes/corpus/sample_tasks.py"
 ROWS = {
     "classification": (8000, 800, 800),
@@ -32,22 +33,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-# the tasks of this installation
+# the tasks of this installation, as `make setup` has built them
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks") / "data" / "tasks"
-    return folder, programs.start(PROGRAM, "--output_dir", folder)
-
-
-@pytest.fixture(scope="module")
-def tasks(built) -> dict[str, dict[str, list[dict]]]:
+def tasks() -> dict[str, dict[str, list[dict]]]:
     """Task → split → its rows."""
-    folder, _ = built
     return {
         task: {
-            split: [json.loads(line) for line in (folder / task / f"{split}.jsonl").open()]
+            split: [json.loads(line) for line in (BUILT / task / f"{split}.jsonl").open()]
             for split in SPLITS
         }
         for task in ROWS
@@ -58,14 +52,31 @@ def all_rows(splits: dict[str, list[dict]]) -> list[dict]:
     return [row for rows in splits.values() for row in rows]
 
 
-def test_the_program_writes_every_split_in_full_and_leaves_nothing_else(built, tasks):
-    folder, done = built
-    assert (done.returncode, done.stderr) == (0, "")
-    assert set(contents(folder)) == sample_tasks.FILES
-    assert list(folder.parent.iterdir()) == [folder]
+def test_setup_has_built_every_split_in_full_and_nothing_else(tasks):
+    assert set(contents(BUILT)) == sample_tasks.FILES
     for task, limits in ROWS.items():
         assert tuple(len(tasks[task][split]) for split in SPLITS) == limits, task
-    assert sum(map(len, contents(folder).values())) < 40e6
+    assert sum(map(len, contents(BUILT).values())) < 40e6
+
+
+def test_the_program_leaves_nothing_else_and_tells_the_rows_of_each_task(
+    call, tmp_path, monkeypatch
+):
+    definitions = {"numpy": functions(0, 30), "scipy": functions(30, 20)}
+    monkeypatch.setattr(sample_tasks, "DOCSTRING_DOMAINS", {"NumPy": "numpy", "SciPy": "scipy"})
+    monkeypatch.setattr(sample_tasks.gc, "disable", lambda: None)  # it would stay so
+    monkeypatch.setattr(sample_tasks, "installed", lambda name: name)
+    monkeypatch.setattr(sample_tasks, "definitions", definitions.get)
+    folder = tmp_path / "data" / "tasks"
+    done = call(sample_tasks.main, ["--output_dir", str(folder)], folder)
+    assert (done.status, done.error) == (0, "")
+    assert set(contents(folder)) == sample_tasks.FILES
+    assert list(folder.parent.iterdir()) == [folder]
+    *lines, last = done.output.splitlines()
+    rows = {words[0]: sum(map(int, words[1::2])) for words in map(str.split, lines[2:])}
+    assert rows == {"classification": 0, "instruction": 50, **rows}
+    assert list(rows) == list(ROWS)
+    assert re.fullmatch(re.escape(f"{folder}: built in ") + r"\d+ s", last)
 
 
 def test_no_text_is_in_two_splits_of_any_task(tasks):
@@ -157,8 +168,8 @@ def test_summaries_are_one_sentence_and_not_in_their_document(tasks):
         assert not row["document"].startswith(row["summary"])
 
 
-def test_the_card_counts_what_is_there(built, tasks):
-    card = (built[0] / "README.md").read_text(encoding="utf-8")
+def test_the_card_counts_what_is_there(tasks):
+    card = (BUILT / "README.md").read_text(encoding="utf-8")
     for task, limits in ROWS.items():
         assert f"| {task} | {' | '.join(f'{limit:,}' for limit in limits)} |" in card
     for domain in DOCSTRING_DOMAINS:
@@ -170,9 +181,9 @@ def test_the_card_counts_what_is_there(built, tasks):
         assert re.search(rf"^\| {domain} \| {one} \| {two} \| [\d,]+ \| {four} \|$", card, re.M)
 
 
-def test_datasets_loads_each_task_by_name(built, tasks):
+def test_datasets_loads_each_task_by_name(tasks):
     for task, splits in tasks.items():
-        loaded = load_dataset(str(built[0]), task, streaming=True)
+        loaded = load_dataset(str(BUILT), task, streaming=True)
         assert list(loaded) == list(SPLITS)
         assert next(iter(loaded["test"])) == splits["test"][0]
 
