@@ -38,8 +38,8 @@ from utils.report import markdown_table
 from utils.run_folder import RunFolder
 
 SAMPLE = [
-    *("--train_sources", "[{path: data/sample/train-*.jsonl, name: sample}]"),
-    *("--test_sources", "[{path: data/sample/test.jsonl, name: sample}]"),
+    *("--train_sources", "[{path: data/sample/train-*.jsonl, label: sample}]"),
+    *("--test_sources", "[{path: data/sample/test.jsonl, label: sample}]"),
 ]
 SMALL_LLAMA = (
     "{model_type: llama, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 2, "
