@@ -18,28 +18,25 @@ LEAK = 1e-5
 PACKED = ("Int8Params", "Params4bit")  # what bitsandbytes calls weights in 8 and 4 bits
 
 
-def check_packing(
-    token_losses: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    shape: tuple[int, int],
-    vocabulary: int,
-) -> None:
+def check_packing(token_losses: Callable, length: int, vocabulary: int) -> None:
     """Raises InputError when a document sees the one before it in the row.
 
-    Not every model of transformers masks its attention by the position ids, though it takes them.
+    Not every model of transformers masks its attention by the position ids, though it takes them,
+    and flash attention does so in a row that is alone.
 
     Args:
         token_losses: input_ids and position_ids → the loss of each position, all of shape (rows,
-            sequence_length).
+            length).
     """
-    middle = shape[1] // 2
-    places = torch.arange(shape[1])
-    places = torch.where(places < middle, places, places - middle).expand(shape)
-    first, second = changes(token_losses, places, slice(middle), vocabulary)
-    if middle and second.max() > LEAK * first.max():
-        raise InputError(
-            "model: documents in one row see each other: it cannot train on packed rows: "
-            "set packing: false"
-        )
+    places = torch.arange(length)
+    places = torch.where(places < length // 2, places, places - length // 2)
+    for rows in (1, 2) if length > 1 else ():
+        halves = changes(token_losses, places.expand(rows, length), slice(length // 2), vocabulary)
+        if halves[1].max() > LEAK * halves[0].max():
+            raise InputError(
+                "model: documents in one row see each other: it cannot train on packed rows: "
+                "set packing: false"
+            )
 
 
 def changes(

@@ -37,7 +37,7 @@ def check_objective(objective: torch.nn.Module, scores: Scores, lengths: Iterabl
             _check_targets(losses, scores, length, vocabulary, kind)
             if objective.packing:
                 # what a mask hides weighs exactly 0, in every precision
-                check_packing(losses, (1, length), vocabulary)
+                check_packing(losses, length, vocabulary)
 
 
 def check_signals(forward: Callable[[dict[str, torch.Tensor]], Any], kind: str) -> None:

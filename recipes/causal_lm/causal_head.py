@@ -252,7 +252,7 @@ def check_model(
                     + (": set model.is_decoder: true" if is_encoder else "")
                 )
             if packing:
-                check_packing(losses, (1, length), vocabulary)
+                check_packing(losses, length, vocabulary)
         except (InputError, torch.OutOfMemoryError, torch.distributed.DistBackendError):
             raise
         except Exception as error:  # models fail in ways of their own

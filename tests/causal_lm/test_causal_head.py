@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from causal_head import CausalHead, check_model
 from recipes.causal_lm.pretrain import NextTokenLoss
@@ -175,6 +176,37 @@ def test_a_leak_shows_behind_weights_that_begin_at_zero():
         assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
         loud = objective(**batch_of([16]))["loss"]
     assert abs(loud - objective(**batch_of([16]))["loss"]) > 1
+
+
+@pytest.fixture
+def apart_in_one_row(monkeypatch) -> str:
+    """Attention that reads the boundaries of documents where there is one row alone, as what
+    transformers calls flash attention does."""
+    functions = ALL_ATTENTION_FUNCTIONS
+
+    def attend(module, query, key, value, mask, position_ids=None, **options):
+        mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+        if len(query) == 1:
+            documents = (position_ids[0] == 0).cumsum(0)
+            mask = mask & (documents[:, None] == documents)
+        return functions["sdpa"](module, query, key, value, mask[None, None], **options)
+
+    monkeypatch.setitem(functions._global_mapping, "apart_in_one_row", attend)
+    return "apart_in_one_row"
+
+
+def test_documents_are_kept_apart_in_every_row(apart_in_one_row):
+    model = tiny_model("causal", "llama")
+    objective = NextTokenLoss(model)
+
+    def losses(batch):
+        return objective(**batch, per_token=True)
+
+    check_model(model, losses, 32, packing=True)
+    model.set_attn_implementation(apart_in_one_row)
+    check_model(model, losses, 32, packing=False)
+    with pytest.raises(InputError, match="documents in one row see each other"):
+        check_model(model, losses, 32, packing=True)
 
 
 def test_a_head_that_an_adapter_trains_as_a_whole():
