@@ -1,13 +1,11 @@
-"""CPU seconds from a command of the README to its first step, beside those of TRL and litgpt.
+"""CPU seconds from a command of the README to its first step, beside those of TRL.
 
     python -m benchmarks.first_step
-    pip install --no-deps --target runs/peers trl==1.16.0 litgpt==0.5.13 lightning==2.6.6 \\
-        lightning-utilities==0.15.3 torchmetrics==1.9.0 jsonargparse==4.53.0 litdata==0.2.76 \\
-        boto3 botocore s3transfer jmespath tifffile typeshed_client docstring_parser
-    python -m benchmarks.first_step --peers runs/peers
+    pip install --no-deps --target runs/trl trl==1.16.0
+    python -m benchmarks.first_step --trl runs/trl
 
 User and system, of all processes, on one thread, of models that are drawn tiny and files as people
-have them; without `peers` the recipes stand alone. Results: benchmarks/results/first_step.md and
+have them; without `trl` the recipes stand alone. Results: benchmarks/results/first_step.md and
 .json.
 """
 
@@ -32,26 +30,23 @@ from utils.config import InputError, command, parse
 from utils.report import markdown_table
 
 ROOT = Path(__file__).parent.parent
-RECIPES, TRL, LITGPT = "these recipes", "TRL", "litgpt"
-FIRST_STEP = {RECIPES: "step 1/", TRL: "'loss'", LITGPT: r"iter \d+ step 1\b"}
+RECIPES, TRL = "these recipes", "TRL"
+FIRST_STEP = {RECIPES: "step 1/", TRL: "'loss'"}
 LIMIT = 300  # seconds for a start
 CPU = "--use_cpu --bf16 False --gradient_accumulation_steps 2 --logging_steps 1 --report_to none"
-# by job and program: the words after the interpreter; 16 sequences a step in each
+# by job and program: the words after the interpreter; causal models take 16 sequences a step
 COMMANDS = {
     ("pretrain on texts", RECIPES): "recipes/causal_lm/pretrain.py "
     "recipes/causal_lm/configs/pretrain_own_text.yaml --train_sources {data}/texts",
-    ("pretrain on texts", LITGPT): "-m litgpt pretrain pythia-14m --tokenizer_dir {data}/chat "
-    "--data TextFiles --data.train_data_path {data}/texts --train.max_tokens 10000000 "
-    "--train.global_batch_size 16 --train.max_seq_length 256 --train.log_interval 1",
     ("go on from GPT-2", RECIPES): "recipes/causal_lm/pretrain.py "
     "recipes/causal_lm/configs/pretrain_continued.yaml --train_sources {data}/texts "
     "--model_name_or_path {data}/gpt2",
-    ("go on from GPT-2", TRL): "{peers}/bin/trl sft --model_name_or_path {data}/gpt2 "
+    ("go on from GPT-2", TRL): "{trl}/bin/trl sft --model_name_or_path {data}/gpt2 "
     f"--dataset_name {{data}}/texts {CPU}",
     ("LoRA on conversations", RECIPES): "recipes/causal_lm/finetune.py "
     "recipes/causal_lm/configs/finetune_own_chats.yaml --train_data {data}/chats/chats.jsonl "
     "--model_name_or_path {data}/chat",
-    ("LoRA on conversations", TRL): "{peers}/bin/trl sft --model_name_or_path {data}/chat "
+    ("LoRA on conversations", TRL): "{trl}/bin/trl sft --model_name_or_path {data}/chat "
     f"--dataset_name {{data}}/chats --use_peft {CPU}",
     ("classify a csv", RECIPES): "recipes/classification/finetune.py "
     "recipes/classification/configs/finetune_own_table.yaml --train_data {data}/my.csv "
@@ -61,22 +56,21 @@ COMMANDS = {
 
 @dataclass
 class Arguments:
-    """Measure the CPU seconds from a command to its first step, beside TRL and litgpt."""
+    """Measure the CPU seconds from a command to its first step, beside those of TRL."""
 
-    peers: str | None = None  # a folder with trl and litgpt; null: the recipes alone
+    trl: str | None = None  # a folder that it is installed in; null: the recipes alone
     turns: int = 3
     results: str = "benchmarks/results/first_step"
 
     def check(self) -> None:
-        if self.peers and not Path(self.peers, "bin", "trl").exists():
-            raise InputError(f"peers: {self.peers} has no bin/trl: fill it as the docstring says")
+        if self.trl and not Path(self.trl, "bin", "trl").exists():
+            raise InputError(f"trl: {self.trl} has no bin/trl: pip install --target {self.trl} trl")
 
 
 def write_data(folder: Path) -> None:
     """200 texts, 300 conversations, a table of 200 rows, and three models of 64 dimensions."""
     lines = (ROOT / "data/sample/validation.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines[:200]]
-    texts.sort(key=len, reverse=True)  # litgpt holds out the first file
     for name in ("texts", "chats"):
         (folder / name).mkdir()
     for number, text in enumerate(texts):
@@ -139,28 +133,25 @@ def seconds_to(text: str, words: list[str], folder: Path, packages: str) -> floa
 def main() -> None:
     args = parse(Arguments)
     facts = describe("python -m benchmarks.first_step", ("torch", "transformers", "accelerate"))
-    programs = (RECIPES, TRL, LITGPT) if args.peers else (RECIPES,)
-    jobs = {key: words for key, words in COMMANDS.items() if key[1] in programs}
+    jobs = {key: words for key, words in COMMANDS.items() if args.trl or key[1] == RECIPES}
     seconds = {f"{job}, {program}": [] for job, program in jobs}
-    peers = os.path.abspath(args.peers or "")
+    trl = os.path.abspath(args.trl or "")
     for turn in range(args.turns):
         for (job, program), words in jobs.items():
             with TemporaryDirectory() as folder:
                 data = Path(folder, "data")
                 data.mkdir()
                 write_data(data)
-                words_of = words.format(data=data, peers=peers).split()
-                words_of += ["--out_dir" if program == LITGPT else "--output_dir", f"{folder}/run"]
+                words_of = words.format(data=data, trl=trl).split()
+                words_of += ["--output_dir", f"{folder}/run"]
                 place = ROOT if program == RECIPES else Path(folder)
-                packages = str(ROOT) if program == RECIPES else peers
+                packages = str(ROOT) if program == RECIPES else trl
                 found = seconds_to(FIRST_STEP[program], words_of, place, packages)
             seconds[f"{job}, {program}"].append(found)
             print(f"turn {turn + 1}: {job}, {program}: {found:.1f} s", flush=True)
     rows = [[name, median_and_range(found, ".1f")] for name, found in seconds.items()]
     text = markdown_table(["from a command to its first step", "CPU seconds"], rows, "lr")
-    text += (
-        f"\n\nMedians (least to most) of {args.turns} turns, on one thread, 16 sequences a step."
-    )
+    text += f"\n\nMedians (least to most) of {args.turns} turns, on one thread."
     write_results(args.results, text, facts, {"seconds": seconds})
 
 
