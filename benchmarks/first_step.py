@@ -62,10 +62,6 @@ class Arguments:
     turns: int = 3
     results: str = "benchmarks/results/first_step"
 
-    def check(self) -> None:
-        if self.trl and not Path(self.trl, "bin", "trl").exists():
-            raise InputError(f"trl: {self.trl} has no bin/trl: pip install --target {self.trl} trl")
-
 
 def write_data(folder: Path) -> None:
     """200 texts, 300 conversations, a table of 200 rows, and three models of 64 dimensions."""
@@ -132,6 +128,8 @@ def seconds_to(text: str, words: list[str], folder: Path, packages: str) -> floa
 
 def main() -> None:
     args = parse(Arguments)
+    if args.trl and not Path(args.trl, "bin", "trl").exists():
+        raise InputError(f"trl: {args.trl} has no bin/trl: pip install --target {args.trl} trl")
     facts = describe("python -m benchmarks.first_step", ("torch", "transformers", "accelerate"))
     jobs = {key: words for key, words in COMMANDS.items() if args.trl or key[1] == RECIPES}
     seconds = {f"{job}, {program}": [] for job, program in jobs}
