@@ -42,6 +42,7 @@ lint: $(INSTALLED)
 
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.first_step
 	$(BIN)/python -m benchmarks.steady
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.checkpoint
