@@ -19,6 +19,7 @@ from utils.tables import Table
 
 # as Accelerate calls them, each like its package
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
+LESS_IS_BETTER = ("loss", "error", "bits_per_byte")  # how such a metric's name ends
 SchedulerType = Literal[
     "linear",
     "cosine",
@@ -79,7 +80,7 @@ class TrainingArguments(Settings):
     logging_steps: int = 1
     eval_steps: int | None = None  # null: only at the end
     metric_for_best_model: str = "eval_loss"
-    greater_is_better: bool | None = None  # null: yes, unless the metric's name ends with "loss"
+    greater_is_better: bool | None = None  # null: unless it is a loss, an error, bits per byte
     load_best_model_at_end: bool = False  # that checkpoint is kept, tested and exported
     early_stopping_patience: int | None = None  # evaluations without a better one
     save_steps: int = 1000  # and before each evaluation: what it may raise loses no step
@@ -232,9 +233,8 @@ class TrainingArguments(Settings):
     @property
     def is_greater_better(self) -> bool:
         """Of metric_for_best_model."""
-        if self.greater_is_better is not None:
-            return self.greater_is_better
-        return not self.metric_for_best_model.endswith("loss")
+        given, name = self.greater_is_better, self.metric_for_best_model
+        return not name.endswith(LESS_IS_BETTER) if given is None else given
 
     def learning_rate_factor(self, total_steps: int | None) -> Callable[[int], float]:
         """What the peak learning rate is multiplied by in the step after `step` steps."""
