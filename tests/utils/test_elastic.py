@@ -19,6 +19,7 @@ CHAINS = {
     "ZeRO-2": [("zero2", 1), ("zero2", 2), ("zero2", 4), ("zero2", 1)],
     "ZeRO-3": [("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3", 1)],
     "all stages": [("multi_cpu", 2), ("zero3", 4), ("zero2", 1), ("zero1", 2)],
+    "FSDP2": [("fsdp2", 2), ("fsdp2", 4), ("zero3", 2), ("fsdp2", 1)],
 }
 SETTINGS = {
     "model": {**TINY_RUN["model"], "tie_word_embeddings": True},
@@ -35,6 +36,7 @@ SPLITS = [  # processes and sequences a micro-batch
     ("zero2", 2, 2),
     ("zero3", 2, 2),
     ("zero3", 4, 1),
+    ("fsdp2", 2, 2),
 ]
 SPLIT_SETTINGS = {"max_steps": 3, "save_steps": 1, "keep_last": 3, "warmup_steps": 2}
 
