@@ -47,6 +47,8 @@ bench: $(SETUP)
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.divergences
+	$(BIN)/python -m benchmarks.coordinate_check
+	$(BIN)/python -m benchmarks.coordinate_check --measure learning_rate --widths '[64, 128, 256]'
 	$(BIN)/python -m benchmarks.pretrain_causal_lm
 	$(BIN)/python -m benchmarks.pretrain_bert
 	$(BIN)/python -m benchmarks.bert_probe

@@ -68,6 +68,12 @@ def newest(output_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def earlier(folder: Path) -> list[Path]:
+    """The checkpoints of a run before this one, the newest first."""
+    found = [path for path in _checkpoints(folder.parent) if _step(path) < (_step(folder) or 0)]
+    return sorted(found, key=_step, reverse=True)
+
+
 def folder_of(output_dir: str | Path, step: int) -> Path:
     """Where the checkpoint of a step stands."""
     return Path(output_dir, "checkpoints", f"step-{step:08d}")
@@ -125,9 +131,7 @@ def _damaged(folder: Path, problem: Any) -> InputError:
         return InputError(f"cannot read {problem.filename}: {problem.strerror}: ask its owner")
     if isinstance(problem, OSError):
         problem = f"{Path(problem.filename or '').name}: {problem.strerror}"
-    step = _step(folder) or 0
-    earlier = [path for path in _checkpoints(folder.parent) if _step(path) < step]
-    before = max(earlier, key=_step, default=None)
+    before = next(iter(earlier(folder)), None)
     remedy = f"go on from {before}" if before else "begin again: there is none before it"
     return InputError(f"{folder} is damaged: {problem}. Remove it to {remedy}")
 
@@ -310,8 +314,7 @@ def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tup
 def parameter_names(folder: Path) -> set[str]:
     """Of the parameters that a checkpoint holds: those that were trained."""
     with _opened(folder) as pieces:
-        keys = (key.partition("/") for key in pieces)
-        return {name for kind, _, name in keys if kind == "parameter"}
+        return {k.removeprefix("parameter/") for k in pieces if k.startswith("parameter/")}
 
 
 @contextmanager

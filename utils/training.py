@@ -23,8 +23,8 @@ from utils import checkpoint
 from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.engine import Data, Engine, Step, start_processes
-from utils.export import ModelFiles
 from utils.integrity import describe_files
+from utils.model_settings import ModelFiles
 from utils.optimizer import adamw
 from utils.program import announced, say
 from utils.progress import Progress, command_line, seconds_since_command
