@@ -1,9 +1,12 @@
 """The table of docs/optimizers.md: of what was measured, and of what the code refuses."""
 
+import re
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 from utils.optimizer import OptimizerArguments, refusal
 
+PAGE = Path(__file__).parent.parent / "docs" / "optimizers.md"
 OPTIMIZERS = get_args(get_type_hints(OptimizerArguments)["optim"])
 LAYOUTS = {
     "one process": None,
@@ -40,3 +43,9 @@ def table(results: dict) -> str:
                 )
         lines.append(f"| `{optim}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def write(results: dict) -> None:
+    """In the place of the table that the page has."""
+    old = re.compile(r"\| `optim` \| one process .*?\n(?=\n)", re.DOTALL)
+    PAGE.write_text(old.sub(table(results) + "\n", PAGE.read_text()))
