@@ -26,7 +26,7 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# every architecture, tokenizer and kind of bad file; the tables of docs/architectures.md
+# every architecture, tokenizer, optimizer and kind of bad file; the tables of docs/
 sweep: $(SETUP)
 	SWEEP=1 $(BIN)/pytest tests/sweeps
 

@@ -29,7 +29,7 @@ from recipes.causal_lm.pretrain import Arguments as PretrainArguments
 from utils.config import command, parse
 from utils.files import written_aside
 from utils.model import build_model
-from utils.optimizer import adamw
+from utils.optimizer import make_optimizer
 from utils.plots import COLORS, finish_axes
 from utils.report import markdown_table
 
@@ -79,7 +79,7 @@ def prepared(width: int, base_width: int | None, seed: int) -> tuple[Any, torch.
         tie_word_embeddings=False,
     )
     model = build_model(arguments, config, transformers.AutoModelForCausalLM)
-    return model, adamw(model, arguments)
+    return model, make_optimizer(model, arguments)
 
 
 def losses(

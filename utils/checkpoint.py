@@ -34,7 +34,6 @@ from safetensors.torch import load_file, save_file
 from utils.config import InputError
 from utils.files import grant, remove, sync, written_aside
 from utils.fragments import (
-    SCALES,
     constants,
     fill,
     fragments,
@@ -284,11 +283,12 @@ def _fill_fragments(folder: Path, model: torch.nn.Module, optimizer: Any, step: 
     with _opened(folder) as pieces:
         updated = {key.partition("/")[2] for key in pieces if not key.startswith("parameter/")}
         for name, start, tensors in fragments(model, optimizer, every_rank=True):
+            is_whole = tensors["parameter"].numel() == sizes[name]
             for kind, tensor in tensors.items():
                 held = pieces.get(f"{kind}/{name}", [])
                 if kind != "parameter" and name not in updated:
                     continue  # zeros: it never had a gradient, or all steps so far were skipped
-                size = tensor.numel() if kind in SCALES else sizes[name]
+                size = tensor.numel() if is_whole else sizes[name]
                 if not fill(tensor, start, held, size):
                     raise InputError(f"{folder} does not hold {kind} of {name} in this size")
 

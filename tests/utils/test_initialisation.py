@@ -15,7 +15,7 @@ from recipes.causal_lm.finetune import Arguments as Finetuning
 from recipes.causal_lm.pretrain import Arguments
 from utils.config import InputError
 from utils.initialisation import InitializationArguments, initialize_weights, mup_scales
-from utils.optimizer import adamw
+from utils.optimizer import make_optimizer
 from utils.tables import Table
 
 SHAPE = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -113,7 +113,7 @@ def test_mup_knows_the_output_layer_of_as_many_words_as_the_model_is_wide():
 def test_mup_groups_know_their_rate_and_decay_as_at_the_base():
     model = built(mup_base_width=16)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = adamw(model, Arguments(mup_base_width=16, weight_decay=0.3)).param_groups
+    groups = make_optimizer(model, Arguments(mup_base_width=16, weight_decay=0.3)).param_groups
     found = [(g["lr_ratio"], g["weight_decay"], {names[p] for p in g["params"]}) for g in groups]
     (fast, decay, matrices), (*rest, embeddings), (*last, vectors) = found
     assert (fast, decay) == (0.25, pytest.approx(1.2))
@@ -132,7 +132,7 @@ def test_mup_is_table_8_without_its_multiplier_of_the_logits():
         theirs.lm_head.weight.mul_(4)
     theirs.lm_head.register_forward_hook(lambda _, __, logits: logits / 4)
     arguments = Arguments(mup_base_width=16, weight_decay=0.1, adam_epsilon=1e-30)
-    optimizers = [adamw(model, arguments) for model in (ours, theirs)]
+    optimizers = [make_optimizer(model, arguments) for model in (ours, theirs)]
     head = theirs.lm_head.weight
     for group in optimizers[1].param_groups:
         group["params"] = [p for p in group["params"] if p is not head]
