@@ -153,6 +153,7 @@ def test_workers_do_not_change_a_step(mixture, tokenizer, monkeypatch):
         assert list(map(plain, steps)) == expected
 
 
+@pytest.mark.parametrize("mixture", [".parquet"], indirect=True)
 def test_a_rank_has_no_more_workers_than_lanes(mixture, tokenizer, monkeypatch):
     """What is set for 8 processes starts on 64."""
     started = []
