@@ -6,7 +6,7 @@
 The first tells whether each smoke config runs in fp32, bf16 and fp16, how long it takes, and how
 far its losses are from those of fp32. The second trains models of three sizes on packed rows of the
 sample corpus, each in a process of its own: tokens per second, utilization and peak memory. Model
-FLOPs are 6 N + 12 L H S a token over the dense bf16 peak. Results: benchmarks/results/gpu_smoke.md,
+FLOPs are 6 N + 12 L A S a token over the dense bf16 peak. Results: benchmarks/results/gpu_smoke.md,
 gpu_speed.md and .json.
 """
 
@@ -35,8 +35,8 @@ from recipes.causal_lm import pretrain as causal_lm
 from sentence_encoder import SentenceEncoder
 from utils.config import InputError, command, parse
 from utils.lanes import Corpus, Lanes
-from utils.memory import flops_per_token
 from utils.model import build_model, load_tokenizer, model_config
+from utils.plan import flops_per_token
 from utils.progress import PEAK_FLOPS
 from utils.report import markdown_table
 from utils.run_folder import RunFolder

@@ -93,6 +93,14 @@ def _set_up_fsdp(accelerator: "accelerate.Accelerator") -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+def enable_checkpointing(model: torch.nn.Module) -> None:
+    """Compute the activations inside of each layer again in the backward pass."""
+    # as transformers 5.20 and later call it, and as those before did
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
+
+
 class Step(NamedTuple):
     """What one rank trains on in a step."""
 
@@ -151,10 +159,7 @@ class Engine:
         if self.deepspeed:
             self._fill_deepspeed_config()
         if arguments.gradient_checkpointing:
-            # as transformers 5.20 and later call it, and as those before did
-            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            enable = next(getattr(model, name) for name in names if hasattr(model, name))
-            enable({"use_reentrant": False})
+            enable_checkpointing(model)
         if arguments.torch_compile:
             # what objectives call; an adapter is inside of it
             getattr(model, "get_base_model", lambda: model)().base_model.compile()

@@ -23,8 +23,10 @@ from utils.run_state import RunState
 if TYPE_CHECKING:
     import accelerate
 
-# dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+# dense bf16 FLOP/s of accelerators, by what their name contains (the vendors' data sheets); of
+# those whose names begin alike the longer come first
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12}
+PEAK_FLOPS |= {"H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 LINE = 120  # characters of an evaluation
 TOKENIZER_BATCH = 256  # texts at a time: a bar moves, and what the tokenizer makes of them is large
 # what trackers call the name of a run; Accelerate gives them that of the project
@@ -77,7 +79,7 @@ class Progress:
     Args:
         arguments: a `TrainingArguments`.
         state: where the run stands; it does not begin at 0 on a resume.
-        flops_per_token: of the step with this number, 6 N + 12 L H S; 0 when it is not known.
+        flops_per_token: of the step with this number, 6 N + 12 L A S; 0 when it is not known.
 
     Raises:
         InputError: a tracker does not let itself be started.
@@ -133,7 +135,7 @@ class Progress:
         flops = self.flops_per_token(step)
         if self.peak_flops and flops:
             record["mfu"] = round(rate * flops / self.peak_flops, 4)
-            parts.append(f"MFU {record['mfu']:.1%} of dense bf16")
+            parts.append(f"MFU {record['mfu']:.1%} (6 N + 12 L A S, of dense bf16)")
         if self.total_steps:
             a_step = (time.monotonic() - self.start) / (step - self.first_step)
             left = timedelta(seconds=int(a_step * (self.total_steps - step)))
@@ -202,6 +204,10 @@ def _peak_flops(accelerator: "accelerate.Accelerator") -> float | None:
     """Of all ranks together; None where the GPU is not known."""
     if accelerator.device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(accelerator.device)
-    ranks = accelerator.num_processes
-    return next((peak * ranks for key, peak in PEAK_FLOPS.items() if key in name), None)
+    peak = peak_flops(torch.cuda.get_device_name(accelerator.device))
+    return peak and peak * accelerator.num_processes
+
+
+def peak_flops(name: str) -> float | None:
+    """Of a GPU by its name; None where it is not known."""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

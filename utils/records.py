@@ -1,9 +1,11 @@
-"""Lines, rows and texts of files: of a part of a file, from any position, each of bounded size."""
+"""Lines, rows and texts of files: of a part of a file, from any position, each of bounded size; and
+the sentences of a text."""
 
 import csv
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +20,11 @@ COMPRESSED = ("", ".gz", ".zst")
 TEXTS = tuple(f".txt{end}" for end in COMPRESSED)
 CSVS = tuple(f".{kind}{end}" for kind in ("csv", "tsv") for end in COMPRESSED)
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # a cell that begins with a quote is text
+MAX_CHARACTERS = 400
+# not before a small letter, which goes on after an abbreviation
+_END = re.compile(
+    r"""[.!?…]["'”’)\]]*(?=\s+[^\sa-z])|[。！？]["”』」）]*|\n(?=[^\S\n]*\n)"""  # noqa: RUF001
+)
 
 
 class Shard(NamedTuple):
@@ -271,3 +278,22 @@ def skip_line(stream: io.BufferedIOBase, limit: float = math.inf) -> int:
         if piece.endswith(b"\n"):
             break
     return size
+
+
+def cut_into_sentences(text: str) -> list[str]:
+    """The sentences of a text; together they are the text. White space stands at their start.
+
+    A sentence here is what BERT calls one: a stretch of text, cut where a sentence or a paragraph
+    ends. Stretches of more than 400 characters (tables, code) are cut at a line's end or a blank.
+    """
+    sentences, start = [], 0
+    for end in [*(match.end() for match in _END.finditer(text)), len(text)]:
+        while end - start > MAX_CHARACTERS:
+            limit = start + MAX_CHARACTERS
+            line, blank = (text.rfind(mark, start + 1, limit) for mark in "\n ")
+            cut = line if line > start else blank if blank > start else limit
+            sentences.append(text[start:cut])
+            start = cut
+        sentences.append(text[start:end])
+        start = end
+    return sentences

@@ -35,7 +35,7 @@ FREE = {
     *("keep_every", "per_device_batch_size", "per_device_eval_batch_size", "torch_compile"),
     *("gradient_checkpointing", "attn_implementation", "dataloader_num_workers"),
     *("on_bad_record", "verify_sources", "train_sources", "train_data", "transfer_data"),
-    *("project", "run_name", "push_to_hub", "hub_model_id", "hub_private_repo"),
+    *("project", "run_name", "push_to_hub", "hub_model_id", "hub_private_repo", "plan"),
 }
 # the end of a run is done again for them
 MEASURED_AT_THE_END = {

@@ -39,10 +39,11 @@ class StreamArguments(SourceArguments):
     lanes: int | None = None
     shuffle_documents: int = 512  # a chunk of this many documents, or of …
     shuffle_bytes: int = 2**21  # … this many bytes, whichever comes first, is permuted
-    dataloader_num_workers: int = 0  # processes a rank that read and tokenize; 0: its own thread
+    # processes a rank that read and tokenize, as many as it has lanes at most; 0: its own thread
+    dataloader_num_workers: int = 0
 
     def check(self) -> None:
-        """Raises InputError when batch, processes or workers do not fit the lanes."""
+        """Raises InputError when batch or processes do not fit the lanes."""
         if self.num_train_epochs is not None and self.num_train_epochs % 1:
             raise InputError(
                 f"num_train_epochs: a stream has whole ones, not {self.num_train_epochs}"
@@ -63,11 +64,6 @@ class StreamArguments(SourceArguments):
                 f"lanes: {self.lanes} cannot be dealt to {processes} processes: launch a number "
                 f"that divides {self.lanes}, or begin a run with lanes "
                 f"{math.lcm(self.lanes, processes)}"
-            )
-        workers, of_a_rank = self.dataloader_num_workers, self.lanes // processes
-        if workers > of_a_rank:
-            raise InputError(
-                f"dataloader_num_workers: {workers} is more than a rank's {of_a_rank} lanes"
             )
 
 
@@ -165,9 +161,10 @@ class TrainingStream(torch.utils.data.IterableDataset):
         self, rank: int, world_size: int, states: dict[int, dict] | None = None
     ) -> Iterator[list[Row]]:
         """The rank's rows of one step after the other, in an order that workers do not change."""
-        workers, states = self.arguments.dataloader_num_workers, states or {}
-        mine = copy.copy(self)
+        states, mine = states or {}, copy.copy(self)
         mine.states = {i: states.get(i) for i in range(rank, self.lane_count, world_size)}
+        # a lane is read by one worker: with many ranks there are fewer lanes than workers
+        workers = min(self.arguments.dataloader_num_workers, len(mine.states))
         loader = torch.utils.data.DataLoader(
             mine,
             batch_size=None,

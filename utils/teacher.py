@@ -19,8 +19,10 @@ from utils.export import by_itself
 from utils.files import written_aside
 from utils.fragments import gathered
 from utils.integrity import write_checksums
+from utils.memory import parameter_count
 from utils.model import ModelArguments, build_model, empty_model, load_tokenizer, model_config
 from utils.model_settings import check_not_pickled, quantization
+from utils.plan import plan
 from utils.program import looked_for
 from utils.ranks import launched_with, launched_zero_stage
 
@@ -60,7 +62,6 @@ class DistillationArguments(ModelArguments):
     # for each layer of the student the teacher's, counted from 1 (its output; embeddings stand
     # beside embeddings); null: student_layers, or evenly spread
     layer_map: list[int] | None = None
-    dry_run: bool = False  # print parameters, FLOPs and memory, and load nothing
     weights: ClassVar[Sequence[str]] = ("soft_weight", "hard_weight", "hidden_weight")
 
     def check(self) -> None:
@@ -316,3 +317,17 @@ def paired_layers(arguments: Any, student: Any, teacher: Any) -> list[int]:
             f"teacher's, 1 to {theirs}"
         )
     return layers
+
+
+def distillation_plan(
+    config: Any, of_teacher: Any, arguments: Any, auto_model: Any = None, **more: Any
+) -> str:
+    """The student's `plan`, and what its teacher weighs on each process."""
+    bits = {"8bit": 8, "4bit": 4, "float32": 32, "bfloat16": 16, "float16": 16}
+    auto = 32 if arguments.mixed_precision == "no" else 16
+    count = parameter_count(of_teacher, auto_model)["total"]
+    size = count * bits.get(arguments.teacher.dtype, auto) / 8 / 2**30
+    weighs = (
+        f"teacher      {count:,} parameters, about {size:.1f} GiB beside it; under ZeRO-3 split"
+    )
+    return f"{plan(config, arguments, auto_model=auto_model, **more)}\n\n{weighs}"

@@ -45,14 +45,16 @@ from utils.config import InputError, at_end, command, parse
 from utils.divergences import Logits, add_projection, hidden_loss, summed_losses
 from utils.lanes import Corpus, Lanes
 from utils.loss import IGNORE_INDEX
-from utils.memory import distillation_plan, flops_per_token, parameter_count
+from utils.memory import parameter_count
 from utils.model import empty_model, load_tokenizer
+from utils.plan import flops_per_token
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.sources import check_held_out
 from utils.stream import TrainingStream
 from utils.teacher import (
     DistillationArguments,
+    distillation_plan,
     load_teacher,
     of_the_teacher,
     paired_layers,

@@ -10,6 +10,7 @@ from masking import MaskingArguments
 from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.model import ModelArguments
+from utils.plan import PlanArguments
 from utils.sources import Source
 from utils.stream import StreamArguments
 
@@ -24,7 +25,9 @@ class Phase:
 
 
 @dataclass
-class EncoderArguments(TrainingArguments, StreamArguments, MaskingArguments, ModelArguments):
+class EncoderArguments(
+    TrainingArguments, StreamArguments, MaskingArguments, ModelArguments, PlanArguments
+):
     """An encoder that is trained on a stream of raw text."""
 
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "bert"})
@@ -35,7 +38,6 @@ class EncoderArguments(TrainingArguments, StreamArguments, MaskingArguments, Mod
     test_sources: list[Source] = field(default_factory=list)  # read once, at the end of the run
     eval_documents: int | None = None  # of each validation source; null: all
     pseudo_perplexity_documents: int = 0  # of each domain of the test, token by token: slow
-    dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
 
     def check(self) -> None:
         lengths = [phase.sequence_length for phase in self.phases]

@@ -37,8 +37,9 @@ from sentence_encoder import SentenceEncoder
 from utils.config import at_end, command, parse
 from utils.lanes import Corpus, Lanes
 from utils.loss import LossArguments
-from utils.memory import flops_per_token, parameter_count, plan
+from utils.memory import parameter_count
 from utils.model import build_model, empty_model, load_tokenizer, model_config
+from utils.plan import flops_per_token, plan
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.sources import check_held_out

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.sentences import cut_into_sentences
+from utils.records import cut_into_sentences
 from utils.stream import TextEncoder
 
 

@@ -36,13 +36,15 @@ from utils.arguments import FinetuningArguments, TrainingArguments
 from utils.config import InputError, at_end, command, parse
 from utils.divergences import add_projection, hidden_loss, summed_losses
 from utils.loss import IGNORE_INDEX
-from utils.memory import distillation_plan, flops_per_token, parameter_count
+from utils.memory import parameter_count
 from utils.model import load_tokenizer
+from utils.plan import PlanArguments, flops_per_token
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.stream import StreamArguments
 from utils.teacher import (
     DistillationArguments,
+    distillation_plan,
     load_teacher,
     of_the_teacher,
     paired_layers,
@@ -68,6 +70,7 @@ class TextArguments(
     TrainingArguments,
     StreamArguments,
     TextEvaluationArguments,
+    PlanArguments,
 ):
     """Distil a causal language model on a stream of raw text."""
 
@@ -84,7 +87,11 @@ class TextArguments(
 
 @dataclass
 class ConversationsArguments(
-    DistillationArguments, CacheArguments, FinetuningArguments, ConversationArguments
+    DistillationArguments,
+    CacheArguments,
+    FinetuningArguments,
+    ConversationArguments,
+    PlanArguments,
 ):
     """Distil a causal language model on conversations: the tokens of the assistant."""
 

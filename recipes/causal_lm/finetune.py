@@ -30,13 +30,14 @@ from chat_rendering import set_ends
 from conversation_data import read_conversations
 from conversation_evaluation import evaluate_answers, score_answers, write_answers
 from conversations import ConversationArguments, collate, set_chat_template
-from finetuning_plan import check_trained_part, finetuning_plan
+from finetuning_plan import check_trained_part, finetuning_flops, finetuning_plan, mean_context
 from utils.adapters import AdapterArguments, base_dtype, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, at_end, command, parse
 from utils.epochs import Epochs
 from utils.model import load_tokenizer, model_config
 from utils.model_settings import quantization
+from utils.plan import PlanArguments
 from utils.ranks import launched_with, launched_zero_stage
 from utils.report import conclude
 from utils.run_folder import RunFolder
@@ -60,7 +61,7 @@ METRICS = ("eval_loss", "eval_token_accuracy")
 
 
 @dataclass
-class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
+class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments, PlanArguments):
     """Fine-tune a causal language model on instructions and conversations."""
 
     model: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
@@ -72,7 +73,6 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments):
     # conversations of test_data, whose first answers are written and held against theirs: exact
     # match and ROUGE-L, and each in predictions.jsonl
     scored_answers: int = 0
-    dry_run: bool = False  # print parameters and memory, and load nothing
 
     def check(self) -> None:
         super().check()
@@ -154,6 +154,7 @@ def main() -> None:
     if folder.is_finished(args, data.fingerprint["the training data"]):
         return
 
+    flops = finetuning_flops(config, args, mean_context([len(x["input_ids"]) for x in train]))
     options = {}
     if args.load_in_4bit:
         options["quantization_config"] = quantization("4bit", base_dtype(args))
@@ -170,6 +171,7 @@ def main() -> None:
         trained,
         tokenizer,
         Epochs(train, collate, data.fingerprint, args),
+        flops_per_token=lambda step: flops,
     )
     scores_of = partial(training.forward, per_token=True)
     check_model(model, lambda batch: scores_of(batch)[0], args.sequence_length, args.packing)

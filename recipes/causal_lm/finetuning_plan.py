@@ -3,36 +3,49 @@
 Known from the configuration alone: nothing is loaded.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 
-from utils.adapters import AdapterArguments, add_adapter, freeze
-from utils.memory import count_parameters, memory_section
+from utils.adapters import AdapterArguments, add_adapter, base_dtype, freeze
+from utils.memory import count_parameters, parameter_count
 from utils.model import empty_model
+from utils.plan import flops_per_token, plan
 
 
 def finetuning_plan(config: Any, arguments: Any) -> str:
-    """What `--dry_run` prints: parameters, and memory by ZeRO stage and number of GPUs."""
-    a, parts = arguments, parameter_parts(config, arguments)
-    total, tokens = parts["trained"] + parts["frozen"], a.per_device_batch_size * a.sequence_length
-    lines = [
-        f"model        {config.model_type}, {total:,} parameters, of which "
-        f"{parts['trained']:,} are trained ({parts['trained'] / total:.2%})",
-        f"step         {a.global_batch_size:,} examples of at most {a.sequence_length:,} tokens",
-        f"micro-batch  at most {tokens:,} tokens",
-    ]
-    text = config.get_text_config()
-    if a.gradient_checkpointing and hasattr(text, "num_hidden_layers"):
-        kept = text.num_hidden_layers * tokens * text.hidden_size
-        kept *= 4 if a.mixed_precision == "no" else 2
-        lines.append(
-            f"activations  {kept / 2**30:.1f} GiB kept between layers, and one layer's own"
-        )
-    settings = {"half_frozen": a.has_adapter, "load_in_4bit": a.load_in_4bit, "optim": a.optim}
-    lines += memory_section(parts, a.mixed_precision, world_sizes=(1, 8), **settings)
-    return "\n".join(lines)
+    """What `--dry_run` prints: the `plan` with what is frozen."""
+    a = arguments
+    return plan(
+        config,
+        a,
+        flops=partial(finetuning_flops, config, a),
+        parts=parameter_parts(config, a),
+        build=partial(_trained_part, arguments=a, dtype=base_dtype(a)),
+        half_frozen=a.has_adapter,
+        load_in_4bit=a.load_in_4bit,
+    )
+
+
+def finetuning_flops(config: Any, arguments: Any, context: int) -> int:
+    """Of a token that stands in so many, as `flops_per_token`, less what is frozen.
+
+    Under an adapter that is the gradients of the weights, else all of their backward.
+    """
+    counts, parts = parameter_count(config), parameter_parts(config, arguments)
+    looked_up = counts["total"] - counts["without_input_embeddings"]
+    frozen = max(0, parts["frozen"] - looked_up)
+    adapter = max(0, parts["trained"] + parts["frozen"] - counts["total"])
+    less = (2 if arguments.has_adapter else 4) * frozen
+    return flops_per_token(config, context) + 6 * adapter - less
+
+
+def mean_context(lengths: Sequence[int]) -> int:
+    """Of the tokens of these texts, each of which stands in a text of its length."""
+    return round(sum(length**2 for length in lengths) / sum(lengths))
 
 
 def parameter_parts(config: Any, arguments: AdapterArguments) -> dict[str, int]:
@@ -60,8 +73,19 @@ def check_trained_part(config: Any, arguments: AdapterArguments) -> "transformer
     Raises:
         InputError: as `freeze` and `add_adapter` do.
     """
-    model = empty_model(config)
-    with torch.device("meta"):
+    return _trained_part(config, arguments, "meta")
+
+
+def _trained_part(
+    config: Any,
+    arguments: AdapterArguments,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,  # of the base
+) -> "transformers.PreTrainedModel":
+    model = empty_model(config, device=device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    with torch.device(device):
         freeze(model, arguments.freeze)
         if arguments.lora is not None:
             add_adapter(model, arguments, "CAUSAL_LM", 0)

@@ -34,13 +34,14 @@ from utils.arguments import TrainingArguments
 from utils.config import at_end, command, parse
 from utils.lanes import Corpus, Lanes
 from utils.loss import LossArguments
-from utils.memory import flops_per_token, parameter_count, plan
+from utils.memory import parameter_count
 from utils.model import (
     ModelArguments,
     build_model,
     load_tokenizer,
     model_config,
 )
+from utils.plan import PlanArguments, flops_per_token, plan
 from utils.report import conclude
 from utils.run_folder import RunFolder
 from utils.sources import check_held_out, held_out_documents
@@ -57,13 +58,17 @@ print(generate("def ", max_new_tokens=60)[0]["generated_text"])
 
 @dataclass
 class Arguments(
-    TrainingArguments, StreamArguments, TextEvaluationArguments, ModelArguments, LossArguments
+    TrainingArguments,
+    StreamArguments,
+    TextEvaluationArguments,
+    ModelArguments,
+    LossArguments,
+    PlanArguments,
 ):
     """Pretrain a causal language model on a stream of raw text."""
 
     baselines: bool = False  # gzip -9 and a unigram model beside the bits per byte of the test
     packing: bool = True  # rows full of documents, which do not see each other; false: one a row
-    dry_run: bool = False  # print parameters, tokens, FLOPs and memory, and load nothing
 
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | ({} if self.packing else {"packing": False})

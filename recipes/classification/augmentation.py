@@ -12,7 +12,7 @@ from typing import Literal
 from labelled_texts import LabelledText
 from utils.config import InputError
 from utils.randomness import Draws
-from utils.sentences import cut_into_sentences
+from utils.records import cut_into_sentences
 
 Operation = Literal["replacement", "swap", "deletion", "insertion", "concatenation", "splitting"]
 WORD_OPERATIONS = ("replacement", "swap", "deletion", "insertion")

@@ -991,5 +991,5 @@ def test_dry_run(instruct):
     assert ended.status == 0, ended.error
     # 7 linear layers of 2 layers: 4 x (32 + 32) three times over … by rank, input and output
     trained = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
-    assert f"of which {trained:,} are trained" in ended.output
+    assert f"{trained:,} of them trained" in ended.output
     assert not ended.folder.exists()

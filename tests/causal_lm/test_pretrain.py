@@ -646,7 +646,6 @@ BAD_SETTINGS = [
     ),
     ({"report_to": ["paper"]}, "report_to: no tracker 'paper': give all, none, or of"),
     ({"attn_implementation": "magic"}, 'model: .*attn_implementation="magic"` is not supported'),
-    ({"dataloader_num_workers": 9}, "dataloader_num_workers: 9 is more than a rank's 8 lanes"),
     ({"warm_start": "/no/such/checkpoint"}, "no checkpoint /no/such/checkpoint"),
 ]
 

@@ -10,7 +10,7 @@ from transformers import BertTokenizer, ByT5Tokenizer
 from conftest import SYLLABLES, WORDS
 from sentence_encoder import SentenceEncoder, Sentences
 from utils.config import InputError
-from utils.sentences import cut_into_sentences
+from utils.records import cut_into_sentences
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -153,6 +153,23 @@ def test_workers_do_not_change_a_step(mixture, tokenizer, monkeypatch):
         assert list(map(plain, steps)) == expected
 
 
+@pytest.mark.parametrize("mixture", [".parquet"], indirect=True)
+def test_a_rank_has_no_more_workers_than_lanes(mixture, tokenizer, monkeypatch):
+    """What is set for 8 processes starts on 64."""
+    started = []
+
+    class Counted(ForkingLoader):
+        def __init__(self, *args, num_workers, **settings):
+            started.append(num_workers)
+            super().__init__(*args, num_workers=num_workers, **settings)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Counted)
+    run = Run(mixture, tokenizer, lanes=8, dataloader_num_workers=3)
+    steps = [list(map(plain, run.steps(2, world_size))) for world_size in (8, 4, 1)]
+    assert started == [1] * 8 + [2] * 4 + [3]
+    assert steps[0] == steps[1] == steps[2]
+
+
 def test_workers_as_runs_start_them(tmp_path, tokenizer):
     """Special tokens are text for them, too; errors arrive as they are; nothing stays behind."""
     records = [{"text": f"{i} <|end_of_text|> {'x' * i}"} for i in range(40)] + [{"broken": 1}]
@@ -584,9 +601,9 @@ def test_the_fingerprint_tells_what_changes_the_order(tmp_path):
 
 
 def test_lanes_that_do_not_fit(monkeypatch):
-    def check(lanes: int, global_batch_size: int, processes: int, workers: int = 0) -> None:
+    def check(lanes: int, global_batch_size: int, processes: int) -> None:
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        arguments = StreamArguments(lanes=lanes, dataloader_num_workers=workers)
+        arguments = StreamArguments(lanes=lanes)
         # of the TrainingArguments beside it
         arguments.global_batch_size, arguments.num_train_epochs = global_batch_size, None
         arguments.check()
@@ -597,9 +614,6 @@ def test_lanes_that_do_not_fit(monkeypatch):
         check(lanes=64, global_batch_size=96, processes=8)
     with pytest.raises(InputError, match=r"lanes: 64 cannot be dealt to 24 processes: .* 192$"):
         check(lanes=64, global_batch_size=64, processes=24)
-    check(lanes=16, global_batch_size=16, processes=8, workers=2)
-    with pytest.raises(InputError, match="workers: 3 is more than a rank's 2 lanes"):
-        check(lanes=16, global_batch_size=16, processes=8, workers=3)
 
 
 class PanicException(BaseException):
