@@ -28,7 +28,13 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
-from comparing import assert_same_losses, assert_same_run, copy_before_its_end, run_code_of_card
+from comparing import (
+    assert_same_losses,
+    assert_same_run,
+    assert_tables_are_told_apart,
+    copy_before_its_end,
+    run_code_of_card,
+)
 from conftest import WORDS, write_jsonl
 from launching import TINY_RUN, checkpoints, command_line, metrics, predictions, run, steps, tables
 from recipes.summarization import finetune as summarization
@@ -224,6 +230,10 @@ def test_batches_generate_what_the_export_generates_one_by_one(
     assert texts == generated_one_by_one(ended.folder, data, settings)
     assert len(set(texts)) > 5
     run_code_of_card(ended.folder)
+
+
+def test_tables_are_told_apart(summarize, data):
+    assert_tables_are_told_apart(summarize, data / "train.jsonl", data / "test.jsonl", "tokens")
 
 
 def test_scores_are_those_of_the_libraries(summarize):
