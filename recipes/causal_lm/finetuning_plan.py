@@ -23,6 +23,9 @@ def finetuning_plan(config: Any, arguments: Any) -> str:
         f"step         {a.global_batch_size:,} examples of at most {a.sequence_length:,} tokens",
         f"micro-batch  at most {tokens:,} tokens",
     ]
+    if any(table.weight != 1 for table in a.train_data):
+        shown = (f"{table.log_name} x {table.weight:g}" for table in a.train_data)
+        lines.append(f"data         {', '.join(shown)}")
     text = config.get_text_config()
     if a.gradient_checkpointing and hasattr(text, "num_hidden_layers"):
         kept = text.num_hidden_layers * tokens * text.hidden_size

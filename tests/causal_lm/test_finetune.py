@@ -603,6 +603,8 @@ def test_rows_of_a_table_are_seen_by_its_weight(instruct, data):
         {"path": path, "split": "train[20:]", "label": "seldom", "weight": 0.25},
     ]
     settings = {"train_data": tables, "max_steps": None, "num_train_epochs": 2}
+    plan = instruct("weighted", **settings, dry_run=True)
+    assert "data         often x 2, seldom x 0.25\n" in plan.output
     ended = instruct("weighted", **settings)
     assert ended.status == 0, ended.error
     shown = "often: 20 x 2 (80.0% of an epoch), seldom: 40 x 0.25 (20.0% of an epoch)"

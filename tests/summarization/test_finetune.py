@@ -269,7 +269,8 @@ def test_ranks_and_stages_change_nothing(
     words = words_of(folder, data, tokenizer_folder, **REFERENCES[name])
     run(config, processes, words, tmp_path / "log.txt", script=SCRIPT)
     assert_same_run(folder, reference)
-    assert predictions(folder) == predictions(reference)
+    for one, other in zip(predictions(folder), predictions(reference), strict=True):
+        assert one == other | {"loss": pytest.approx(other["loss"], rel=1e-5)}
 
 
 def test_micro_batches_change_nothing(summarize):
