@@ -26,7 +26,7 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
-# every architecture, tokenizer and kind of bad file; the tables of docs/architectures.md
+# every architecture, tokenizer, optimizer and kind of bad file; the tables of docs/
 sweep: $(SETUP)
 	SWEEP=1 $(BIN)/pytest tests/sweeps
 
@@ -42,10 +42,13 @@ lint: $(INSTALLED)
 
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.first_step
 	$(BIN)/python -m benchmarks.steady
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.divergences
+	$(BIN)/python -m benchmarks.coordinate_check
+	$(BIN)/python -m benchmarks.coordinate_check --measure learning_rate --widths '[64, 128, 256]'
 	$(BIN)/python -m benchmarks.pretrain_causal_lm
 	$(BIN)/python -m benchmarks.pretrain_bert
 	$(BIN)/python -m benchmarks.bert_probe

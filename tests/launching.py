@@ -245,7 +245,7 @@ def _environment(config: str, processes: int, script: str) -> dict[str, str]:
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         return prepare_deepspeed_cmd_env(args)[1]
-    if args.multi_gpu:
+    if args.multi_gpu or args.use_fsdp:
         return prepare_multi_gpu_env(args)
     return prepare_simple_launcher_cmd_env(args)[1]
 

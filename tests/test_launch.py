@@ -192,6 +192,8 @@ def test_a_recipe_beside_it_takes_the_config(config):
     refusals, own = [], []
     if "finetune_own" in config.stem:
         own = ["--train_data", "my.jsonl", "--model_name_or_path", "org/name"]
+    if config.stem == "pretrain_continued":
+        own = ["--model_name_or_path", "org/name"]
     recipes = [path for path in RECIPES if path.parent == config.parent.parent]
     for recipe in recipes:
         try:

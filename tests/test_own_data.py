@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from conftest import make_prose
 from launching import ROOT, TINY_BERT, TINY_RUN, steps
+from programs import documented_commands
 from recipes.causal_lm import finetune, pretrain
 from recipes.classification import finetune as finetune_classifier
 
@@ -52,6 +53,28 @@ def test_a_folder_of_texts(call, texts, tokenizer_folder, tmp_path):
     ids = tokens(documents, add_special_tokens=False)["input_ids"]
     assert steps(folder)[-1]["tokens"] == 3 * sum(len(x) + 2 for x in ids)  # bos and eos of each
     AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+def test_a_model_goes_on_with_a_folder_of_texts(call, texts, tokenizer_folder, tmp_path):
+    readme = (ROOT / "recipes/causal_lm/README.md").read_text()
+    commands = documented_commands("recipes/causal_lm/pretrain.py", readme)
+    (words,) = (words for words in commands if "pretrain_continued.yaml" in words[0])
+    base = tmp_path / "gpt2"
+    config = AutoConfig.for_model("gpt2", vocab_size=512, n_embd=32, n_layer=1, n_head=2)
+    given = AutoModelForCausalLM.from_config(config)
+    given.save_pretrained(base)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(base)
+    words = [{"my_texts/": str(texts), "openai-community/gpt2": str(base)}.get(w, w) for w in words]
+    folder = tmp_path / "run"
+    words += ["--output_dir", str(folder), "--max_steps", "1", "--report_to", "none"]
+    ended = call(pretrain.main, words, folder)
+    assert ended.status == 0, ended.error
+    trained = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for name, tensor in given.named_parameters():  # AdamW's first step is the learning rate
+        change = (trained.get_parameter(name) - tensor).abs().max()
+        assert 0 < change <= 5.1e-5, name
+    own = AutoTokenizer.from_pretrained(tokenizer_folder).get_vocab()
+    assert AutoTokenizer.from_pretrained(folder / "model").get_vocab() == own
 
 
 @pytest.mark.parametrize(("separator", "name"), [(",", "my.csv"), ("\t", "my data.tsv")])

@@ -32,6 +32,10 @@ VALUES = {  # of what is required
     "output_dir": "a",
     "algorithm": "bpe",
     "prompt": "a",
+    "script": "a",
+    "config": "a",
+    "settings": "{learning_rate: [1, 2]}",
+    "trials": "1",
 }
 # a heading, and the indented and empty lines below it
 SECTION = re.compile(r"^(\S.*):\n( .*\n(?:(?: .*)?\n)*)", re.MULTILINE)

@@ -130,7 +130,7 @@ def task_model(
 def _write_base(arguments: Any, config: Any, auto_model: Any, path: Path) -> None:
     model = empty_model(copy.deepcopy(config), auto_model, "cpu")
     train_shared_padding(model)
-    initialize_weights(model, arguments.seed)
+    initialize_weights(model, arguments.seed, settings=arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         model.save_pretrained(aside)

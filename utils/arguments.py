@@ -4,29 +4,20 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
-import torch
-import transformers
-
-from utils.config import InputError, Settings
-from utils.ranks import check_launch, launched_with, launched_world_size, launched_zero_stage
+from utils.config import InputError
+from utils.optimizer import OptimizerArguments, SchedulerType
+from utils.ranks import check_launch, launched_world_size
 from utils.tables import Table, check_held_out_tables, check_weights
 
 # as Accelerate calls them, each like its package
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
-SchedulerType = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_min_lr",
-    "warmup_stable_decay",
-    "constant",
-    "constant_with_warmup",
-]
+LESS_IS_BETTER = ("loss", "error", "bits_per_byte")  # how such a metric's name ends
 
 
 def is_installed(name: str) -> bool:
@@ -35,7 +26,7 @@ def is_installed(name: str) -> bool:
 
 
 @dataclass
-class TrainingArguments(Settings):
+class TrainingArguments(OptimizerArguments):
     """How it is trained; named as in transformers.TrainingArguments."""
 
     output_dir: str = "runs/run"  # everything the run writes; started again, it continues
@@ -46,12 +37,6 @@ class TrainingArguments(Settings):
     global_batch_size: int = 64  # sequences a step, over all processes
     per_device_batch_size: int = 8  # sequences a micro-batch; accumulation makes up the rest
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    # the peak; null: 3e-4 on raw text and from scratch, to fine-tune 2e-5, of an adapter 2e-4
-    learning_rate: float | None = None
-    lr_scheduler_type: SchedulerType = "cosine"
-    # as transformers.get_scheduler takes them, for example {min_lr_rate: 0.1}, {num_decay_steps: 9}
-    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    warmup_steps: int = 0
     # required, or max_tokens or num_train_epochs, unless the learning rate is constant: the run
     # ends at the first of max_steps, max_tokens, max_hours
     max_steps: int | None = None
@@ -60,14 +45,6 @@ class TrainingArguments(Settings):
     # counted first, which takes as long as tokenizing it all; `epochs` of a source comes before it
     num_train_epochs: float | None = None
     max_hours: float | None = None  # of training, over all interruptions
-    weight_decay: float = 0.1  # of matrices and embeddings: not of norms and biases
-    l1_decay: float = 0.0  # of the same, L1: w moves to 0 by learning_rate x l1_decay a step
-    # the second keeps Adam's moments in 8 bits, those of embeddings in 32; not under ZeRO or FSDP
-    optim: Literal["adamw_torch_fused", "adamw_bnb_8bit"] = "adamw_torch_fused"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0  # 0: no clipping
     max_skipped_steps: int = 5  # non-finite steps in a row after which the run stops
     # standard deviations above the mean of the last 100 losses: such a step is reported
     loss_spike_threshold: float = 6.0
@@ -79,7 +56,7 @@ class TrainingArguments(Settings):
     logging_steps: int = 1
     eval_steps: int | None = None  # null: only at the end
     metric_for_best_model: str = "eval_loss"
-    greater_is_better: bool | None = None  # null: yes, unless the metric's name ends with "loss"
+    greater_is_better: bool | None = None  # null: unless it is a loss, an error, bits per byte
     load_best_model_at_end: bool = False  # that checkpoint is kept, tested and exported
     early_stopping_patience: int | None = None  # evaluations without a better one
     save_steps: int = 1000  # and before each evaluation: what it may raise loses no step
@@ -98,10 +75,6 @@ class TrainingArguments(Settings):
     language: list[str] | str = field(default_factory=list)  # of the card: en, or [en, de, code]
     tags: list[str] = field(default_factory=list)  # of the card
 
-    def __post_init__(self) -> None:
-        if self.learning_rate is None:
-            self.learning_rate = self.usual_learning_rate
-
     def check(self) -> None:
         for name, hint in get_type_hints(TrainingArguments).items():
             value = getattr(self, name)
@@ -111,31 +84,11 @@ class TrainingArguments(Settings):
                 raise InputError(f"{name} must be at least 1, not {value}")
         if self.num_train_epochs is not None and not 0 < self.num_train_epochs < math.inf:
             raise InputError(f"num_train_epochs must be more than 0, not {self.num_train_epochs}")
-        if self.l1_decay < 0:
-            raise InputError(f"l1_decay must not be negative, not {self.l1_decay}")
-        is_split = launched_zero_stage() > 0 or launched_with("FSDP")
-        if self.optim == "adamw_bnb_8bit" and is_split:
-            raise InputError(
-                "optim: adamw_bnb_8bit keeps the moments of whole matrices: launch without ZeRO "
-                "and FSDP (single_gpu.yaml, multi_gpu.yaml), or take adamw_torch_fused"
-            )
         _ = self.trackers
         self._check_card()
         check_launch(self)
         self.check_batch(self.per_device_batch_size)
-        if not self.has_length and not self.lr_scheduler_type.startswith("constant"):
-            raise InputError(
-                f"lr_scheduler_type: {self.lr_scheduler_type} needs max_steps, max_tokens or "
-                "num_train_epochs"
-            )
-        self.check_warmup(self.total_steps)
         super().check()
-
-    def check_warmup(self, total_steps: int | None) -> None:
-        if total_steps is not None and self.warmup_steps > total_steps:
-            raise InputError(
-                f"warmup_steps: {self.warmup_steps} is more than the run's {total_steps} steps"
-            )
 
     def _check_card(self) -> None:
         codes = [self.language] if isinstance(self.language, str) else self.language
@@ -215,16 +168,6 @@ class TrainingArguments(Settings):
         return self.hub_model_id or os.path.basename(os.path.abspath(self.output_dir))
 
     @property
-    def usual_learning_rate(self) -> float:
-        return 3e-4
-
-    def learning_rate_note(self) -> str:
-        """A line, of one that is more than 30 times the usual, or less by as much."""
-        ratio = self.learning_rate / (usual := self.usual_learning_rate)
-        note = f"learning_rate: {ratio:.3g} times the {usual:g} that is usual for such a run"
-        return "" if 1 / 30 <= ratio <= 30 else note
-
-    @property
     def eval_metric(self) -> str:
         """metric_for_best_model as evaluations name it."""
         return f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
@@ -232,24 +175,8 @@ class TrainingArguments(Settings):
     @property
     def is_greater_better(self) -> bool:
         """Of metric_for_best_model."""
-        if self.greater_is_better is not None:
-            return self.greater_is_better
-        return not self.metric_for_best_model.endswith("loss")
-
-    def learning_rate_factor(self, total_steps: int | None) -> Callable[[int], float]:
-        """What the peak learning rate is multiplied by in the step after `step` steps."""
-        self.check_warmup(total_steps)
-        try:
-            schedule = transformers.get_scheduler(
-                self.lr_scheduler_type,
-                torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate),
-                num_warmup_steps=self.warmup_steps,
-                num_training_steps=total_steps,
-                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"lr_scheduler_kwargs: {error}") from None
-        return schedule.lr_lambdas[0]  # a function of the step: nothing to restore
+        given, name = self.greater_is_better, self.metric_for_best_model
+        return not name.endswith(LESS_IS_BETTER) if given is None else given
 
     def check_metric(self, measured: Iterable[str]) -> None:
         """Raises InputError unless evaluations, which measure these, give metric_for_best_model."""
@@ -313,9 +240,9 @@ class FinetuningArguments(TrainingArguments):
         super().check()
 
     @property
-    def usual_learning_rate(self) -> float:
+    def adamw_learning_rate(self) -> float:
         is_given = getattr(self, "model_name_or_path", None) or getattr(self, "is_carved", False)
-        of_all = 2e-5 if is_given else super().usual_learning_rate
+        of_all = 2e-5 if is_given else super().adamw_learning_rate
         return 2e-4 if getattr(self, "has_adapter", False) else of_all
 
     @property

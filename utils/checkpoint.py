@@ -34,7 +34,6 @@ from safetensors.torch import load_file, save_file
 from utils.config import InputError
 from utils.files import grant, remove, sync, written_aside
 from utils.fragments import (
-    SCALES,
     constants,
     fill,
     fragments,
@@ -66,6 +65,12 @@ def newest(output_dir: str | Path) -> Path | None:
         if not path.is_dir():
             raise InputError(f"{path} is no folder, as checkpoints are: remove it")
     return found[-1] if found else None
+
+
+def earlier(folder: Path) -> list[Path]:
+    """The checkpoints of a run before this one, the newest first."""
+    found = [path for path in _checkpoints(folder.parent) if _step(path) < (_step(folder) or 0)]
+    return sorted(found, key=_step, reverse=True)
 
 
 def folder_of(output_dir: str | Path, step: int) -> Path:
@@ -125,9 +130,7 @@ def _damaged(folder: Path, problem: Any) -> InputError:
         return InputError(f"cannot read {problem.filename}: {problem.strerror}: ask its owner")
     if isinstance(problem, OSError):
         problem = f"{Path(problem.filename or '').name}: {problem.strerror}"
-    step = _step(folder) or 0
-    earlier = [path for path in _checkpoints(folder.parent) if _step(path) < step]
-    before = max(earlier, key=_step, default=None)
+    before = next(iter(earlier(folder)), None)
     remedy = f"go on from {before}" if before else "begin again: there is none before it"
     return InputError(f"{folder} is damaged: {problem}. Remove it to {remedy}")
 
@@ -280,11 +283,12 @@ def _fill_fragments(folder: Path, model: torch.nn.Module, optimizer: Any, step: 
     with _opened(folder) as pieces:
         updated = {key.partition("/")[2] for key in pieces if not key.startswith("parameter/")}
         for name, start, tensors in fragments(model, optimizer, every_rank=True):
+            is_whole = tensors["parameter"].numel() == sizes[name]
             for kind, tensor in tensors.items():
                 held = pieces.get(f"{kind}/{name}", [])
                 if kind != "parameter" and name not in updated:
                     continue  # zeros: it never had a gradient, or all steps so far were skipped
-                size = tensor.numel() if kind in SCALES else sizes[name]
+                size = tensor.numel() if is_whole else sizes[name]
                 if not fill(tensor, start, held, size):
                     raise InputError(f"{folder} does not hold {kind} of {name} in this size")
 
@@ -310,8 +314,7 @@ def read_parameters(folder: Path, shapes: dict[str, torch.Size]) -> Iterator[tup
 def parameter_names(folder: Path) -> set[str]:
     """Of the parameters that a checkpoint holds: those that were trained."""
     with _opened(folder) as pieces:
-        keys = (key.partition("/") for key in pieces)
-        return {name for kind, _, name in keys if kind == "parameter"}
+        return {k.removeprefix("parameter/") for k in pieces if k.startswith("parameter/")}
 
 
 @contextmanager

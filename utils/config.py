@@ -194,8 +194,8 @@ def parse(settings: type | tuple[type, ...], argv: list[str] | None = None) -> A
 
 
 def as_yaml(settings: Any) -> str:
-    """Of a settings dataclass; `parse` reads it back equal."""
-    values = dataclasses.asdict(settings)
+    """Of a settings dataclass, or of what it holds; `parse` reads it back equal."""
+    values = settings if isinstance(settings, dict) else dataclasses.asdict(settings)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
 
 

@@ -106,12 +106,17 @@ def summed_losses(
     row_weights: torch.Tensor | None = None,
     hard_weight: float = 1.0,
     soft_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ cross-entropy of the labels, Σ T² x divergence from the teacher), over the rows.
 
     The gradient is that of hard_weight x the first + soft_weight x the second: they must be
     weighted so, relative to each other, in what is minimised. Where vocabularies differ by padding
     at their ends, the divergence is over the tokens that both have.
+
+    With `label_smoothing` ε a label is (1-ε) of it and ε of all tokens alike (Szegedy et al. 2016);
+    `z_loss` times log² Σ exp(logits) is added for each label (Chowdhery et al. 2022, PaLM).
 
     Args:
         labels: (rows,), -100 adds nothing; None: the first sum is 0.
@@ -122,14 +127,20 @@ def summed_losses(
     if labels is None and teacher is None:
         raise ValueError("neither labels nor a teacher")
     return _Summed.apply(
-        *student, labels, teacher, divergence, row_weights, (hard_weight, soft_weight)
+        *student,
+        labels,
+        teacher,
+        divergence,
+        row_weights,
+        (hard_weight, soft_weight),
+        (label_smoothing, z_loss),
     )
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, scale, cap, *losses):
-        labels, teacher, divergence, row_weights, weights = losses
+        labels, teacher, divergence, row_weights, weights, (smoothing, z_loss) = losses
         student = Logits(hidden, weight, bias, scale, cap)
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]  # a frozen head needs none
         given = zip(weights, (labels is not None, teacher is not None), strict=True)
@@ -149,7 +160,8 @@ class _Summed(torch.autograd.Function):
             where = slice(start, start + size)
             logits = student.rows(where)
             slope = None if cap is None else (logits / cap).square_().neg_().add_(1)  # tanh's
-            log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
+            log_z = logits.logsumexp(1, keepdim=True)
+            log_p = logits.sub_(log_z)
             gradient = None
             if teacher is not None:
                 of_rows = None if row_weights is None else row_weights[where].to(wide)
@@ -162,13 +174,18 @@ class _Summed(torch.autograd.Function):
                     gradient *= by
             if labels is not None:
                 target = labels[where]
-                counted = (target != IGNORE_INDEX).unsqueeze(1)
+                counted = (target != IGNORE_INDEX).unsqueeze(1).to(wide)
                 index = target.clamp(min=0).unsqueeze(1)
-                sums[0] -= (log_p.gather(1, index) * counted).sum(dtype=sums.dtype)
+                loss = (smoothing - 1) * log_p.gather(1, index) + z_loss * log_z.square()
+                if smoothing:
+                    loss -= smoothing * log_p.mean(1, keepdim=True)
+                sums[0] += (loss * counted).sum(dtype=sums.dtype)
                 if wants_gradient and weights[0]:
                     # d loss / d logits = softmax - one hot, nothing where the label is ignored
-                    hard = log_p.exp_().mul_(counted)
-                    hard.scatter_add_(1, index, -counted.to(wide))
+                    hard = log_p.exp_().mul_(counted * (1 + 2 * z_loss * log_z))
+                    hard.scatter_add_(1, index, (smoothing - 1) * counted)
+                    if smoothing:
+                        hard -= smoothing / student.vocabulary * counted
                     hard *= weights[0]
                     gradient = hard if gradient is None else gradient.add_(hard)
             if not wants_gradient:
@@ -206,7 +223,7 @@ class _Summed(torch.autograd.Function):
                 None if grad is None else (grad * factor).to(getattr(dtype, "dtype", dtype))
                 for grad, dtype in zip(grads, dtypes, strict=True)
             ),
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 

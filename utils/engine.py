@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -63,7 +63,7 @@ def start_processes(arguments: Any) -> "accelerate.Accelerator":
             say(f"ACCELERATE_{name}={value} is left aside: {setting} decides")
     # Accelerate counts one process under DeepSpeed on CPU unless it is told the backend
     backend = {"backend": "gloo"} if on_cpu and use_deepspeed else {}
-    return accelerate.Accelerator(
+    accelerator = accelerate.Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=arguments.mixed_precision,
         # settings of the recipe, whatever ACCELERATE_… variables are exported
@@ -71,6 +71,26 @@ def start_processes(arguments: Any) -> "accelerate.Accelerator":
         dynamo_backend="no",
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)],
     )
+    if launched_with("FSDP"):
+        _set_up_fsdp(accelerator)
+    return accelerator
+
+
+def _set_up_fsdp(accelerator: "accelerate.Accelerator") -> None:
+    """FSDP2 on the CPU too, where Accelerate leaves it out; losses and gradient sums in fp32."""
+    import accelerate
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    state = accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None) or accelerate.FullyShardedDataParallelPlugin()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(half, reduce_dtype=torch.float32)
+    plugin.cpu_ram_efficient_loading = False  # it would copy weights that are tied
+    state.fsdp_plugin = plugin
+    for part in (state, accelerate.PartialState()):  # where the one is made anew from the other
+        part.distributed_type = accelerate.DistributedType.FSDP
+    # of losses, which nothing changes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class Step(NamedTuple):
@@ -142,18 +162,33 @@ class Engine:
         objective.config = model.config
         objective._no_split_modules = getattr(model, "_no_split_modules", None)
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
+        if accelerator.is_fsdp2:
+            # else the root keeps whole weights, which are stale when others are set
+            self.module.set_reshard_after_forward(True)
         if self.deepspeed and zero_optimizer(self.optimizer) is None:
             raise InputError(
                 "DeepSpeed chose an optimizer that checkpoints do not know: leave grad_accum_dtype "
                 "out of its config, or take ZeRO stage 2 or 3"
             )
 
+    @contextmanager
+    def whole_root(self) -> Iterator[None]:
+        """Around what calls the model itself: FSDP gathers what is in no block with the objective.
+
+        All ranks enter it together.
+        """
+        if self.accelerator.is_fsdp2:
+            self.module.unshard()
+        yield
+        if self.accelerator.is_fsdp2:
+            self.module.reshard()
+
     def describe(self) -> str:
         """How the weights are spread over the processes, for people."""
         if self.deepspeed:
             return f"DeepSpeed ZeRO-{self.module.zero_optimization_stage()}"
         kind = self.accelerator.distributed_type.value
-        names = {"NO": "none", "FSDP": "FSDP"}
+        names = {"NO": "none", "FSDP": "FSDP2"}
         return names.get(kind, "DistributedDataParallel")
 
     def train_step(

@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face model folder that `from_pretrained` reads, on one CPU process.
 
-python -m utils.export --checkpoint runs/demo/checkpoints/step-00000020 --output_dir model
+python -m utils.export --checkpoint runs/demo/checkpoints/step-00000160 --output_dir model
 """
 
 import copy
@@ -23,74 +23,30 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.initialization import guard_torch_init_functions
 
-from utils.checkpoint import parameter_names, read_constants, read_parameters, read_state, verify
+from utils.checkpoint import (
+    earlier,
+    parameter_names,
+    read_constants,
+    read_parameters,
+    read_state,
+    verify,
+)
 from utils.comparison import Reference, compare_tensors, read_reference
 from utils.config import InputError, command, parse
 from utils.files import written_aside
 from utils.integrity import check_weights, locked, write_checksums
-from utils.model_settings import architecture_of, load_model, load_pretrained, quiet
+from utils.model_settings import (
+    GENERATION,
+    architecture_of,
+    load_model,
+    load_pretrained,
+    quiet,
+)
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-GENERATION = "generation_config.json"
-
-
-class ModelFiles:
-    """Configuration, tokenizer, and where there are such the settings of adapter and generation.
-
-    `base_model`: where the weights come from that a checkpoint does not hold, if there are any: a
-    name of the Hub, an absolute path, or one relative to a checkpoint if it moves with the run.
-
-    Args:
-        model: as it is before an engine takes hold of it; or a peft.PeftModel.
-        run: the folder of the run.
-    """
-
-    def __init__(
-        self,
-        model: "transformers.PreTrainedModel",
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        run: Path,
-    ):
-        self.tokenizer = tokenizer
-        is_whole = all(parameter.requires_grad for parameter in model.parameters())
-        self.base_model = None if is_whole else _from_checkpoint(model.name_or_path, run)
-        self.others = [copy.deepcopy(model.config)]
-        whole = model
-        if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
-            whole = model.get_base_model()
-            self.others.append(copy.copy(model.peft_config["default"]))
-            self.others[-1].base_model_name_or_path = self.base_model
-        self.code = type(whole) if whole._auto_class else None  # that it brought with it
-        if self.code:
-            where = f"{self.code.__module__.rpartition('.')[2]}.{self.code.__name__}"
-            known = getattr(self.others[0], "auto_map", None) or {}
-            self.others[0].auto_map = known | {whole._auto_class: where}
-        self.generation_config = model.generation_config if model.can_generate() else None
-
-    def write(self, folder: Path) -> None:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # a slow one has none
-        if backend is not None:
-            backend.no_truncation()  # a call that truncates leaves that behind
-            backend.no_padding()
-        for part in (*self.others, self.tokenizer):
-            part.save_pretrained(folder)
-        if self.code:
-            custom_object_save(self.code, folder)
-        if self.generation_config is not None:
-            # as it was given: save_pretrained refuses what published models have
-            self.generation_config.to_json_file(folder / GENERATION)
-
-
-def _from_checkpoint(model: str, run: Path) -> str | None:
-    path, run = os.path.abspath(model), os.path.abspath(run)
-    if not model or not os.path.exists(path):
-        return model or None
-    is_inside = os.path.commonpath([path, run]) == run
-    return os.path.join("..", "..", os.path.relpath(path, run)) if is_inside else path
 
 
 def base_model_of(checkpoint: Path) -> str | None:
@@ -107,6 +63,7 @@ class Arguments:
     checkpoint: str  # a folder checkpoints/step-…
     output_dir: str  # written whole or not at all
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    average_last: int = 1  # the mean of so many checkpoints: this one, and those before it
     merge_adapter: bool = False  # of a run with LoRA: the whole model, the adapter in its weights
     trust_remote_code: bool = False  # run the Python that the checkpoint holds
 
@@ -117,6 +74,7 @@ def export(
     dtype: torch.dtype = torch.float32,
     merge_adapter: bool = False,
     trust_remote_code: bool = False,
+    average_last: int = 1,
 ) -> int:
     """Write weights, configuration and tokenizer; returns the number of parameters.
 
@@ -124,30 +82,35 @@ def export(
     in fp32, however its base was quantized or rounded in training. Before it is put in place it is
     read as its users will, and compared with what the run computed (utils/comparison.py).
 
+    With `average_last` what was trained is the mean of as many checkpoints (Kaddour 2022, LAWA),
+    and all else as this one has it.
+
     Raises:
-        InputError: not a whole checkpoint, no base model, no space left, or it is not the same.
+        InputError: not a whole checkpoint, no base model, no space left, or it is not the same; or
+            there are fewer to average, or of another model.
     """
-    verify(checkpoint)
+    checkpoints = _with_those_before(checkpoint, average_last)
     base = base_model_of(checkpoint)
     has_adapter = (checkpoint / ADAPTER).exists()
     is_adapter = has_adapter and not merge_adapter
-    expected, rewritten = read_reference(checkpoint), []
+    # the run has not computed with a mean
+    expected, rewritten = None if average_last > 1 else read_reference(checkpoint), []
     read = partial(load_pretrained, trust_remote_code=trust_remote_code)
     try:
         with by_itself(), locked(output_dir), written_aside(output_dir) as folder:
             folder.mkdir(parents=True)
             config = _unquantized(read(transformers.AutoConfig, checkpoint))
             if is_adapter:
-                count = _write_adapter(checkpoint, config, base, folder, dtype)
+                count = _write_adapter(checkpoints, config, base, folder, dtype)
             else:
-                model = _whole_model(checkpoint, config, base, dtype)
+                model = _whole_model(checkpoints, config, base, dtype)
                 expected = expected or Reference.of(model)
                 model = _merged(model).to(dtype)
                 _keep_padding(model)
                 if model.can_generate():
                     model.generation_config = transformers.GenerationConfig()  # see below
                 model.save_pretrained(folder)
-                held = model.named_parameters() if has_adapter else _held(checkpoint, model)
+                held = model.named_parameters() if has_adapter else _held(checkpoints, model)
                 rewritten = compare_tensors(output_dir, folder, held)
                 count = sum(parameter.numel() for parameter in model.parameters())
                 del model  # there may be no room for two
@@ -181,8 +144,9 @@ def _unquantized(config: Any) -> Any:
     return config
 
 
-def _whole_model(checkpoint: Path, config: Any, base: str | None, dtype: Any) -> Any:
+def _whole_model(checkpoints: list[Path], config: Any, base: str | None, dtype: Any) -> Any:
     """The model as it was trained, an adapter beside its weights."""
+    checkpoint = checkpoints[0]
     is_adapter = (checkpoint / ADAPTER).exists()
     dtype = torch.float32 if is_adapter else dtype  # an adapter is merged in full precision
     missing: set[str] = set()
@@ -200,7 +164,7 @@ def _whole_model(checkpoint: Path, config: Any, base: str | None, dtype: Any) ->
     tensors = _tensors(model)
     wanted = dict(model.named_parameters()).keys() if base is None else missing
     with torch.no_grad():
-        for name, values in _held(checkpoint, model):
+        for name, values in _held(checkpoints, model):
             tensors[name].copy_(values)
             wanted = wanted - {name}
     if wanted and not is_adapter:
@@ -213,12 +177,39 @@ def _tensors(model: Any) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _held(checkpoint: Path, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a checkpoint holds of a model, one by one: what was trained is read as it comes."""
-    tensors, constants = _tensors(model), read_constants(checkpoint)
+def _held(checkpoints: list[Path], model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds of a model, one by one: what was trained is read as it comes, of
+    several as their mean in float64, rounded once."""
+    tensors, constants = _tensors(model), read_constants(checkpoints[0])
     yield from ((name, constants[name]) for name in constants.keys() & tensors.keys())
-    trained = parameter_names(checkpoint) & tensors.keys() - constants.keys()
-    yield from read_parameters(checkpoint, {name: tensors[name].shape for name in trained})
+    trained = parameter_names(checkpoints[0]) & tensors.keys() - constants.keys()
+    shapes = {name: tensors[name].shape for name in trained}
+    readers = [read_parameters(checkpoint, shapes) for checkpoint in checkpoints]
+    for found in zip(*readers, strict=True):
+        name, values = found[0]
+        if len(found) > 1:
+            values = torch.stack([each.double() for _, each in found]).mean(0).float()
+        yield name, values
+
+
+def _with_those_before(checkpoint: Path, count: int) -> list[Path]:
+    """The checkpoint and those before it, `count` in all, the newest first; raises InputError where
+    there are fewer, one is not what was written, or one holds other tensors."""
+    found = [checkpoint, *earlier(checkpoint)][: max(count, 1)]
+    if len(found) != count:
+        raise InputError(
+            f"average_last: {count} of the {len(found)} checkpoints up to {checkpoint}: give 1 to "
+            f"{len(found)}; keep_last and keep_every say how many a run keeps"
+        )
+    for other in found:
+        verify(other)
+        for names in (parameter_names, read_constants):
+            if differ := {*names(checkpoint)} ^ {*names(other)}:
+                raise InputError(
+                    f"average_last: {checkpoint} and {other} are of different models: one of them "
+                    f"does not hold {min(differ)}"
+                )
+    return found
 
 
 def _merged(model: Any) -> Any:
@@ -312,7 +303,7 @@ def _as_written(adapted: Any, tensors: dict[str, torch.Tensor] | None = None) ->
 
 
 def _write_adapter(
-    checkpoint: Path, config: Any, base: str, folder: Path, dtype: torch.dtype
+    checkpoints: list[Path], config: Any, base: str, folder: Path, dtype: torch.dtype
 ) -> int:
     """The base model's weights are not read for it.
 
@@ -321,10 +312,10 @@ def _write_adapter(
     """
     import peft
 
-    adapter = peft.PeftConfig.from_pretrained(checkpoint)
+    checkpoint, adapter = checkpoints[0], peft.PeftConfig.from_pretrained(checkpoints[0])
     adapter.base_model_name_or_path = config.name_or_path = base  # peft would take the checkpoint
     adapted = _adapted(config, adapter)
-    held = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _held(checkpoint, adapted)}
+    held = {n: t.to(dtype) if t.is_floating_point() else t for n, t in _held(checkpoints, adapted)}
     tensors = _as_written(adapted, held)
     if base != read_state(checkpoint)["base_model"]:  # it stands beside the checkpoint
         check_weights(base)
@@ -342,8 +333,10 @@ def main() -> None:
     if Path(args.output_dir).exists():
         raise InputError(f"output_dir: {args.output_dir} exists")
     options = (getattr(torch, args.dtype), args.merge_adapter, args.trust_remote_code)
-    count = export(Path(args.checkpoint), Path(args.output_dir), *options)
-    print(f"{args.output_dir}: {count:,} parameters in {args.dtype}")
+    source, output_dir = Path(args.checkpoint), Path(args.output_dir)
+    count = export(source, output_dir, *options, args.average_last)
+    mean = f", the mean of {args.average_last} checkpoints" if args.average_last > 1 else ""
+    print(f"{args.output_dir}: {count:,} parameters in {args.dtype}{mean}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-# of the blocks of 8-bit moments (bitsandbytes); only where a parameter is whole
-SCALES = ("absmax1", "absmax2")
+# of an optimizer's state: what is counted apart, and the tables of 8-bit numbers (bitsandbytes)
+LEFT_OUT = ("step", "qmap1", "qmap2")
 
 
 class Fragment(NamedTuple):
@@ -47,8 +47,9 @@ def fragments(
         elif zero is None:
             if every_rank or index % get_world_size() == get_rank():
                 state = _torch_optimizer(optimizer).state.get(parameter, {})
-                views = _views(parameter, state, 0, parameter.numel())
-                yield Fragment(name, 0, views | {k: state[k] for k in SCALES if k in state})
+                kept = {k: v for k, v in state.items() if torch.is_tensor(v) and k not in LEFT_OUT}
+                kept = {"parameter": parameter, **kept}  # of any shapes: sums over rows, say
+                yield Fragment(name, 0, {k: v.detach().view(-1) for k, v in kept.items()})
         elif hasattr(parameter, "ds_id"):
             group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
             flat = zero.fp32_partitioned_groups_flat[group]
@@ -132,18 +133,19 @@ def make_optimizer_state(optimizer: Any, step: int) -> None:
     """Give a new optimizer the state that it has after `step` updates, as zeros to be filled."""
     zero, inner = zero_optimizer(optimizer), _torch_optimizer(optimizer)
     if zero is None:
-        flats = [p for group in inner.param_groups for p in group["params"]]
-    elif hasattr(zero, "fp32_partitioned_groups_flat"):
+        if hasattr(inner, "init_state"):  # bitsandbytes
+            inner.check_overrides()
+            for index, group in enumerate(inner.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    inner.init_state(group, parameter, index, place)
+                    inner.state[parameter]["step"] = step
+        else:
+            _make_state_by_a_step(inner, step)
+        return
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
         flats = zero.fp32_partitioned_groups_flat
     else:
         flats = zero.single_partition_of_fp32_groups
-    if hasattr(inner, "init_state"):  # bitsandbytes
-        inner.check_overrides()
-        for index, group in enumerate(inner.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                inner.init_state(group, parameter, index, place)
-                inner.state[parameter]["step"] = step
-        return
     accepted = inspect.signature(type(inner).__init__).parameters
     for flat in flats:
         # one update of a single number shows what the optimizer keeps of a parameter
@@ -158,6 +160,26 @@ def make_optimizer_state(optimizer: Any, step: int) -> None:
             elif torch.is_tensor(value) and value.shape == probe.shape:
                 value = torch.zeros_like(flat, dtype=value.dtype)
             inner.state[flat][key] = value
+
+
+def _make_state_by_a_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Gradients of 0 at a learning rate of 0 move nothing, and show what is kept."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            dtype = getattr(parameter, "grad_dtype", None)
+            parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if key == "step":
+                state[key] = torch.full_like(value, step) if torch.is_tensor(value) else step
+            elif torch.is_tensor(value):
+                value.zero_()
 
 
 def refresh_model(optimizer: Any) -> None:

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from utils.config import InputError
+from utils.config import InputError, Settings
 from utils.fragments import gathered
 
 IGNORE_INDEX = -100  # a label that is no target
@@ -16,6 +18,27 @@ IGNORE_INDEX = -100  # a label that is no target
 # exactly 0.
 LEAK = 1e-5
 PACKED = ("Int8Params", "Params4bit")  # what bitsandbytes calls weights in 8 and 4 bits
+
+
+@dataclass
+class LossArguments(Settings):
+    """What is added to the cross-entropy in training; evaluations are without it."""
+
+    label_smoothing_factor: float = 0.0  # of the probability, spread over the vocabulary
+    z_loss: float = 0.0  # times log² of the logits' normalizer, as PaLM's 1e-4
+
+    def check(self) -> None:
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise InputError(
+                f"label_smoothing_factor must be in [0, 1), not {self.label_smoothing_factor}"
+            )
+        if not 0 <= self.z_loss < math.inf:
+            raise InputError(f"z_loss must not be negative, not {self.z_loss}")
+        super().check()
+
+    def fixed(self) -> dict[str, Any]:
+        own = {"label_smoothing_factor": self.label_smoothing_factor, "z_loss": self.z_loss}
+        return super().fixed() | {name: value for name, value in own.items() if value}
 
 
 def check_packing(token_losses: Callable, length: int, vocabulary: int) -> None:

@@ -16,8 +16,8 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from utils.config import InputError, Settings
-from utils.initialisation import initialize_weights
+from utils.config import InputError
+from utils.initialisation import InitializationArguments, initialize_weights
 from utils.model_settings import (
     SIZES,
     check_buildable,
@@ -38,7 +38,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id"
 
 
 @dataclass
-class ModelArguments(Settings):
+class ModelArguments(InitializationArguments):
     """What is trained."""
 
     tokenizer: str | None = None  # required, unless model_name_or_path has it: a folder or Hub name
@@ -260,7 +260,7 @@ def build_model(
             "it is another architecture, or another size"
         )
     if not name or new:
-        initialize_weights(model, arguments.seed, new if name else None)
+        initialize_weights(model, arguments.seed, new if name else None, arguments)
     model.newly_initialized = sorted(new) if name else []
     # that of the given weights may be another head's
     model.config.architectures = [type(model).__name__]

@@ -1,8 +1,9 @@
-"""What is loaded by name, and with whose code; what the settings of a transformers config are
-called, and which of them cannot be."""
+"""What is loaded by name, and with whose code; what of it is written beside weights; what the
+settings of a transformers config are called, and which of them cannot be."""
 
 import copy
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.utils import logging
 
 from utils.config import InputError
 from utils.integrity import check_weights
 
+GENERATION = "generation_config.json"
 # by what names configs call the same
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -131,6 +133,61 @@ def architecture_of(config: Any) -> Any:
         if str(reference).endswith(f".{name}"):
             return class_of_its_own(config, kind)
     return getattr(transformers, name)
+
+
+class ModelFiles:
+    """Configuration, tokenizer, and where there are such the settings of adapter and generation.
+
+    `base_model`: where the weights come from that a checkpoint does not hold, if there are any: a
+    name of the Hub, an absolute path, or one relative to a checkpoint if it moves with the run.
+
+    Args:
+        model: as it is before an engine takes hold of it; or a peft.PeftModel.
+        run: the folder of the run.
+    """
+
+    def __init__(
+        self,
+        model: "transformers.PreTrainedModel",
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        run: Path,
+    ):
+        self.tokenizer = tokenizer
+        is_whole = all(parameter.requires_grad for parameter in model.parameters())
+        self.base_model = None if is_whole else _from_checkpoint(model.name_or_path, run)
+        self.others = [copy.deepcopy(model.config)]
+        whole = model
+        if hasattr(model, "get_base_model"):  # a peft.PeftModel, whose import takes seconds
+            whole = model.get_base_model()
+            self.others.append(copy.copy(model.peft_config["default"]))
+            self.others[-1].base_model_name_or_path = self.base_model
+        self.code = type(whole) if whole._auto_class else None  # that it brought with it
+        if self.code:
+            where = f"{self.code.__module__.rpartition('.')[2]}.{self.code.__name__}"
+            known = getattr(self.others[0], "auto_map", None) or {}
+            self.others[0].auto_map = known | {whole._auto_class: where}
+        self.generation_config = model.generation_config if model.can_generate() else None
+
+    def write(self, folder: Path) -> None:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # a slow one has none
+        if backend is not None:
+            backend.no_truncation()  # a call that truncates leaves that behind
+            backend.no_padding()
+        for part in (*self.others, self.tokenizer):
+            part.save_pretrained(folder)
+        if self.code:
+            custom_object_save(self.code, folder)
+        if self.generation_config is not None:
+            # as it was given: save_pretrained refuses what published models have
+            self.generation_config.to_json_file(folder / GENERATION)
+
+
+def _from_checkpoint(model: str, run: Path) -> str | None:
+    path, run = os.path.abspath(model), os.path.abspath(run)
+    if not model or not os.path.exists(path):
+        return model or None
+    is_inside = os.path.commonpath([path, run]) == run
+    return os.path.join("..", "..", os.path.relpath(path, run)) if is_inside else path
 
 
 def max_positions(config: Any) -> tuple[int, str]:

@@ -61,7 +61,9 @@ def check_launch(arguments: Any) -> None:
     """
     for what in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
         if launched_with(what):
-            raise InputError(f"ACCELERATE_USE_{what}: launch with DDP, DeepSpeed ZeRO or FSDP")
+            raise InputError(f"ACCELERATE_USE_{what}: launch with DDP, DeepSpeed ZeRO or FSDP2")
+    if launched_with("FSDP") and os.environ.get("FSDP_VERSION") != "2":
+        raise InputError("FSDP: give fsdp_version: 2 in the launch config, as fsdp2.yaml does")
     a, config = arguments, _deepspeed_config()
     found = dict(flat(config))
     same = {

@@ -122,15 +122,16 @@ def generate_texts(
             mask[number, where] = 1
         room = min(max_new_tokens, positions - longest) if is_decoder else max_new_tokens
         torch.manual_seed(0)
-        written = model.generate(
-            tokens.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=room,
-            pad_token_id=padding,
-            # ZeRO-3 gathers weights in every forward: all ranks write until the last one is done
-            synced_gpus=training.ranks.world_size > 1,
-            **options,
-        )
+        with training.engine.whole_root():
+            written = model.generate(
+                tokens.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=room,
+                pad_token_id=padding,
+                # where weights are gathered in every forward all ranks write until the last is done
+                synced_gpus=training.ranks.world_size > 1,
+                **options,
+            )
         written = written[:, longest:] if is_decoder else written
         return tokenizer.batch_decode(written, skip_special_tokens=True)
 

@@ -133,6 +133,8 @@ class DistillationArguments(ModelArguments):
             tokenizer=self.tokenizer_name,
             attn_implementation=given.attn_implementation or self.attn_implementation,
             trust_remote_code=given.trust_remote_code,
+            initialization="default",
+            mup_base_width=None,
         )
 
 

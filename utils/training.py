@@ -23,9 +23,9 @@ from utils import checkpoint
 from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.engine import Data, Engine, Step, start_processes
-from utils.export import ModelFiles
 from utils.integrity import describe_files
-from utils.optimizer import adamw
+from utils.model_settings import ModelFiles
+from utils.optimizer import make_optimizer
 from utils.program import announced, say
 from utils.progress import Progress, command_line, seconds_since_command
 from utils.ranks import Ranks, end_together
@@ -50,6 +50,7 @@ class Training:
             if self.is_main and arguments.push_to_hub:
                 push_to_hub(arguments)  # whether it will be possible
         self.data_states: dict[int, dict] = {}  # by lane: where the data go on
+        self.hours = 0.0  # of training, as all ranks have it
         self.saved_step: int | None = None
         self.failure: BaseException | None = None  # met by this rank alone
 
@@ -76,7 +77,7 @@ class Training:
         a, ranks = self.arguments, self.ranks
         self.objective, self.flops_per_token = objective, flops_per_token
         self.model_files = ModelFiles(model, tokenizer, self.folder.path)
-        optimizer = adamw(model, a)
+        optimizer = make_optimizer(model, a, a.seed)
         fixed = {
             "the optimizer": type(optimizer).__name__,
             **data.fingerprint(),
@@ -281,7 +282,7 @@ class Training:
 
     def _train_step(self, data: Step, tokens: int, counts: dict[str, int], start: float) -> None:
         a, state = self.arguments, self.state
-        rate = a.learning_rate * self.learning_rate_factor(state.step)
+        rate = a.learning_rate * self.learning_rate_factor(state.step, self.hours)
         limit = state.spike_limit(a)
         update = self.engine.train_step(data.batches, counts, state.step, rate, limit)
         state.step += 1
@@ -307,16 +308,16 @@ class Training:
     def _agree(self, data: Step) -> tuple[int, dict[str, int]]:
         """(tokens, counts by name) of the global batch; sets `stopped` or `ending` on all ranks."""
         a, state = self.arguments, self.state
-        spent = a.max_hours is not None and state.seconds > 3600 * a.max_hours
         counts = {name: 0 for name in self.objective.names}
         for batch in data.batches:
             for name, count in self.objective.counts(batch).items():
                 counts[name] += count
-        mine = [spent, self.failure is not None, data.tokens, *counts.values()]
-        spent, failed, tokens, *sums = self.ranks.sum(mine)
+        hours = state.seconds / 3600 * self.is_main  # of the rank whose state a checkpoint keeps
+        mine = [hours, self.failure is not None, data.tokens, *counts.values()]
+        self.hours, failed, tokens, *sums = self.ranks.sum(mine)
         if failed and not self.stopped:  # what stops a run may have ended its data workers, too
             self._fail()
-        if spent:
+        if a.max_hours is not None and self.hours > a.max_hours:
             state.ending = f"max_hours: {a.max_hours} have passed"
         elif tokens == 0:
             state.ending = "the data is spent"

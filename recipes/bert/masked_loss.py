@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from encoder_arguments import EncoderArguments
 from example_rows import block_diagonal_mask
 from utils.config import InputError
-from utils.loss import IGNORE_INDEX
+from utils.loss import IGNORE_INDEX, LossArguments
 from utils.memory import PAIR_HEADS
 from utils.model import check_positions, first_position, optional_inputs
 
@@ -21,8 +21,15 @@ class MaskedLoss(torch.nn.Module):
     other positions are never computed.
     """
 
-    def __init__(self, model: torch.nn.Module, objective: str, packing: bool):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        objective: str,
+        packing: bool,
+        added: LossArguments | None = None,
+    ):
         super().__init__()
+        self.added = added or LossArguments()
         self.model, self.config, self.packing = model, model.config, packing
         self.terms = objective.split("_")  # mlm, and nsp or sop
         self.names = tuple(f"{term}_loss" for term in self.terms)
@@ -53,9 +60,15 @@ class MaskedLoss(torch.nn.Module):
                 term: (cross_entropy(x.float(), y, reduction="none"), x.argmax(1) == y)
                 for term, x, y in found
             }
-        return {
-            f"{term}_loss": cross_entropy(x.float(), y, reduction="sum") for term, x, y in found
-        }
+        return {f"{term}_loss": self._summed(term, x.float(), y) for term, x, y in found}
+
+    def _summed(self, term: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sum over the targets, of tokens in training with what is `added`."""
+        if term != "mlm" or not self.training:
+            return cross_entropy(logits, labels, reduction="sum")
+        smoothing, z_loss = self.added.label_smoothing_factor, self.added.z_loss
+        loss = cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        return loss + z_loss * logits.logsumexp(1).square().sum() if z_loss else loss
 
     def without_empty_columns(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch; where rows are padded, without columns of nothing but padding."""

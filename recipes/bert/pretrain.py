@@ -36,6 +36,7 @@ from masking import ExampleMaker
 from sentence_encoder import SentenceEncoder
 from utils.config import at_end, command, parse
 from utils.lanes import Corpus, Lanes
+from utils.loss import LossArguments
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import build_model, empty_model, load_tokenizer, model_config
 from utils.report import conclude
@@ -46,7 +47,7 @@ from utils.training import Training
 
 
 @dataclass
-class Arguments(EncoderArguments):
+class Arguments(EncoderArguments, LossArguments):
     """Pretrain an encoder on a stream of raw text: masked tokens, and pairs of segments."""
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     training = Training(args, folder)
     model = build_model(args, config, auto_model)
     check_model(model, args)
-    objective = MaskedLoss(model, args.objective, args.packing)
+    objective = MaskedLoss(model, args.objective, args.packing, args)
     flops = {
         phase.sequence_length: flops_per_token(config, phase.sequence_length, auto_model, predicted)
         for phase in args.all_phases()

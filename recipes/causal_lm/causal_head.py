@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, pad
 from chunked_loss import summed_cross_entropy, token_scores
 from utils.config import InputError
 from utils.divergences import Logits, changed_logits
-from utils.loss import IGNORE_INDEX, LEAK, amplified, changes, check_packing
+from utils.loss import IGNORE_INDEX, LEAK, LossArguments, amplified, changes, check_packing
 from utils.model import optional_inputs
 
 # settings by which models of transformers scale and cap their logits
@@ -71,8 +71,14 @@ class CausalHead:
         InputError: there is no linear output layer, or the model's own logits or loss are others.
     """
 
-    def __init__(self, model: "transformers.PreTrainedModel", keeps_layers: bool = False):
+    def __init__(
+        self,
+        model: "transformers.PreTrainedModel",
+        keeps_layers: bool = False,
+        added: LossArguments | None = None,
+    ):
         output_layer(model)
+        self.added = added or LossArguments()
         self.model, self.router_weight = model, router_weight(model)
         self.keeps_layers, self.layers = keeps_layers, ()
         self.names = ("cross_entropy", "router_aux_loss") if self.router_weight else ("loss",)
@@ -138,9 +144,10 @@ class CausalHead:
         return Logits(hidden, layer.weight, layer.bias, *self.change)
 
     def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The sum over the targets."""
-        layer = output_layer(self.model)
-        return summed_cross_entropy(hidden, layer.weight, labels, layer.bias, *self.change)
+        """The sum over the targets, in training with what is `added`."""
+        layer, added = output_layer(self.model), self.added
+        more = (added.label_smoothing_factor, added.z_loss) if self.model.training else ()
+        return summed_cross_entropy(hidden, layer.weight, labels, layer.bias, *self.change, *more)
 
     def token_scores(
         self, hidden: torch.Tensor, labels: torch.Tensor

@@ -14,10 +14,13 @@ def summed_cross_entropy(
     bias: torch.Tensor | None = None,
     scale: float = 1.0,
     cap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Σ cross_entropy(logits, labels), in fp32; labels of -100 add nothing.
 
-    The logits are hidden @ weight.T + bias, then as `changed_logits` changes them.
+    The logits are hidden @ weight.T + bias, then as `changed_logits` changes them. What
+    `label_smoothing` and `z_loss` add: `summed_losses`.
 
     Args:
         hidden: (…, hidden size).
@@ -25,7 +28,8 @@ def summed_cross_entropy(
         labels: (…), the token to be predicted at each position.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    return summed_losses(Logits(hidden, weight, bias, scale, cap), labels)[0]
+    logits, more = Logits(hidden, weight, bias, scale, cap), (label_smoothing, z_loss)
+    return summed_losses(logits, labels, None, None, None, 1.0, 1.0, *more)[0]
 
 
 def token_scores(

@@ -55,6 +55,8 @@ chat = pipeline("text-generation", model, tokenizer=tokenizer)
 question = [{"role": "user", "content": "What is a list comprehension?"}]
 print(chat(question, max_new_tokens=60)[0]["generated_text"][-1]["content"])
 """
+# of an adapter whose base model lies elsewhere
+SERVING = "transformers serve reads whole models: start this run again with --merge_adapter true"
 METRICS = ("eval_loss", "eval_token_accuracy")
 
 
@@ -186,6 +188,8 @@ def main() -> None:
         return
 
     facts = {"trained": trainable_share(trained), **data.facts}
+    if args.has_adapter and args.model_name_or_path and not args.merge_adapter:
+        facts["serving"] = SERVING
     if test:
         training.load_best()
         found, chosen = evaluate(test), test[: args.scored_answers]

@@ -87,16 +87,17 @@ class Sampler:
             mask[row, longest - len(prompt) :] = 1
         # what is likeliest after this is a draw from what the model gives
         draws = KeyedDraws(keys, a.on_policy_temperature, device)
-        written = self.model.generate(
-            tokens.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=a.on_policy_tokens,
-            do_sample=False,
-            logits_processor=transformers.LogitsProcessorList([draws]),
-            eos_token_id=self.ends,
-            pad_token_id=self.padding,
-            synced_gpus=self.training.ranks.world_size > 1,
-        )
+        with self.training.engine.whole_root():
+            written = self.model.generate(
+                tokens.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=a.on_policy_tokens,
+                do_sample=False,
+                logits_processor=transformers.LogitsProcessorList([draws]),
+                eos_token_id=self.ends,
+                pad_token_id=self.padding,
+                synced_gpus=self.training.ranks.world_size > 1,
+            )
         return [_until_end(row[longest:].cpu().numpy(), self.ends) for row in written]
 
 

@@ -33,6 +33,7 @@ from text_evaluation import TextEvaluationArguments, evaluate_documents, write_s
 from utils.arguments import TrainingArguments
 from utils.config import at_end, command, parse
 from utils.lanes import Corpus, Lanes
+from utils.loss import LossArguments
 from utils.memory import flops_per_token, parameter_count, plan
 from utils.model import (
     ModelArguments,
@@ -55,7 +56,9 @@ print(generate("def ", max_new_tokens=60)[0]["generated_text"])
 
 
 @dataclass
-class Arguments(TrainingArguments, StreamArguments, TextEvaluationArguments, ModelArguments):
+class Arguments(
+    TrainingArguments, StreamArguments, TextEvaluationArguments, ModelArguments, LossArguments
+):
     """Pretrain a causal language model on a stream of raw text."""
 
     baselines: bool = False  # gzip -9 and a unigram model beside the bits per byte of the test
@@ -69,10 +72,12 @@ class Arguments(TrainingArguments, StreamArguments, TextEvaluationArguments, Mod
 class NextTokenLoss(torch.nn.Module):
     """Σ -log p(token | the tokens before it in its document), without holding the logits."""
 
-    def __init__(self, model: torch.nn.Module, packing: bool = True):
+    def __init__(
+        self, model: torch.nn.Module, packing: bool = True, added: LossArguments | None = None
+    ):
         super().__init__()
         self.model, self.config, self.packing = model, model.config, packing
-        self.head = CausalHead(model)
+        self.head = CausalHead(model, added=added)
         self.names = self.head.names
 
     def forward(self, input_ids, shift_labels, position_ids, lengths=None, per_token=False) -> Any:
@@ -121,7 +126,7 @@ def main() -> None:
     flops = flops_per_token(config, args.sequence_length)
     training = Training(args, folder)
     model = build_model(args, config, transformers.AutoModelForCausalLM)
-    objective = NextTokenLoss(model, args.packing)
+    objective = NextTokenLoss(model, args.packing, args)
     lanes = Lanes(corpus, encode)
     rows_of = partial(packed_rows, lanes, args.sequence_length, packing=args.packing)
     data = TrainingStream(lanes, rows_of, args)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from augmentation import Augmentation
-from classification_metrics import ERRORS, METRICS
+from classification_metrics import METRICS
 from labelled_texts import LabelledTextArguments
 from utils.arguments import FinetuningArguments
 from utils.config import InputError
@@ -47,9 +47,3 @@ class ClassificationArguments(FinetuningArguments, LabelledTextArguments, ModelA
 
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | {name: asdict(self)[name] for name in LEARNED}
-
-    @property
-    def is_greater_better(self) -> bool:
-        if self.greater_is_better is None and self.eval_metric.removeprefix("eval_") in ERRORS:
-            return False
-        return super().is_greater_better

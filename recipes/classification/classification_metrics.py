@@ -187,7 +187,6 @@ METRICS: dict[str, dict[str, Callable[[Outputs], float]]] = {
         "mean_absolute_error": absolute_error,
     },
 }
-ERRORS = ("expected_calibration_error", "mean_absolute_error")  # the less the better
 
 
 def undefined_metrics(problem_type: str, labels: np.ndarray) -> list[str]:

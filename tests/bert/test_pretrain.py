@@ -28,7 +28,7 @@ from masked_loss import MaskedLoss
 from masking import ExampleMaker, MaskingArguments
 from recipes.bert import pretrain as bert
 from sentence_encoder import SentenceEncoder
-from utils.loss import IGNORE_INDEX
+from utils.loss import IGNORE_INDEX, LossArguments
 from utils.stream import collate
 
 SMALL = {
@@ -119,6 +119,23 @@ def test_the_loss_is_that_of_transformers(examples):
     )
     assert loss.item() == pytest.approx(output.loss.item(), rel=1e-6)
     assert_same_gradients(found, gradients(model, output.loss), 1e-5)
+
+
+def test_what_is_added_to_the_loss_is_added_to_that_of_tokens_in_training_alone(examples):
+    model, batch = build("bert"), batch_of(examples("mlm_nsp"), packing=True)
+    added = LossArguments(label_smoothing_factor=0.2, z_loss=0.05)
+    objective = MaskedLoss(model, "mlm_nsp", packing=True, added=added).eval()
+    plain, targets = objective(**batch), (batch["labels"].flatten() != IGNORE_INDEX).nonzero()
+    logits = objective.output(batch, targets.squeeze(1))[0].double().squeeze(0)
+    log_p = logits.log_softmax(1)
+    right = -log_p.gather(1, batch["labels"].flatten()[targets]).sum()
+    assert plain["mlm_loss"].item() == pytest.approx(right.item(), rel=1e-6)
+    expected = 0.8 * right - 0.2 * log_p.mean(1).sum()
+    expected += 0.05 * logits.logsumexp(1).square().sum()
+    objective.training = True  # and no dropout
+    found = objective(**batch)
+    assert found["mlm_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found["nsp_loss"] == plain["nsp_loss"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -9,7 +9,7 @@ from causal_head import CausalHead, check_model
 from recipes.causal_lm.pretrain import NextTokenLoss
 from sweeps.architectures import sharpened, tiny_model
 from utils.config import InputError
-from utils.loss import IGNORE_INDEX, amplified
+from utils.loss import IGNORE_INDEX, LossArguments, amplified
 
 
 def batch_of(lengths: list[int], size: int = 16) -> dict[str, torch.Tensor]:
@@ -235,3 +235,20 @@ def test_the_loss_of_each_token():
         logits = model(batch["input_ids"], use_cache=False).logits
     expected = cross_entropy(logits.transpose(1, 2), batch["shift_labels"], reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_added_to_the_loss_is_added_in_training_alone():
+    model, batch = tiny_model("causal", "llama"), batch_of([16, 16])
+    added = LossArguments(label_smoothing_factor=0.2, z_loss=0.05)
+    plain, more = NextTokenLoss(model), NextTokenLoss(model, added=added)
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"]).logits.double()
+    labels = batch["shift_labels"].flatten()
+    expected = cross_entropy(logits.flatten(0, 1), labels, reduction="sum", label_smoothing=0.2)
+    kept = (labels != IGNORE_INDEX)[:, None]
+    expected += 0.05 * (logits.flatten(0, 1).logsumexp(1, keepdim=True).square() * kept).sum()
+    more.train()
+    assert more(**batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    for objective in (plain, more):
+        objective.eval()
+    assert more(**batch)["loss"] == plain(**batch)["loss"] < expected
+    assert torch.equal(more(**batch, per_token=True), plain(**batch, per_token=True))

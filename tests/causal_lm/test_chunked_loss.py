@@ -157,3 +157,22 @@ def test_no_tensor_is_larger_than_a_chunk(function, monkeypatch):
     with LargestTensor() as largest:
         whole(hidden, weight, labels).backward()
     assert largest.elements == ROWS * VOCABULARY
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 0.01), (0.3, 0.02)])
+def test_smoothed_labels_and_z_loss_are_the_plain_formula(chunks, change, smoothing, z_loss):
+    hidden, weight, labels, offset = inputs(torch.float64)
+    scale, cap = change
+    logits = linear(hidden, weight, offset) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    kept = labels != IGNORE_INDEX
+    log_p, log_z = logits.log_softmax(1)[kept], logits.logsumexp(1)[kept]
+    right = -log_p.gather(1, labels[kept, None]).sum()
+    expected = (1 - smoothing) * right - smoothing * log_p.mean(1).sum()
+    expected = expected + z_loss * log_z.square().sum()
+    value = summed_cross_entropy(hidden, weight, labels, offset, *change, smoothing, z_loss)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    ours, theirs = (gradients(loss, hidden, weight, offset) for loss in (3 * value, 3 * expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)

@@ -739,7 +739,7 @@ def test_qlora_trains_and_is_merged_in_full_precision(instruct):
 
 def test_lora_plus_gives_b_a_rate_of_its_own(instruct):
     from utils.adapters import AdapterArguments, add_adapter
-    from utils.optimizer import adamw
+    from utils.optimizer import make_optimizer
 
     settings = TINY_RUN["model"] | {"vocab_size": 100}
     settings.pop("model_type")
@@ -747,7 +747,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own(instruct):
         LlamaForCausalLM(LlamaConfig(**settings)), AdapterArguments(lora=LORA), "CAUSAL_LM", 0
     )
     arguments = instruction.Arguments(loraplus_lr_ratio=16.0)
-    optimizer = adamw(model, arguments)
+    optimizer = make_optimizer(model, arguments)
     rates = {id(p): g["lr_ratio"] for g in optimizer.param_groups for p in g["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert rates.keys() == {id(p) for p in trained.values()}

@@ -622,7 +622,11 @@ BAD_SETTINGS = [
     ({"output_dir": "FILE/run"}, "output_dir: .*/file is a file, not a folder"),
     (
         {"lr_scheduler_type": "cosine"},
-        "lr_scheduler_type: cosine needs max_steps, max_tokens or num_train_epochs",
+        "lr_scheduler_type: cosine needs max_steps, max_tokens, max_hours or num_train_epochs",
+    ),
+    (
+        {"lr_scheduler_type": "warmup_stable_decay", "max_hours": 1},
+        "lr_scheduler_type: warmup_stable_decay needs max_steps, max_tokens or num_train_epochs",
     ),
     ({"num_train_epochs": 0}, "num_train_epochs must be more than 0, not 0"),
     ({"num_train_epochs": 1.5}, "num_train_epochs: a stream has whole ones, not 1.5"),

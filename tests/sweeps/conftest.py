@@ -39,7 +39,8 @@ KINDS = {
 }
 INTRODUCTION = """# Architectures
 
-Which models of transformers the recipes train, and why they refuse the others. Each type that
+What you get: which models of transformers the recipes train, and why they refuse the others. What
+it costs: a look into a table; `make sweep` makes them anew, on a CPU. Each type that
 transformers maps to one of four kinds was made tiny, with random weights, and compared with what
 transformers itself does with it:
 

@@ -22,8 +22,9 @@ from utils import checkpoint
 from utils.adapters import add_adapter
 from utils.comparison import Reference
 from utils.config import InputError
-from utils.export import ModelFiles, check_adapter, export
+from utils.export import check_adapter, export
 from utils.model import ModelArguments, load_tokenizer
+from utils.model_settings import ModelFiles
 
 TASKS = {"causal": "CAUSAL_LM", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
 TASKS["classification"] = "SEQ_CLS"

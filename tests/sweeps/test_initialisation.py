@@ -70,7 +70,12 @@ def test_a_new_head_is_drawn_and_what_is_given_stays(kind, tmp_path):
 def arguments(folder=None):
     name = None if folder is None else str(folder)
     return SimpleNamespace(
-        model_name_or_path=name, attn_implementation=None, trust_remote_code=False, seed=0
+        model_name_or_path=name,
+        attn_implementation=None,
+        trust_remote_code=False,
+        seed=0,
+        initialization="default",
+        mup_base_width=None,
     )
 
 

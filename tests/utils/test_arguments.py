@@ -44,3 +44,17 @@ def test_a_learning_rate_that_is_far_from_the_usual_is_told_once(pretrain):
     assert pretrain(max_steps=2, learning_rate=1e-2).output.count(told.format(33.3)) == 1
     assert pretrain("low", max_steps=1, learning_rate=1e-6).output.count(told.format(0.00333)) == 1
     assert "usual" not in pretrain("near", max_steps=1, learning_rate=8e-3).output
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "metric", "is_greater_better"),
+    [
+        (pretrain, STREAM, "eval_bits_per_byte", False),
+        (classification, TABLES, "expected_calibration_error", False),
+        (classification, TABLES, "accuracy", True),
+        (classification, [*TABLES, "--greater_is_better", "true"], "loss", True),
+    ],
+)
+def test_the_greater_is_better_but_for_losses_and_errors(script, words, metric, is_greater_better):
+    args = parse(script.Arguments, [*words, "--metric_for_best_model", metric])
+    assert args.is_greater_better == is_greater_better

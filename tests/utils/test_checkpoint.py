@@ -6,8 +6,10 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -507,6 +509,39 @@ def test_any_checkpoint_can_be_exported(pretrain, run_export, tmp_path):
     exact = load_file(tmp_path / "2" / "model.safetensors")
     for name, tensor in load_file(half / "model.safetensors").items():
         assert torch.equal(tensor, exact[name].bfloat16())
+
+
+def test_the_last_checkpoints_are_averaged(pretrain, run_export, tmp_path):
+    ended = pretrain(max_steps=3, save_steps=1, keep_last=3)
+    *_, source = folders = checkpoints(ended.folder)
+    out = {"checkpoint": source, "output_dir": tmp_path / "mean"}
+    status, output, error = run_export(**out, average_last=3)
+    assert (status, output.endswith("float32, the mean of 3 checkpoints\n")) == (0, True), error
+    for folder in folders:
+        assert run_export(checkpoint=folder, output_dir=tmp_path / folder.name)[0] == 0
+    single = [load_numpy(tmp_path / f.name / "model.safetensors") for f in folders]
+    for name, values in load_numpy(tmp_path / "mean" / "model.safetensors").items():
+        expected = sum(tensors[name].astype("f8") for tensors in single) / 3
+        np.testing.assert_array_equal(values, expected.astype("f4"), err_msg=name)
+        assert (values != single[2][name]).any(), name
+    for path in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "mean" / path).read_bytes() == (source / path).read_bytes()
+
+    out["output_dir"] = tmp_path / "out"
+    other = pretrain("other", max_steps=2, model={**TINY_RUN["model"], "attention_bias": True})
+    shutil.rmtree(folders[1])
+    shutil.copytree(checkpoints(other.folder)[-1], folders[1])
+    problem = "different models: one of them does not hold model.layers.0.self_attn.k_proj.bias"
+    status, _, error = run_export(**out, average_last=2)
+    assert (status, problem in error) == (2, True), error
+    status, _, error = run_export(**out, average_last=4)
+    assert (status, "average_last: 4 of the 3 checkpoints" in error) == (2, True), error
+    shutil.rmtree(folders[1])
+    problem = truncate(folders[0])
+    status, _, error = run_export(**out, average_last=2)
+    assert status == 2
+    assert_matches(f"error: {folders[0]} is damaged: {problem}. .*\n", error)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_that_is_refused_writes_nothing(pretrain, run_export, tmp_path):

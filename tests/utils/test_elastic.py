@@ -19,6 +19,7 @@ CHAINS = {
     "ZeRO-2": [("zero2", 1), ("zero2", 2), ("zero2", 4), ("zero2", 1)],
     "ZeRO-3": [("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3", 1)],
     "all stages": [("multi_cpu", 2), ("zero3", 4), ("zero2", 1), ("zero1", 2)],
+    "FSDP2": [("fsdp2", 2), ("fsdp2", 4), ("zero3", 2), ("fsdp2", 1)],
 }
 SETTINGS = {
     "model": {**TINY_RUN["model"], "tie_word_embeddings": True},
@@ -35,8 +36,11 @@ SPLITS = [  # processes and sequences a micro-batch
     ("zero2", 2, 2),
     ("zero3", 2, 2),
     ("zero3", 4, 1),
+    ("fsdp2", 2, 2),
 ]
 SPLIT_SETTINGS = {"max_steps": 3, "save_steps": 1, "keep_last": 3, "warmup_steps": 2}
+# weights that are drawn anew and scaled, and matrices with a learning rate of their own
+SCALED = {"initialization": "depth_scaled", "mup_base_width": 16}
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +93,14 @@ def test_processes_and_stages_change_and_the_run_goes_on(chain, tmp_path, start,
 def whole(tmp_path_factory, start) -> Path:
     """Three steps on one process, each batch in one piece."""
     folder = tmp_path_factory.mktemp("whole")
-    start(None, 1, folder, **SPLIT_SETTINGS, per_device_batch_size=16)
+    start(None, 1, folder, **SPLIT_SETTINGS, **SCALED, per_device_batch_size=16)
     return folder
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda split: "-".join(map(str, split)))
 def test_the_split_of_a_batch_changes_no_loss_and_no_gradient(split, tmp_path, start, whole):
     config, processes, size = split
-    start(config, processes, tmp_path, **SPLIT_SETTINGS, per_device_batch_size=size)
+    start(config, processes, tmp_path, **SPLIT_SETTINGS, **SCALED, per_device_batch_size=size)
     for key in ("loss", "grad_norm"):
         found, expected = ([record[key] for record in steps(f)] for f in (tmp_path, whole))
         assert len(found) == 3

@@ -30,7 +30,7 @@ from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.loss import IGNORE_INDEX
 from utils.memory import flops_per_token, memory_table, parameter_count, plan, state_bytes
-from utils.optimizer import adamw
+from utils.optimizer import make_optimizer
 
 LLAMA_2_7B = LlamaConfig()  # the defaults are Llama-2-7B's shape
 SEVEN_BILLION = 6_738_415_616
@@ -322,7 +322,7 @@ def test_4_bit_weights_take_what_is_said(tmp_path):
 
 def test_8_bit_moments_take_what_is_said():
     model = LlamaForCausalLM(CONFIG)
-    optimizer = adamw(model, TrainingArguments(optim="adamw_bnb_8bit"))
+    optimizer = make_optimizer(model, TrainingArguments(optim="adamw_bnb_8bit"))
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     optimizer.step()
     held = sum(

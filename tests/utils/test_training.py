@@ -24,7 +24,7 @@ from utils.arguments import TrainingArguments
 from utils.config import InputError
 from utils.engine import Engine
 from utils.model import initialize_weights
-from utils.optimizer import adamw
+from utils.optimizer import make_optimizer
 from utils.ranks import Ranks
 from utils.run_folder import RunFolder
 from utils.run_state import RunState
@@ -695,7 +695,7 @@ def test_norms_and_biases_do_not_decay():
         AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
     )
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay, rest = adamw(model, TrainingArguments(weight_decay=0.3)).param_groups
+    decay, rest = make_optimizer(model, TrainingArguments(weight_decay=0.3)).param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert {names[p] for p in decay["params"]} == {
         "transformer.wte.weight",
