@@ -37,7 +37,7 @@ from benchmarks.trainers import (
 from conversations import collate, set_chat_template, to_examples
 from recipes.causal_lm import distill
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs
+from utils.epochs import Epochs, Mixture
 from utils.loss import IGNORE_INDEX
 from utils.model import build_model, load_tokenizer, model_config
 from utils.report import markdown_table
@@ -153,7 +153,7 @@ def train_recipe(data: Data, steps: int, observe: Observer) -> float:
     training = Training(args, folder)
     model = data.student()
     objective = distill.DistillationLoss(model, data.teacher(), args, [])
-    epochs = Epochs(data.examples, collate, {"the training data": ""}, args)
+    epochs = Epochs(Mixture(data.examples, args), collate, {"the training data": ""}, args)
     training.prepare(objective, model, data.tokenizer, epochs)
     observe_recipe(training, steps, observe)
     return statistics.fmean(record["loss"] for record in folder.records() if "loss" in record)

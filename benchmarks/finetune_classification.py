@@ -48,7 +48,7 @@ from classification_loss import ClassificationLoss
 from labelled_texts import label_ids, label_names, read_labelled_texts
 from recipes.classification import finetune as classification
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs
+from utils.epochs import Epochs, Mixture
 from utils.model import build_model, load_tokenizer, model_config
 from utils.report import markdown_table
 from utils.run_folder import RunFolder
@@ -126,7 +126,7 @@ def train_recipe(args: classification.Arguments, prepared: tuple, observe: Obser
         make = TrainingExamples(examples, tokenizer, None, None, args.seed)
         to_batch = partial(collate, pad_token_id=tokenizer.pad_token_id, label=0)
         objective = ClassificationLoss(model, args.problem_type)
-        data = Epochs(examples, to_batch, {"the training data": ""}, args, vary=make)
+        data = Epochs(Mixture(examples, args), to_batch, {"the training data": ""}, args, vary=make)
         training.prepare(objective, model, tokenizer, data)
         observe_recipe(training, args.max_steps, observe)
 

@@ -32,7 +32,7 @@ from benchmarks.trainers import (
 from conversations import collate, set_chat_template, to_examples
 from recipes.causal_lm import finetune as instruction
 from utils.config import InputError, command, parse
-from utils.epochs import Epochs
+from utils.epochs import Epochs, Mixture
 from utils.model import build_model, load_tokenizer, model_config
 from utils.report import markdown_table
 from utils.run_folder import RunFolder
@@ -112,7 +112,7 @@ def train_recipe(data: Data, seed: int, steps: int, observe: Observer, *, packin
         model = data.model()
         objective = instruction.AnswerLoss(model, packing)
         examples = data.examples
-        epochs = Epochs(examples, collate, {"the training data": ""}, args)
+        epochs = Epochs(Mixture(examples, args), collate, {"the training data": ""}, args)
         training.prepare(objective, model, data.tokenizer, epochs)
         observe_recipe(training, steps, observe)
 

@@ -1,12 +1,16 @@
 """What runs are compared by, and what is tried on each: numbers, weights, resumes, the card."""
 
+import math
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from launching import checkpoints, metrics, steps
+from launching import checkpoints, metrics, predictions, steps
 
 
 def assert_same_losses(found: Path, expected: Path, tolerance: float) -> None:
@@ -31,6 +35,43 @@ def assert_same_run(found: Path, expected: Path, without: tuple[str, ...] = ()) 
     for name, tensor in load_file(expected / "model" / "model.safetensors").items():
         if not name.endswith(without):
             assert (weights[name] - tensor).norm() < 1e-4 * tensor.norm() + 1e-7, name
+
+
+def assert_tables_are_told_apart(
+    start: Callable, train: Path, test: Path, counted: str | None = None, **settings: Any
+) -> None:
+    """Two tables are trained on by their weights; two others are tested together as they are alone,
+    and the losses of their rows make up the mean.
+
+    Args:
+        start: (name, settings) → a recipe that has ended.
+        counted: what a line of predictions.jsonl says how much its loss weighs.
+    """
+    first, second = ({"path": str(train), "split": f"train[{at}]"} for at in (":20", "20:"))
+    trained = [first | {"label": "often", "weight": 2}, second | {"label": "seldom", "weight": 0.5}]
+    first, second = ({"path": str(test), "split": f"train[{at}]"} for at in (":4", "4:"))
+    tested = [first | {"label": "a"}, second | {"label": "b"}]
+    settings |= {"train_data": trained, "num_train_epochs": 1, "max_steps": None}
+    settings |= {"eval_steps": None, "save_steps": None, "global_batch_size": 8}
+    ended = start("apart", test_data=tested, **settings)
+    assert ended.status == 0, ended.error
+    sizes = re.search(r"often: (\d+) x 2 .*seldom: (\d+) x 0.5 ", ended.output)
+    often, seldom = map(int, sizes.groups())
+    assert len(steps(ended.folder)) == math.ceil((2 * often + round(seldom / 2)) / 8)
+    lines = predictions(ended.folder)
+    weights = [line[counted] if counted else 1 for line in lines]
+    loss = sum((line["loss"] or 0) * w for line, w in zip(lines, weights, strict=True))
+    (both,) = (record for record in metrics(ended.folder) if "test_loss" in record)
+    assert loss / sum(weights) == pytest.approx(both["test_loss"], rel=1e-5)
+    ended = start("apart", test_data=tested[:1], **settings)
+    assert ended.status == 0, ended.error
+    (alone,) = (record for record in metrics(ended.folder) if "test_loss" in record)
+    apart = {name: values for name, values in both.items() if name.endswith("_by_domain")}
+    assert {f"{name}_by_domain" for name in alone if name.startswith("test_")} <= apart.keys()
+    for name, values in apart.items():
+        if name.startswith("test_") and "a" in values:
+            assert values["a"] == pytest.approx(alone[name.removesuffix("_by_domain")], rel=1e-5)
+    assert {*both["test_loss_by_domain"]} == {"a", "b"}
 
 
 def copy_before_its_end(whole: Path, part: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self, get_type_hints
 from utils.config import InputError
 from utils.optimizer import OptimizerArguments, SchedulerType
 from utils.ranks import check_launch, launched_world_size
-from utils.tables import Table
+from utils.tables import Table, check_held_out_tables, check_weights
 
 # as Accelerate calls them, each like its package
 TRACKERS = "aim, clearml, comet_ml, dvclive, mlflow, swanlab, tensorboard, trackio, wandb"
@@ -228,12 +228,8 @@ class FinetuningArguments(TrainingArguments):
         if not self.train_data:
             raise InputError("train_data: give at least one table: [{path: train.jsonl}]")
         for name in ("validation_data", "test_data"):
-            for table in getattr(self, name):
-                if table.is_of_the_hub and table.split is None:
-                    raise InputError(
-                        f"{name}: say which split of {table.path} it is, for example "
-                        f"{{path: {table.path}, split: {name.removesuffix('_data')}}}"
-                    )
+            check_held_out_tables(name, getattr(self, name))
+        check_weights(self.trained_tables)
         if self.validation_split is not None:
             if self.validation_data:
                 raise InputError("validation_split: there is validation_data too: keep one of them")
@@ -250,6 +246,10 @@ class FinetuningArguments(TrainingArguments):
         return 2e-4 if getattr(self, "has_adapter", False) else of_all
 
     @property
+    def trained_tables(self) -> list[Table]:
+        return [*self.train_data, *getattr(self, "transfer_data", ())]
+
+    @property
     def has_validation(self) -> bool:
         return bool(self.validation_data) or self.validation_split is not None
 
@@ -261,7 +261,7 @@ class FinetuningArguments(TrainingArguments):
         return True  # of num_train_epochs, once the examples are counted
 
     def for_examples(self, count: int) -> Self:
-        """With the steps of the run and its cadence, for so many training examples; as checked."""
+        """With the steps of the run and its cadence, for so many examples an epoch; as checked."""
         epoch = math.ceil(count / self.global_batch_size)
         steps = self.max_steps or math.ceil(self.num_train_epochs * epoch)
         settings = replace(

@@ -18,7 +18,7 @@ from utils.arguments import FinetuningArguments
 from utils.config import InputError
 from utils.engine import Step
 from utils.files import find_local_files
-from utils.program import warn
+from utils.program import say, warn
 from utils.randomness import Draws
 from utils.tables import KINDS
 
@@ -28,47 +28,100 @@ Rows = list[list[int]]  # of a micro-batch; each row the indices of its examples
 Example = dict[str, Any]  # features by name; `input_ids` is a sequence of token ids
 
 
-class Epochs:
-    """What `Training` trains on: each epoch a permutation of the examples, keyed by the seed.
+class Mixture:
+    """The examples of all tables, of which an epoch sees `weight` x those of each, rounded.
+
+    It goes on in a table where the epoch before it ended: in a random order, and from the end on in
+    another. So none of a table is seen once more before all others were seen as often.
 
     Args:
-        examples: of which each is seen once an epoch.
+        examples: each with the `table` that it is from, as its rows name it.
+    """
+
+    def __init__(self, examples: Sequence[Example], arguments: FinetuningArguments):
+        self.examples, self.seed = examples, arguments.seed
+        weights = {table.log_name: table.weight for table in arguments.trained_tables}
+        of_tables: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
+            of_tables.setdefault(example.get("table", ""), []).append(index)
+        self.tables = {name: np.array(indices) for name, indices in of_tables.items()}
+        self.weights = {name: weights.get(name, 1.0) for name in self.tables}
+        self.counts = {
+            name: max(1, round(self.weights[name] * len(indices)))
+            for name, indices in self.tables.items()
+        }
+        self.count = sum(self.counts.values())  # an epoch
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """For the card, where there are several tables or weights."""
+        parts = [
+            f"{name}: {len(indices):,} x {self.weights[name]:g} "
+            f"({self.counts[name] / self.count:.1%} of an epoch)"
+            for name, indices in self.tables.items()
+        ]
+        is_plain = len(parts) == 1 and self.count == len(self.examples)
+        return {} if is_plain else {"examples by table": ", ".join(parts)}
+
+    def epoch(self, number: int) -> np.ndarray:
+        """(index, how often it was seen before) of the examples of an epoch in their order."""
+        found = []
+        for table, (name, indices) in enumerate(self.tables.items()):
+            size, count = len(indices), self.counts[name]
+            start, stop = number * count, (number + 1) * count
+            for before in range(start // size, math.ceil(stop / size)):
+                order = Draws(self.seed, "table", table, before).permutation(size)
+                part = order[max(0, start - before * size) : stop - before * size]
+                found += [np.stack([indices[part], np.full(len(part), before)], 1)]
+        pairs = np.concatenate(found)
+        pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+        return pairs[Draws(self.seed, "epoch", number).permutation(len(pairs))]
+
+
+class Epochs:
+    """What `Training` trains on: each epoch a permutation of its examples, keyed by the seed.
+
+    Args:
+        mixture: of the examples, and how often each is seen.
         collate: (examples of each row) → a batch; a row without examples is all padding.
         fingerprint: what must not change over the life of a run, by name.
-        vary: (indices, epoch) → those examples as they are in that epoch; null: always the same.
+        vary: (indices, how often each was seen before) → those examples as they are this time;
+            null: always the same.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        mixture: Mixture,
         collate: Callable[[list[list[Example]]], dict[str, torch.Tensor]],
         fingerprint: dict[str, Any],
         arguments: FinetuningArguments,
-        vary: Callable[[list[int], int], Sequence[Example]] | None = None,
+        vary: Callable[[list[int], list[int]], Sequence[Example]] | None = None,
     ):
-        self.examples, self.collate, self.arguments = examples, collate, arguments
-        self.vary = vary or (lambda indices, epoch: [examples[index] for index in indices])
+        self.mixture, self.collate, self.arguments = mixture, collate, arguments
+        self.vary = vary or (lambda indices, seen: [mixture.examples[i] for i in indices])
         self._fingerprint = fingerprint
+        say("\n".join(f"{name}: {fact}" for name, fact in mixture.facts.items()))
 
     @property
     def files(self) -> list[str]:
-        a = self.arguments
-        tables = [*a.train_data, *getattr(a, "transfer_data", ())]
+        tables = self.arguments.trained_tables
         return [file for table in tables for file in find_local_files(table.path, KINDS)]
 
     def fingerprint(self) -> dict[str, Any]:
-        return self._fingerprint
+        weights = [*self.mixture.weights.values()]
+        own = {"the weights of the tables": weights} if {*weights} != {1.0} else {}
+        return self._fingerprint | own
 
     def steps(self, rank: int, world_size: int, step: int, states: dict) -> Iterator[Step]:
         a = self.arguments
         budget = a.per_device_batch_size * a.row_length
-        steps_per_epoch = math.ceil(len(self.examples) / a.global_batch_size)
-        epoch, order = -1, []
+        steps_per_epoch = math.ceil(self.mixture.count / a.global_batch_size)
+        epoch, order = -1, np.zeros((0, 2), int)
         while True:
             if epoch != (epoch := step // steps_per_epoch):
-                order = Draws(a.seed, "epoch", epoch).permutation(len(self.examples))
+                order = self.mixture.epoch(epoch)
             start = step % steps_per_epoch * a.global_batch_size
-            examples = self.vary(order[start : start + a.global_batch_size], epoch)
+            examples = self.vary(*order[start : start + a.global_batch_size].T.tolist())
             lengths = [len(example["input_ids"]) for example in examples]
             mine: list[Rows] = deal(lengths, budget, world_size, a.packing)[rank]
             batches = [

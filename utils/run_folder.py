@@ -141,6 +141,10 @@ class RunFolder:
         compared = [name for name in now if name in changed - MEASURED_AT_THE_END]
         then = {name: was[name] for name in compared} | {"the training data": data_then}
         this = {name: now[name] for name in compared} | {"the training data": data_now}
+        for found, of_run in ((then, was), (this, now)):
+            tables = [*of_run.get("train_data", ()), *of_run.get("transfer_data", ())]
+            weights = [table.get("weight", 1.0) for table in tables]
+            found["the weights of the tables"] = weights if {*weights} != {1.0} else []
         for name, before, after in differences(then, this):
             raise InputError(
                 f"{self.path} is finished with {name} {before}, this is {after}: "

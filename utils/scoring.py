@@ -59,6 +59,29 @@ def score_examples(
     return [result for _, result in sorted(ranks.gather(mine), key=lambda item: item[0])]
 
 
+def by_domain(
+    domains: Sequence[str], measure: Callable[[list[int]], dict[str, Any]]
+) -> dict[str, Any]:
+    """What is measured of all examples and, where there are several domains, the same of each:
+    {eval_loss: …, eval_loss_by_domain: {…}}.
+
+    Args:
+        domains: of each example.
+        measure: examples, by their indices → the results by name.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, domain in enumerate(domains):
+        groups.setdefault(domain, []).append(index)
+    results = measure([*range(len(domains))])
+    if len(groups) < 2:
+        return results
+    apart = {domain: measure(groups[domain]) for domain in sorted(groups)}
+    return results | {
+        f"{name}_by_domain": {d: found[name] for d, found in apart.items() if name in found}
+        for name in results
+    }
+
+
 def generate_texts(
     training: Training,
     model: "transformers.PreTrainedModel",

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,13 @@ class Table:
     revision: str | None = None  # of the Hub dataset: a commit or a branch
     label: str | None = None  # in the logs; default: the path
     sample_by: SampleBy = "document"  # what of .txt is a row: the file, or as `Source` has it
+    # how often an epoch of training sees a row: 2 twice, 0.25 a quarter of the rows, of which the
+    # next epoch sees the next quarter
+    weight: float = 1.0
+
+    @property
+    def log_name(self) -> str:
+        return self.label or self.path
 
     @property
     def is_of_the_hub(self) -> bool:
@@ -148,7 +156,41 @@ def read_table(table: Table) -> list[TableRow]:
         rows = _slice([row for file in files for row in _read_file(file, table.sample_by)], table)
     if not rows:
         raise InputError(f"{table.path} holds no rows")
-    return [row._replace(table=table.label or table.path) for row in rows]
+    return [row._replace(table=table.log_name) for row in rows]
+
+
+def check_weights(tables: list[Table]) -> None:
+    """Raises InputError where the weights make no mixture."""
+    weights: dict[str, float] = {}
+    for table in tables:
+        if not 0 < table.weight < math.inf:
+            raise InputError(
+                f"weight of {table.path}: {table.weight:g} is not more than 0: leave the table out"
+            )
+        if weights.setdefault(table.log_name, table.weight) != table.weight:
+            raise InputError(
+                f"weight of {table.path}: two tables are called {table.log_name}, with "
+                f"{weights[table.log_name]:g} and {table.weight:g}: give each a label"
+            )
+
+
+def check_held_out_tables(name: str, tables: list[Table]) -> None:
+    """Raises InputError for a weight, or a dataset of the Hub without its split.
+
+    Args:
+        name: of the setting.
+    """
+    for table in tables:
+        if table.weight != 1:
+            raise InputError(
+                f"{name}: weight of {table.path}: each row is measured once: weights are for "
+                "train_data"
+            )
+        if table.is_of_the_hub and table.split is None:
+            raise InputError(
+                f"{name}: say which split of {table.path} it is, for example "
+                f"{{path: {table.path}, split: {name.removesuffix('_data')}}}"
+            )
 
 
 def naming_failures(encode: Callable) -> Callable:

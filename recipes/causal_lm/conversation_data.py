@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from conversations import to_examples
-from utils.epochs import digest, hold_out
+from utils.epochs import Mixture, digest, hold_out
 from utils.tables import read_table
 
 
@@ -14,6 +14,7 @@ class ConversationData(NamedTuple):
     """What was read of the tables."""
 
     parts: list[list[dict[str, Any]]]  # examples to train on, to validate and to test
+    mixture: Mixture  # of those to train on
     fingerprint: dict[str, str]  # what must not change over the life of a run
     facts: dict[str, Any]  # for the card: how many there are, were left out, or stand in two parts
 
@@ -43,8 +44,9 @@ def read_conversations(tokenizer: PreTrainedTokenizerBase, arguments: Any) -> Co
         "the tokenizer": digest([tokenizer.backend_tokenizer.to_str(), template]),
     }
     for example in train:
-        del example["messages"], example["tools"]  # texts that nothing reads again
-    facts = {"conversations": f"{len(train):,}", **leaks}
+        del example["messages"], example["tools"], example["place"]  # that nothing reads again
+    mixture = Mixture(train, a)
+    facts = {"conversations": f"{len(train):,}", **leaks, **mixture.facts}
     for part, counts in zip(("train", "validation", "test"), left_out, strict=True):
         facts |= {f"{part} conversations {name}": n for name, n in counts.items() if n}
-    return ConversationData(parts, fingerprint, facts)
+    return ConversationData(parts, mixture, fingerprint, facts)

@@ -9,7 +9,7 @@ import torch
 from chat_rendering import plain_messages, turn_ends
 from conversations import collate
 from utils.loss import IGNORE_INDEX
-from utils.scoring import generate_texts, score_examples
+from utils.scoring import by_domain, generate_texts, score_examples
 from utils.training import Training
 
 
@@ -17,8 +17,8 @@ def evaluate_answers(
     training: Training,
     examples: list[dict[str, Any]],
     token_scores: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
-) -> dict[str, Any] | None:
-    """Means over the answers' tokens, in all and by source; summed in float64.
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Means over the answers' tokens, in all and by source, and of each example; summed in float64.
 
     Args:
         token_scores: batch → (loss, whether the label is the most likely token) by position.
@@ -37,18 +37,17 @@ def evaluate_answers(
     if found is None:
         return None
     sums = np.array(found)  # of each example's losses, right tokens and tokens
-    loss, right, tokens = sums.sum(0).tolist()
-    results: dict[str, Any] = {
-        "eval_loss": loss / tokens,
-        "eval_token_accuracy": right / tokens,
-        "eval_tokens": int(tokens),
-    }
-    sources = np.array([example["source"] for example in examples])
-    by_source = {str(name): sums[sources == name].sum(0).tolist() for name in np.unique(sources)}
-    if len(by_source) > 1:
-        results["eval_loss_by_source"] = {s: v[0] / v[2] for s, v in by_source.items()}
-        results["eval_token_accuracy_by_source"] = {s: v[1] / v[2] for s, v in by_source.items()}
-    return results
+
+    def means(indices: list[int]) -> dict[str, Any]:
+        loss, right, tokens = sums[indices].sum(0).tolist()
+        return {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": int(tokens)}
+
+    def measure(indices: list[int]) -> dict[str, Any]:
+        return {f"eval_{name}": value for name, value in means(indices).items()}
+
+    places = [example["place"] for example in examples]
+    each = [{"row": place} | means([index]) for index, place in enumerate(places)]
+    return by_domain([example["source"] for example in examples], measure), each
 
 
 def write_answers(
@@ -58,7 +57,8 @@ def write_answers(
     found = first_answers(training, model, tokenizer, examples)
     if found is None:
         return None
-    return [{"prompt": one["prompt"], "text": f"\n\n{one['prediction']}"} for one in found]
+    written = filter(None, found)
+    return [{"prompt": one["prompt"], "text": f"\n\n{one['prediction']}"} for one in written]
 
 
 def score_answers(
@@ -75,12 +75,13 @@ def score_answers(
     if found is None:
         return None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    for one in found:
+    written = [*filter(None, found)]
+    for one in written:
         texts = one["reference"].strip(), one["prediction"].strip()
         one["exact_match"] = 100.0 * (texts[0] == texts[1])
         one["rougeL"] = 100 * scorer.score(*texts)["rougeL"].fmeasure
     names = ("exact_match", "rougeL")
-    return {f"eval_{n}": float(np.mean([one[n] for one in found])) for n in names}, found
+    return {f"eval_{n}": float(np.mean([one[n] for one in written])) for n in names}, found
 
 
 def first_answers(
@@ -88,9 +89,10 @@ def first_answers(
 ) -> list[dict[str, Any]] | None:
     """What the model says first in each conversation: at most 100 tokens, each the most likely.
 
-    Left out are conversations that leave it no position. None when a stop signal came in between.
+    {} of a conversation that leaves it no position. None when a stop signal came in between.
     """
-    asked, prompts = [], []
+    asked: list[dict[str, Any]] = []
+    prompts = []
     positions = getattr(model.config, "max_position_embeddings", 2**31)
     for example in examples:
         turns = example["messages"]
@@ -101,14 +103,16 @@ def first_answers(
             add_generation_prompt=True,
             return_dict=True,
         )["input_ids"]
+        asked.append({})
         if len(prompt) < positions:
-            asked.append(
-                {"prompt": turns[first - 1]["content"], "reference": turns[first]["content"] or ""}
-            )
+            asked[-1]["prompt"] = turns[first - 1]["content"]
+            asked[-1]["reference"] = turns[first]["content"] or ""
             prompts.append(prompt)
     texts = generate_texts(
         training, model, tokenizer, prompts, 100, eos_token_id=turn_ends(tokenizer), do_sample=False
     )
     if texts is None:
         return None
-    return [turn | {"prediction": text} for turn, text in zip(asked, texts, strict=True)]
+    for turn, text in zip(filter(None, asked), texts, strict=True):
+        turn["prediction"] = text
+    return asked

@@ -140,7 +140,8 @@ def to_examples(
     """Rows → examples, and how many were left out or cut.
 
     An example has `input_ids` and `shift_labels` (int32 arrays: the token after each, -100 where
-    it is not the assistant's), its `source`, its `messages` and its `tools`.
+    it is not the assistant's), its `source`, its `messages`, its `tools`, its `place` and its
+    `table`.
 
     Args:
         arguments: `ConversationArguments` with a `sequence_length`.
@@ -183,6 +184,8 @@ def to_examples(
                 "source": source,
                 "messages": messages,
                 "tools": of_row,
+                "place": row.place,
+                "table": row.table,
             }
         )
     if not examples:

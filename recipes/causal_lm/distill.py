@@ -41,6 +41,7 @@ from utils.model import load_tokenizer
 from utils.plan import PlanArguments, flops_per_token
 from utils.report import conclude
 from utils.run_folder import RunFolder
+from utils.scoring import write_predictions
 from utils.stream import StreamArguments
 from utils.teacher import (
     DistillationArguments,
@@ -257,10 +258,12 @@ def main() -> None:
             check_model(teacher, lambda batch: taught(batch)[0], length, packing)
     for step in training.steps():
         if training.evaluates():
-            results = data.evaluate(training, scores, "validation") if data.has_validation else {}
+            found: Any = ({}, [])
+            if data.has_validation:
+                found = data.evaluate(training, scores, "validation")
             samples = data.samples(training, model)
             # a resume evaluates again where a signal cut the samples short
-            training.record_evaluation(None if samples is None else results)
+            training.record_evaluation(found and found[0] if samples is not None else None)
             if samples:
                 training.log({"step": step, "samples": samples})
     if training.stopped:
@@ -270,13 +273,22 @@ def main() -> None:
     facts = {"parameters": count, "parameters of the teacher": whole_count, **data.facts}
     if data.has_test:
         training.load_best()
-        results, name = data.evaluate(training, scores, "test"), data.metric
-        if results is not None and not is_cached:
+        found, of_teacher, name = data.evaluate(training, scores, "test"), None, data.metric
+        if found and not is_cached:
             of_teacher = data.evaluate(training, taught, "test")
-            results = of_teacher and results | {f"teacher_{name}": of_teacher[f"eval_{name}"]}
-        if results is None:
+        if found is None or (of_teacher is None and not is_cached):
             return training.stop()
+        results, records = found
+        if of_teacher:
+            for end in (name, f"{name}_by_domain"):
+                if f"eval_{end}" in of_teacher[0]:
+                    results[f"teacher_{end}"] = of_teacher[0][f"eval_{end}"]
+            pairs = zip(records, of_teacher[1], strict=True)
+            records = [one | {"teacher_loss": other["loss"]} for one, other in pairs]
         training.record_test(results)
+        with training.ranks.together():
+            if training.is_main and records:
+                write_predictions(folder.path / "predictions.jsonl", records)
         for whose in ("eval", "teacher"):
             if f"{whose}_{name}" in results:
                 by = " by the teacher" if whose == "teacher" else ""

@@ -25,6 +25,7 @@ from utils.training import Training
 
 # a batch → (loss, whether the label is the most likely token) of each position
 Scores = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]  # results, and of conversations each's
 
 
 class Text:
@@ -54,9 +55,11 @@ class Text:
         rows_of = self.cache.rows if self.cache else self.rows_of
         return TrainingStream(self.lanes, rows_of, self.arguments)
 
-    def evaluate(self, training: Training, scores: Scores, split: str) -> dict[str, Any] | None:
+    def evaluate(self, training: Training, scores: Scores, split: str) -> Evaluated | None:
         sources = getattr(self.arguments, f"{split}_sources")
-        return evaluate_documents(training, sources, self.encode, lambda batch: scores(batch)[0])
+        encode, losses_of = self.encode, lambda batch: scores(batch)[0]
+        results = evaluate_documents(training, sources, encode, losses_of)
+        return None if results is None else (results, [])
 
     def samples(self, training: Training, model: Any) -> list[dict[str, str]] | None:
         prompts = self.arguments.sample_prompts
@@ -77,7 +80,7 @@ class Conversations:
             )
         self.data = read_conversations(tokenizer, arguments)
         self.train, self.validation, self.test = self.data.parts
-        self.arguments = arguments.for_examples(len(self.train))
+        self.arguments = arguments.for_examples(self.data.mixture.count)
         self.fingerprint = self.data.fingerprint["the training data"]
         self.facts = self.data.facts
         self.has_validation, self.has_test = bool(self.validation), bool(self.test)
@@ -92,9 +95,10 @@ class Conversations:
         if self.arguments.on_policy_share:
             sampler = Sampler(training, model, self.tokenizer, self.train, self.arguments)
         to_batch = self.cache.collate if self.cache else collate
-        return Epochs(self.train, to_batch, self.data.fingerprint, self.arguments, vary=sampler)
+        mixture, fingerprint = self.data.mixture, self.data.fingerprint
+        return Epochs(mixture, to_batch, fingerprint, self.arguments, vary=sampler)
 
-    def evaluate(self, training: Training, scores: Scores, split: str) -> dict[str, Any] | None:
+    def evaluate(self, training: Training, scores: Scores, split: str) -> Evaluated | None:
         return evaluate_answers(training, getattr(self, split), scores)
 
     def samples(self, training: Training, model: Any) -> list[dict[str, str]] | None:

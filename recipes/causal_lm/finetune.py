@@ -16,6 +16,7 @@ The same command continues a run that was stopped; `--dry_run` prints the plan i
 import signal
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 if __name__ == "__main__":
@@ -71,7 +72,7 @@ class Arguments(FinetuningArguments, ConversationArguments, AdapterArguments, Pl
     neftune_noise_alpha: float = 0.0  # noise on the embeddings, 5 for example; 0: none
     sample_answers: int = 3  # to the first conversations of validation_data, at each evaluation
     # conversations of test_data, whose first answers are written and held against theirs: exact
-    # match and ROUGE-L, and each in predictions.jsonl
+    # match and ROUGE-L, and each in predictions.jsonl beside the losses of all
     scored_answers: int = 0
 
     def check(self) -> None:
@@ -147,8 +148,8 @@ def main() -> None:
     config = model_config(args, tokenizer)
     check_added_tokens(added, tokenizer, config, args)
     data = read_conversations(tokenizer, args)
-    train, validation, test = data.parts
-    args = args.for_examples(len(train))
+    _, validation, test = data.parts
+    args = args.for_examples(data.mixture.count)
     output_layer(check_trained_part(config, args))
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, data.fingerprint["the training data"]):
@@ -170,7 +171,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(train, collate, data.fingerprint, args),
+        Epochs(data.mixture, collate, data.fingerprint, args),
         flops_per_token=lambda step: flops,
     )
     scores_of = partial(training.forward, per_token=True)
@@ -178,11 +179,11 @@ def main() -> None:
     evaluate = partial(evaluate_answers, training, token_scores=scores_of)
     for step in training.steps():
         if training.evaluates():
-            results = evaluate(validation) if validation else {}
+            found = evaluate(validation) if validation else ({}, [])
             chosen = validation[: args.sample_answers]
             samples = write_answers(training, model, tokenizer, chosen)
             # a resume evaluates again where a signal cut the answers short
-            training.record_evaluation(None if samples is None else results)
+            training.record_evaluation(found and found[0] if samples is not None else None)
             if samples:
                 training.log({"step": step, "samples": samples})
     if training.stopped:
@@ -193,19 +194,21 @@ def main() -> None:
         facts["serving"] = SERVING
     if test:
         training.load_best()
-        results, chosen = evaluate(test), test[: args.scored_answers]
-        scored = (
-            results and score_answers(training, model, tokenizer, chosen) if chosen else ({}, [])
-        )
-        if results is None or scored is None:
+        found, chosen = evaluate(test), test[: args.scored_answers]
+        scored: Any = ({}, [])
+        if found and chosen:
+            scored = score_answers(training, model, tokenizer, chosen)
+        if found is None or scored is None:
             return training.stop()
-        results |= scored[0]
+        results = found[0] | scored[0]
         training.record_test(results)
         for name in ("loss", "token_accuracy", *(n.removeprefix("eval_") for n in scored[0])):
             facts[f"{name.replace('_', ' ')} of the test"] = f"{results[f'eval_{name}']:.4f}"
         with training.ranks.together():
-            if training.is_main and chosen:
-                write_predictions(folder.path / "predictions.jsonl", scored[1])
+            if training.is_main:
+                pairs = zip_longest(found[1], scored[1], fillvalue={})
+                records = (one | answer for one, answer in pairs)
+                write_predictions(folder.path / "predictions.jsonl", records)
     conclude(training, "Assistant", "text-generation", USAGE, facts)
 
 

@@ -17,9 +17,12 @@ from utils.plan import flops_per_token, plan
 
 
 def finetuning_plan(config: Any, arguments: Any) -> str:
-    """What `--dry_run` prints: the `plan` with what is frozen."""
-    a = arguments
-    return plan(
+    """What `--dry_run` prints: the weights of tables, and the `plan` with what is frozen."""
+    a, mixture = arguments, ""
+    if any(table.weight != 1 for table in a.train_data):
+        shown = (f"{table.log_name} x {table.weight:g}" for table in a.train_data)
+        mixture = f"data         {', '.join(shown)}\n"
+    return mixture + plan(
         config,
         a,
         flops=partial(finetuning_flops, config, a),

@@ -1,6 +1,6 @@
 """Answers that the student itself writes, for the teacher to judge (Agarwal et al. 2024, GKD).
 
-What is sampled is a function of the weights and of (seed, epoch, example): not of the batch that an
+What is sampled is a function of the weights and of (seed, time, example): not of the batch that an
 example is sampled with, of the number of processes, or of what ran before.
 """
 
@@ -19,7 +19,8 @@ from utils.training import Training
 
 
 class Sampler:
-    """(indices, epoch) → the examples of a step; in a share of the steps with sampled answers.
+    """(indices, how often each was seen before) → the examples of a step; in a share of the steps
+    with sampled answers.
 
     The last answer of each conversation is written anew, after the turns before it as they are,
     where there is room for one. No gradient goes through what is drawn.
@@ -49,13 +50,14 @@ class Sampler:
         self.ends = turn_ends(tokenizer)
         self.padding = next(t for t in (tokenizer.pad_token_id, *self.ends) if t is not None)
 
-    def __call__(self, indices: list[int], epoch: int) -> list[dict[str, Any]]:
+    def __call__(self, indices: list[int], seen: list[int]) -> list[dict[str, Any]]:
         a, given = self.arguments, [self.examples[index] for index in indices]
-        is_sampled = Draws(a.seed, "on policy", epoch, *indices).chance(a.on_policy_share)
+        is_sampled = Draws(a.seed, "on policy", seen[0], *indices).chance(a.on_policy_share)
         if not is_sampled:
             return given
         prompts = [self.examples[i]["input_ids"][: self.starts[i]] for i in indices]
-        keys = [random_key(a.seed, "answer", epoch, index) for index in indices]
+        each = zip(seen, indices, strict=True)
+        keys = [random_key(a.seed, "answer", times, index) for times, index in each]
         written = [i for i, index in enumerate(indices) if self.has_room[index]]
         order = sorted(written, key=lambda i: (-len(prompts[i]), i))
         size = a.per_device_batch_size

@@ -1,4 +1,4 @@
-"""Training texts varied anew in each epoch, as a function of (seed, epoch, row).
+"""Training texts varied anew each time they are seen, as a function of (seed, time, row).
 
 Four operations on words after EDA (Wei & Zou 2019), and two on the whole text. Where EDA takes
 synonyms from WordNet, words of other training texts stand in (close to the unigram noising of Xie
@@ -45,7 +45,7 @@ class Augmentation:
 
 
 class Augmenter:
-    """Training rows → texts to train on in an epoch."""
+    """Training rows → texts to train on."""
 
     def __init__(self, rows: list[LabelledText], settings: Augmentation, seed: int):
         self.rows, self.settings, self.seed = rows, settings, seed
@@ -53,10 +53,10 @@ class Augmenter:
         for index, row in enumerate(rows):
             self.same_label.setdefault(row.label, []).append(index)
 
-    def __call__(self, index: int, epoch: int) -> tuple[str, ...]:
-        """The texts of a row: none of them is ever empty."""
+    def __call__(self, index: int, seen: int) -> tuple[str, ...]:
+        """The texts of a row that was seen so often before: none of them is ever empty."""
         row, settings = self.rows[index], self.settings
-        draws = Draws(self.seed, "augmentation", epoch, index)
+        draws = Draws(self.seed, "augmentation", seen, index)
         if not draws.chance(settings.probability):
             return row.texts
         operation = settings.operations[draws.below(len(settings.operations))]

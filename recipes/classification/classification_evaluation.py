@@ -8,11 +8,11 @@ import torch
 
 from classification_arguments import ClassificationArguments
 from classification_examples import Example
-from classification_metrics import measure, probabilities, undefined_metrics
+from classification_metrics import Outputs, measure, probabilities, undefined_metrics
 from labelled_texts import LabelledText
 from utils.config import InputError
 from utils.program import spared, warn
-from utils.scoring import check_finite, score_examples, write_predictions
+from utils.scoring import by_domain, check_finite, score_examples, write_predictions
 from utils.training import Training
 
 USAGE = """
@@ -46,15 +46,18 @@ def predict(
     return None if found is None else np.stack(found)
 
 
-def evaluate(training: Training, logits: np.ndarray | None, labels: np.ndarray) -> dict | None:
-    """The metrics of these logits, on all ranks; of no logits None."""
+def evaluate(
+    training: Training, logits: np.ndarray | None, labels: np.ndarray, rows: list[LabelledText]
+) -> dict | None:
+    """The metrics of these logits, in all and by table, on all ranks; of no logits None."""
     if logits is None:
         return None
     check_finite(logits)
     problem, found = training.arguments.problem_type, []
     with training.ranks.together():
         if training.is_main:
-            found = [measure(problem, logits, labels)]
+            tables = [row.table for row in rows]
+            found = [by_domain(tables, lambda of: measure(problem, logits[of], labels[of]))]
     return training.ranks.gather(found)[0]
 
 
@@ -71,7 +74,7 @@ def check_labels(labels: dict[str, np.ndarray], args: ClassificationArguments) -
 
 
 def as_facts(results: dict[str, Any], split: str, whose: str = "") -> dict[str, str]:
-    """For the card: "accuracy of the test data" and so on.
+    """For the card: "accuracy of the test data" and so on; not by table, of which it has its own.
 
     Args:
         whose: that is not the trained model: " by the teacher".
@@ -81,6 +84,7 @@ def as_facts(results: dict[str, Any], split: str, whose: str = "") -> dict[str, 
             "not defined: all are the same" if value is None else f"{value:.4f}"
         )
         for name, value in results.items()
+        if not isinstance(value, dict)
     }
 
 
@@ -109,9 +113,10 @@ def write_predicted(
         if training.is_main:
             from classification_report import prediction_records, write_figures
 
-            found = probabilities(training.arguments.problem_type, logits.astype(np.float64))
+            logits = logits.astype(np.float64)
+            found = probabilities(training.arguments.problem_type, logits)
             facts["predictions"] = folder / "predictions.jsonl"
-            records = prediction_records(rows, names, found, labels)
+            records = prediction_records(rows, names, Outputs(logits, found, labels))
             write_predictions(facts["predictions"], records)
             with spared("no plots of the predictions", but=OSError):
                 for path in write_figures(folder, names, found, labels):

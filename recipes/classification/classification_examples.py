@@ -13,7 +13,7 @@ from utils.progress import in_batches
 from utils.randomness import random_key
 from utils.tables import naming_failures
 
-Example = dict[str, Any]  # input_ids, of some models token_type_ids, and the label
+Example = dict[str, Any]  # input_ids, of some models token_type_ids, the label and the table
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, sequence_length: int) -> None:
@@ -98,7 +98,7 @@ def labelled_examples(
     for row, example, label in zip(rows, examples, labels, strict=True):
         if len(example["input_ids"]) == 0:
             raise InputError(f"{row.place}: the tokenizer leaves nothing of the text")
-        example["label"] = label
+        example |= {"label": label, "table": row.table}
     return examples, cut
 
 
@@ -135,7 +135,7 @@ def collate(rows: list[list[Example]], pad_token_id: int, label: Any) -> dict[st
 
 
 class TrainingExamples:
-    """(indices of a step, epoch) → its examples.
+    """(indices of a step, how often each was seen before) → its examples.
 
     The weights of a step's examples add up to their number: Σ weight x loss, divided by it, is
     then torch's weighted mean, however the step is split.
@@ -155,10 +155,10 @@ class TrainingExamples:
         self.examples, self.tokenizer, self.augmenter = examples, tokenizer, augmenter
         self.label_weights, self.seed = label_weights, seed
 
-    def __call__(self, indices: list[int], epoch: int) -> list[Example]:
+    def __call__(self, indices: list[int], seen: list[int]) -> list[Example]:
         made = [self.examples[index] for index in indices]
         if self.augmenter is not None:
-            texts = [self.augmenter(index, epoch) for index in indices]
+            texts = [self.augmenter(*each) for each in zip(indices, seen, strict=True)]
             varied, _ = encode(self.tokenizer, texts)
             # the rare text of which the tokenizer leaves nothing stays as it was
             pairs = zip(made, varied, strict=True)
@@ -166,7 +166,8 @@ class TrainingExamples:
         weight = 1.0
         if self.label_weights is not None:
             weight = len(made) / sum(self.label_weights[example["label"]] for example in made)
-        keys = [random_key(self.seed, "noise", epoch, index) for index in indices]
+        each = zip(seen, indices, strict=True)
+        keys = [random_key(self.seed, "noise", epoch, index) for epoch, index in each]
         return [
             {**example, "weight": weight, "noise_key": key}
             for example, key in zip(made, keys, strict=True)

@@ -55,23 +55,21 @@ def found_labels(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (probabilities >= 0.5).astype(int)
 
 
-# losses are without class weights, label smoothing or adversaries: the same for all of them
-def cross_entropy(outputs: Outputs) -> float:
-    from scipy.special import log_softmax
-
-    logs = log_softmax(outputs.logits, axis=1)
-    return -np.take_along_axis(logs, outputs.labels[:, None], 1).mean()
-
-
-def binary_cross_entropy(outputs: Outputs) -> float:
-    from scipy.special import log_expit
+def losses_of(outputs: Outputs) -> np.ndarray:
+    """(rows, 1), of several labels (rows, labels): without class weights, label smoothing or
+    adversaries, the same for all of them."""
+    from scipy.special import log_expit, log_softmax
 
     logits, labels = outputs.logits, outputs.labels
-    return -(labels * log_expit(logits) + (1 - labels) * log_expit(-logits)).mean()
+    if outputs.probabilities.ndim == 1:
+        return np.square(outputs.probabilities - labels)[:, None]
+    if labels.ndim == 1:
+        return -np.take_along_axis(log_softmax(logits, axis=1), labels[:, None], 1)
+    return -(labels * log_expit(logits) + (1 - labels) * log_expit(-logits))
 
 
-def squared_error(outputs: Outputs) -> float:
-    return np.square(outputs.probabilities - outputs.labels).mean()
+def loss(outputs: Outputs) -> float:
+    return losses_of(outputs).mean()
 
 
 def sklearn_score(name: str, **options: Any) -> Callable[[Outputs], float]:
@@ -166,6 +164,7 @@ def absolute_error(outputs: Outputs) -> float:
 
 
 CLASSIFICATION = {
+    "loss": loss,
     "accuracy": sklearn_score("accuracy_score"),
     "precision_micro": sklearn_score("precision_score", average="micro", zero_division=0),
     "recall_micro": sklearn_score("recall_score", average="micro", zero_division=0),
@@ -179,10 +178,10 @@ CLASSIFICATION = {
 }
 # what is measured, and how, by transformers' name of the problem
 METRICS: dict[str, dict[str, Callable[[Outputs], float]]] = {
-    "single_label_classification": {"loss": cross_entropy, **CLASSIFICATION},
-    "multi_label_classification": {"loss": binary_cross_entropy, **CLASSIFICATION},
+    "single_label_classification": CLASSIFICATION,
+    "multi_label_classification": CLASSIFICATION,
     "regression": {
-        "loss": squared_error,
+        "loss": loss,
         "pearsonr": correlation("pearsonr"),
         "spearmanr": correlation("spearmanr"),
         "mean_absolute_error": absolute_error,

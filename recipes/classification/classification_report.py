@@ -9,23 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from classification_metrics import Reliability, reliability_of
+from classification_metrics import Outputs, Reliability, losses_of, reliability_of
 from labelled_texts import LabelledText
 from utils.plots import COLORS, finish_axes, save_figures, short_name
 
 
 def prediction_records(
-    rows: list[LabelledText], names: list[str], probabilities: np.ndarray, labels: np.ndarray
+    rows: list[LabelledText], names: list[str], outputs: Outputs
 ) -> Iterator[dict[str, Any]]:
-    """In the order of the rows: where each stands, its texts, label, prediction, probabilities.
-
-    Args:
-        probabilities: (rows, labels), or the numbers that a regression predicts (rows,).
-        labels: (rows,) numbers, or with several labels (rows, labels) zeros and ones.
-    """
-    for row, values, label in zip(rows, probabilities.tolist(), labels.tolist(), strict=True):
+    """In the order of the rows: where each stands, its texts, loss, label, prediction and
+    probabilities; the mean of the losses is eval_loss."""
+    probabilities, labels = outputs.probabilities, outputs.labels
+    columns = probabilities.tolist(), labels.tolist(), losses_of(outputs).mean(1).tolist()
+    for row, values, label, loss in zip(rows, *columns, strict=True):
         texts = dict(zip(("text", "text_pair"), row.texts, strict=False))
-        what = {"row": row.place, **texts}
+        what = {"row": row.place, **texts, "loss": loss}
         if probabilities.ndim == 1:
             yield what | {"label": label, "prediction": values}
             continue

@@ -52,7 +52,7 @@ from transfer_examples import (
 )
 from utils.config import InputError, at_end, command, parse
 from utils.divergences import Logits, add_projection, hidden_loss, summed_losses
-from utils.epochs import Epochs, digest
+from utils.epochs import Epochs, Mixture, digest
 from utils.memory import parameter_count
 from utils.model import check_positions, load_tokenizer
 from utils.model_settings import tokenizer_settings
@@ -267,7 +267,8 @@ def main() -> None:
     for split, found in rows.items():
         examples[split], cut[split] = reader.read(found, labels[split])
     transfer = examples["train"] * (1 + args.copies)
-    args = args.for_examples(len(transfer))
+    mixture = Mixture(transfer, args)
+    args = args.for_examples(mixture.count)
     fingerprint = {
         "the training data": digest((row.texts, row.label) for row in rows["train"]),
         "the tokenizer": digest(example["input_ids"].tobytes() for example in examples["train"]),
@@ -301,7 +302,7 @@ def main() -> None:
         "parameters": f"{parameter_count(config, auto_model)['total']:,}",
         "parameters of the teacher": f"{parameter_count(of_teacher, auto_model)['total']:,}",
     }
-    steps = Epochs(transfer, to_batch, fingerprint, args, vary=make)
+    steps = Epochs(mixture, to_batch, fingerprint, args, vary=make)
     training.prepare(objective, model, tokenizer, steps)
     say("\n".join(f"{name}: {value}" for name, value in facts.items()))
     for _ in training.steps():
@@ -309,7 +310,7 @@ def main() -> None:
             results: dict[str, Any] | None = {}
             if examples["validation"]:
                 logits = predict(training, examples["validation"], to_batch)
-                results = evaluate(training, logits, labels["validation"])
+                results = evaluate(training, logits, labels["validation"], rows["validation"])
             training.record_evaluation(results)
     if training.stopped:
         return
@@ -318,9 +319,9 @@ def main() -> None:
     split = "test" if examples["test"] else "validation"
     if examples[split]:
         logits = predict(training, examples[split], to_batch)
-        results = evaluate(training, logits, labels[split])
+        results = evaluate(training, logits, labels[split], rows[split])
         taught = results and predict(training, examples[split], to_batch, by_teacher=True)
-        taught = evaluate(training, taught, labels[split])
+        taught = evaluate(training, taught, labels[split], rows[split])
         if taught is None:
             return training.stop()
         if split == "test":
@@ -329,6 +330,7 @@ def main() -> None:
         facts |= as_facts(results, split) | as_facts(taught, split, " by the teacher")
         facts |= kept_share(args, results, taught)
         facts |= write_predicted(training, rows[split], names, logits, labels[split])
+    facts |= mixture.facts
     conclude(training, "Distilled text classifier", "text-classification", usage_of(args), facts)
 
 

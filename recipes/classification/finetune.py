@@ -48,7 +48,7 @@ from given_labels import given_labels, keep_labels
 from labelled_texts import class_weights, label_ids, read_labelled_texts
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.config import InputError, at_end, command, parse
-from utils.epochs import Epochs, digest, hold_out
+from utils.epochs import Epochs, Mixture, digest, hold_out
 from utils.model import check_positions, load_tokenizer, model_config
 from utils.program import say
 from utils.report import conclude
@@ -95,7 +95,8 @@ def main() -> None:
     examples, cut = {}, {}
     for split in tables:
         examples[split], cut[split] = labelled_examples(tokenizer, rows[split], labels[split])
-    args = args.for_examples(len(examples["train"]))
+    mixture = Mixture(examples["train"], args)
+    args = args.for_examples(mixture.count)
     fingerprint = {
         "the training data": digest((row.texts, row.label) for row in rows["train"]),
         "the tokenizer": digest(example["input_ids"].tobytes() for example in examples["train"]),
@@ -129,7 +130,7 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(examples["train"], to_batch, fingerprint, args, vary=make),
+        Epochs(mixture, to_batch, fingerprint, args, vary=make),
     )
     say("\n".join(f"{name}: {value}" for name, value in facts.items()))
     for _ in training.steps():
@@ -137,7 +138,7 @@ def main() -> None:
             results: dict[str, Any] | None = {}
             if examples["validation"]:
                 logits = predict(training, examples["validation"], to_batch)
-                results = evaluate(training, logits, labels["validation"])
+                results = evaluate(training, logits, labels["validation"], rows["validation"])
             training.record_evaluation(results)
     if training.stopped:
         return
@@ -146,7 +147,7 @@ def main() -> None:
     split = "test" if examples["test"] else "validation"
     if examples[split]:
         logits = predict(training, examples[split], to_batch)
-        results = evaluate(training, logits, labels[split])
+        results = evaluate(training, logits, labels[split], rows[split])
         if results is None:
             return training.stop()
         if split == "test":
@@ -157,6 +158,7 @@ def main() -> None:
     known = f", id2label={model.config.id2label}, problem_type={args.problem_type!r}"
     is_adapter = args.has_adapter and not args.merge_adapter
     usage = usage_of(args, known if is_adapter else "")
+    facts |= mixture.facts
     conclude(training, "Text classifier", "text-classification", usage, facts)
 
 

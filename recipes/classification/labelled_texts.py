@@ -52,6 +52,7 @@ class LabelledText(NamedTuple):
     texts: tuple[str, ...]
     label: str | tuple[str, ...] | float | None
     place: str
+    table: str = ""  # where it was read, as the logs call it
 
 
 def read_labelled_texts(
@@ -89,6 +90,7 @@ def read_labelled_texts(
                 tuple(row.text(column) for column in columns if column is not None),
                 label,
                 row.place,
+                row.table,
             )
             for row, label in zip(rows, labels, strict=True)
         ]

@@ -120,7 +120,9 @@ class Reader:
 
 
 class TransferExamples:
-    """(indices of a step, epoch) → its examples: the texts, and after them all their varied copies.
+    """(indices of a step, how often each was seen before) → its examples.
+
+    The indices are those of the texts, and after them all of their varied copies.
 
     The weights of a step's labels add up to their number, as in `TrainingExamples`; of a text
     without a label, and of a varied copy, the weight is 0: only its teacher says what it is.
@@ -142,11 +144,11 @@ class TransferExamples:
         self.examples, self.labelled, self.label_weights = examples, labelled, label_weights
         self.augmenter, self.encode = augmenter, encode
 
-    def __call__(self, indices: list[int], epoch: int) -> list[Example]:
+    def __call__(self, indices: list[int], seen: list[int]) -> list[Example]:
         count = len(self.examples)
         made = [self.examples[index % count] for index in indices]
         copies = [place for place, index in enumerate(indices) if index >= count]
-        texts = [self.augmenter(indices[place], epoch) for place in copies]
+        texts = [self.augmenter(indices[place], seen[place]) for place in copies]
         for place, example in zip(copies, self.encode(texts) if texts else [], strict=True):
             # the rare text of which a tokenizer leaves nothing stays as it was
             if len(example["input_ids"]) and len(example.get("teacher", example)["input_ids"]):

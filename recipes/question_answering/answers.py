@@ -37,6 +37,7 @@ class Prediction(NamedTuple):
     text: str  # the best span
     no_answer_score: float  # how much more the model is for no answer than for that
     best: list[tuple[str, float]]  # the best spans and their scores, the best one first
+    losses: Sequence[float] = ()  # of the windows that hold the whole answer, or none
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,6 +133,7 @@ def make_windows(
                     "input_ids": tokens,
                     "token_type_ids": np.array(encoded["token_type_ids"][row], np.uint8),
                     "question": first + number,
+                    "table": batch[number].table,
                     "cls": int((tokens == tokenizer.cls_token_id).argmax()),
                     "context": (begin, end),
                     "offsets": np.array(encoded["offset_mapping"][row][begin:end], np.int32),

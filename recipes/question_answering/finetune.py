@@ -14,7 +14,6 @@ One CPU process, two, eight GPUs:
 The same command continues a run that was stopped.
 """
 
-import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,12 +43,12 @@ from squad_metrics import prediction_record, results_of
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, at_end, command, parse
-from utils.epochs import Epochs, digest, hold_out
+from utils.epochs import Epochs, Mixture, digest, hold_out
 from utils.loss import IGNORE_INDEX
 from utils.model import check_positions, load_tokenizer, model_config, optional_inputs
 from utils.report import conclude
 from utils.run_folder import RunFolder
-from utils.scoring import check_finite, score_examples, write_predictions
+from utils.scoring import by_domain, check_finite, score_examples, write_predictions
 from utils.training import Training
 
 USAGE = """
@@ -154,8 +153,8 @@ def evaluate(
     questions: list[Question],
     windows: list[Window],
     args: Arguments,
-) -> tuple[float, list[Prediction]] | None:
-    """Mean loss over the windows, and the predictions; None when a signal interrupts."""
+) -> list[Prediction] | None:
+    """The predictions, with the losses of their windows; None when a signal interrupts."""
 
     def score(indices: list[int]) -> list[tuple]:
         of_batch = [windows[index] for index in indices]
@@ -170,17 +169,32 @@ def evaluate(
     if results is None:
         return None
     check_finite([(loss, no_answer) for loss, no_answer, _ in results])
-    targets = [window["start"] != IGNORE_INDEX for window in windows]
-    loss = math.fsum(loss for loss, *_ in results) / max(1, sum(targets))
     found = [(no_answer, spans) for _, no_answer, spans in results]
-    return loss, best_answers(questions, windows, found, args.n_best_size)
+    losses: list[list[float]] = [[] for _ in questions]
+    for window, (loss, *_) in zip(windows, results, strict=True):
+        if window["start"] != IGNORE_INDEX:
+            losses[window["question"]].append(loss)
+    best = best_answers(questions, windows, found, args.n_best_size)
+    return [one._replace(losses=own) for one, own in zip(best, losses, strict=True)]
+
+
+def results_by_table(
+    questions: list[Question], predictions: list[Prediction], threshold: float | None
+) -> dict[str, Any]:
+    """`results_of` all questions and, where there are several, of those of each table."""
+
+    def measure(indices: list[int]) -> dict[str, float]:
+        asked, given = ([part[i] for i in indices] for part in (questions, predictions))
+        return results_of(asked, given, threshold)
+
+    return by_domain([question.table for question in questions], measure)
 
 
 def check_metric(args: Arguments, validation: list[Question], threshold: float | None) -> None:
     """Raises InputError unless an evaluation will give metric_for_best_model."""
     if validation:
         nothing = [Prediction("", 0.0, [])] * len(validation)
-        args.check_metric(results_of(validation, 0.0, nothing, threshold))
+        args.check_metric(results_of(validation, nothing, threshold))
 
 
 def threshold_of(training: Training) -> float:
@@ -226,7 +240,8 @@ def main() -> None:
         )
     validation_windows = windows_of(validation, keep_offsets=True)
     test_windows = windows_of(test, keep_offsets=True)
-    args = args.for_examples(len(windows))
+    mixture = Mixture(windows, args)
+    args = args.for_examples(mixture.count)
     folder = RunFolder(args.output_dir, args.resume)
     if folder.is_finished(args, fingerprint["the training data"]):
         return
@@ -241,12 +256,12 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(windows, lambda rows: collate([*chain(*rows)]), fingerprint, args),
+        Epochs(mixture, lambda rows: collate([*chain(*rows)]), fingerprint, args),
     )
     for _ in training.steps():
         if training.evaluates() and validation:
             found = evaluate(training, collate, validation, validation_windows, args)
-            training.record_evaluation(found and results_of(validation, *found, threshold))
+            training.record_evaluation(found and results_by_table(validation, found, threshold))
     if training.stopped:
         return
 
@@ -254,6 +269,7 @@ def main() -> None:
         "trained": trainable_share(trained),
         "questions": f"{len(train):,} in {len(windows):,} windows",
         **leaks,
+        **mixture.facts,
     }
     if cut:
         facts["questions left out: no window holds the whole answer"] = f"{len(cut):,}"
@@ -264,7 +280,7 @@ def main() -> None:
             return training.stop()
         if has_unanswerable and args.null_score_diff_threshold is None:
             threshold = threshold_of(training)
-        results = results_of(test, *found, threshold)
+        results = results_by_table(test, found, threshold)
         training.record_test(results)
         for name, key in {"exact match": "exact_match", "F1": "f1"}.items():
             facts[f"{name} of the test questions"] = f"{results[f'eval_{key}']:.2f}"
@@ -274,7 +290,7 @@ def main() -> None:
             facts["exact match and F1 if no question were answered"] = f"{100 * share:.2f}"
         with training.ranks.together():
             if training.is_main:
-                pairs = zip(test, found[1], strict=True)
+                pairs = zip(test, found, strict=True)
                 records = (prediction_record(*pair, threshold) for pair in pairs)
                 write_predictions(folder.path / "predictions.jsonl", records)
     conclude(training, "Extractive question answering", "question-answering", USAGE, facts)

@@ -41,6 +41,7 @@ class Question(NamedTuple):
     context: str
     answers: list[Answer]  # all of them right; empty: the context does not answer
     place: str  # where it was read
+    table: str = ""  # the same, as the logs call it
 
     @property
     def answer_texts(self) -> list[str]:
@@ -124,6 +125,7 @@ def _question(row: TableRow, columns: QuestionColumns) -> Question:
         context,
         answers,
         row.place,
+        row.table,
     )
 
 

@@ -4,10 +4,12 @@ Version 1's script differs in one point: where nothing is left of a text once it
 ("The"), its F1 is 0; here, as in version 2, such a text is no answer.
 """
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from answers import Prediction
@@ -119,24 +121,29 @@ def _percent(values: Sequence[float]) -> float:
 
 def results_of(
     questions: Sequence[Question],
-    loss: float,
     predictions: Sequence[Prediction],
     threshold: float | None,
 ) -> dict[str, float]:
-    """What is logged of an evaluation. Without a threshold every question is answered."""
+    """What is logged of an evaluation: the mean loss over the windows with a target, and scores.
+
+    Without a threshold every question is answered.
+    """
+    losses = [*chain(*(prediction.losses for prediction in predictions))]
     results = squad_scores(
         [prediction.text for prediction in predictions],
         [question.answer_texts for question in questions],
         None if threshold is None else [p.no_answer_score for p in predictions],
         threshold or 0.0,
     )
-    return {"eval_loss": loss} | {f"eval_{name}": value for name, value in results.items()}
+    loss = {"eval_loss": math.fsum(losses) / max(1, len(losses))}
+    return loss | {f"eval_{name}": value for name, value in results.items()}
 
 
 def prediction_record(
     question: Question, prediction: Prediction, threshold: float | None
 ) -> dict[str, Any]:
-    """A line of predictions.jsonl."""
+    """A line of predictions.jsonl: its loss is the mean over so many windows, or of none null."""
+    losses = prediction.losses
     has_none = threshold is not None and prediction.no_answer_score > threshold
     text, answers = "" if has_none else prediction.text, question.answer_texts
     return {
@@ -147,6 +154,8 @@ def prediction_record(
         "answers": answers,
         "exact_match": 100 * exact_match(text, answers),
         "f1": 100 * f1(text, answers),
+        "loss": math.fsum(losses) / len(losses) if losses else None,
+        "windows": len(losses),
         "no_answer_score": prediction.no_answer_score,
         "n_best": [{"text": text, "score": score} for text, score in prediction.best],
     }

@@ -49,12 +49,12 @@ from text_pairs import (
 from utils.adapters import AdapterArguments, task_model, trainable_share
 from utils.arguments import FinetuningArguments
 from utils.config import InputError, at_end, command, parse
-from utils.epochs import Epochs, digest, hold_out
+from utils.epochs import Epochs, Mixture, digest, hold_out
 from utils.loss import IGNORE_INDEX, LEAK, amplified
 from utils.model import empty_model, load_tokenizer, model_config
 from utils.report import conclude
 from utils.run_folder import RunFolder
-from utils.scoring import check_finite, score_examples, write_predictions
+from utils.scoring import by_domain, check_finite, score_examples, write_predictions
 from utils.tables import naming_failures
 from utils.training import Training
 
@@ -186,18 +186,23 @@ def check_decoder(training: Training, model: torch.nn.Module) -> None:
         )
 
 
-def evaluate_loss(training: Training, encode: PairEncoder, examples: list[Example]) -> float | None:
-    """Mean loss of a target token; None when a signal interrupts."""
+def example_losses(
+    training: Training, encode: PairEncoder, examples: list[Example]
+) -> list[float] | None:
+    """Of each the sum over its target's tokens; None when a signal interrupts."""
 
     def score(indices: list[int]) -> list[float]:
         batch = encode.collate([examples[index] for index in indices])
         return training.forward(batch, per_example=True).tolist()
 
     losses = score_examples(training, examples, score, "evaluating")
-    if losses is None:
-        return None
-    check_finite(losses)
-    return math.fsum(losses) / sum(len(e["input_ids"]) - e["source_length"] for e in examples)
+    if losses is not None:
+        check_finite(losses)
+    return losses
+
+
+def target_length(example: Example) -> int:
+    return len(example["input_ids"]) - example["source_length"]
 
 
 @at_end
@@ -232,13 +237,15 @@ def main() -> None:
     encode = PairEncoder(tokenizer, args, config)
     encode_pairs = naming_failures(encode)
     train = encode_pairs(train_pairs)
+    mixture = Mixture(train, args)
     facts: dict[str, Any] = {
         "pairs": f"{len(train):,}; cut are {encode.cut_sources:,} sources and "
         f"{encode.cut_targets:,} targets",
         **leaks,
+        **mixture.facts,
     }
     validation, test = encode_pairs(validation_pairs), encode_pairs(test_pairs)
-    args = args.for_examples(len(train))
+    args = args.for_examples(mixture.count)
     check_ids([*train, *validation, *test], empty, is_encoder_decoder)
     generation = generation_config(empty, encode, args)
     folder = RunFolder(args.output_dir, args.resume)
@@ -258,43 +265,51 @@ def main() -> None:
         objective,
         trained,
         tokenizer,
-        Epochs(train, lambda rows: encode.collate([*chain(*rows)]), fingerprint, args),
+        Epochs(mixture, lambda rows: encode.collate([*chain(*rows)]), fingerprint, args),
     )
     if not is_encoder_decoder:
         check_decoder(training, model)
 
     def evaluate(
         pairs: list[Pair], examples: list[Example], count: int | None
-    ) -> tuple[dict[str, float] | None, list[str]]:
-        """Loss, scores of the first `count` texts, and these; None when a signal interrupts."""
-        loss = evaluate_loss(training, encode, examples)
-        if loss is None:
-            return None, []
-        examples = examples[:count]
-        if not examples:
-            return {"eval_loss": loss}, []
-        texts = generate(training, model, encode, examples, args.per_device_eval_batch_size)
+    ) -> tuple[dict[str, Any], list[str], list[float]] | None:
+        """Mean loss of a target token and scores of the first `count` texts, in all and by table;
+        these texts; the loss of each example. None when a signal interrupts."""
+        losses = example_losses(training, encode, examples)
+        if losses is None:
+            return None
+        asked, texts = examples[:count], []
+        if asked:
+            texts = generate(training, model, encode, asked, args.per_device_eval_batch_size)
         if texts is None:
-            return None, []
-        references = [pair.target for pair in pairs[:count]]
-        scores = text_scores(texts, references, args.metrics)
-        return {"eval_loss": loss} | {f"eval_{name}": v for name, v in scores.items()}, texts
+            return None
+
+        def measure(indices: list[int]) -> dict[str, float]:
+            tokens = sum(target_length(examples[i]) for i in indices)
+            results = {"eval_loss": math.fsum(losses[i] for i in indices) / tokens}
+            written = [(texts[i], pairs[i].target) for i in indices if i < len(texts)]
+            scores = text_scores(*zip(*written, strict=True), args.metrics) if written else {}
+            return results | {f"eval_{name}": value for name, value in scores.items()}
+
+        return by_domain([pair.table for pair in pairs], measure), texts, losses
 
     for _ in training.steps():
         if training.evaluates() and validation:
-            results, _ = evaluate(validation_pairs, validation, args.eval_generate_examples)
-            training.record_evaluation(results)
+            found = evaluate(validation_pairs, validation, args.eval_generate_examples)
+            training.record_evaluation(found and found[0])
     if training.stopped:
         return
 
     if test:
         training.load_best()
-        results, texts = evaluate(test_pairs, test, None)
-        if results is None:
+        found = evaluate(test_pairs, test, None)
+        if found is None:
             return training.stop()
+        results, texts, losses = found
         training.record_test(results)
-        named = {name.removeprefix("eval_"): value for name, value in results.items()}
-        facts |= {f"{name} of the test texts": f"{value:.4f}" for name, value in named.items()}
+        for name, value in results.items():
+            if not isinstance(value, dict):
+                facts[f"{name.removeprefix('eval_')} of the test texts"] = f"{value:.4f}"
         if args.lead_sentences:
             leads = [first_sentences(pair.source, args.lead_sentences) for pair in test_pairs]
             targets = [pair.target for pair in test_pairs]
@@ -311,8 +326,12 @@ def main() -> None:
                         "source": pair.source,
                         "reference": pair.target,
                         "prediction": text,
+                        "loss": loss / target_length(example),
+                        "tokens": target_length(example),
                     }
-                    for pair, text in zip(test_pairs, texts, strict=True)
+                    for pair, example, text, loss in zip(
+                        test_pairs, test, texts, losses, strict=True
+                    )
                 )
                 write_predictions(folder.path / "predictions.jsonl", records)
     conclude(training, "Text to text", args.task, usage(auto_model, encode), facts)

@@ -129,12 +129,13 @@ class Pair(NamedTuple):
     source: str
     target: str
     place: str = ""  # where it was read
+    table: str = ""  # the same, as the logs call it
 
 
 def read_pairs(tables: list[Table], columns: PairArguments) -> list[Pair]:
     """All pairs of the tables. Raises InputError for a missing column or an empty text."""
     return [
-        Pair(row.text(columns.source_column), row.text(columns.target_column), row.place)
+        Pair(*map(row.text, (columns.source_column, columns.target_column)), row.place, row.table)
         for table in tables
         for row in read_table(table)
     ]
@@ -217,16 +218,17 @@ class PairEncoder:
     def __call__(self, pairs: Sequence[Pair]) -> list[Example]:
         """
         Returns:
-            Of each pair `input_ids`, source and target, and `source_length`, the tokens of the
-            source among them. Those that were cut are counted.
+            Of each pair `input_ids`, source and target, `source_length`, the tokens of the source
+            among them, and its `table`. Those that were cut are counted.
         """
         examples: list[Example] = []
         for _, batch in in_batches(pairs, "pairs"):
             sources = self._sources([pair.source for pair in batch])
             targets = self._targets([pair.target for pair in batch])
-            for source, target in zip(sources, targets, strict=True):
+            for pair, source, target in zip(batch, sources, targets, strict=True):
                 tokens = np.array(source + target, np.int32)
-                examples.append({"input_ids": tokens, "source_length": len(source)})
+                own = {"source_length": len(source), "table": pair.table}
+                examples.append({"input_ids": tokens, **own})
         return examples
 
     def _sources(self, texts: list[str]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from transformers import (
 import cache_shards
 import conversation_cache
 import stream_cache
+from comparing import assert_tables_are_told_apart
 from conftest import WORDS, write_jsonl
 from launching import TINY_RUN, Launch, checkpoints, command_line, metrics, run, steps
 from on_policy import KeyedDraws, Sampler
@@ -505,6 +506,18 @@ def test_conversations_by_the_assistants_tokens(converse, tokenizer):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["given", "own"])
+def test_tables_are_told_apart(share, converse, conversations):
+    assert_tables_are_told_apart(
+        converse,
+        conversations / "train.jsonl",
+        conversations / "validation.jsonl",
+        "tokens",
+        on_policy_share=share,
+        on_policy_tokens=8,
+    )
+
+
 def test_answers_of_the_student_are_the_same_whatever_they_are_sampled_with(
     converse, monkeypatch, tmp_path
 ):
@@ -515,8 +528,8 @@ def test_answers_of_the_student_are_the_same_whatever_they_are_sampled_with(
     def note(name):
         original = Sampler.__call__
 
-        def call(self, indices, epoch):
-            examples = original(self, indices, epoch)
+        def call(self, indices, times):
+            examples = original(self, indices, times)
             seen.setdefault(name, []).append([e["input_ids"].tolist() for e in examples])
             return examples
 

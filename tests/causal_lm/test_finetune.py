@@ -409,7 +409,7 @@ def test_evaluation_is_that_of_each_example_alone(tiny_llama):
 
     examples = some_examples(9)
     for index, example in enumerate(examples):
-        example["source"] = "ab"[index % 2]
+        example |= {"source": "ab"[index % 2], "place": f"row {index}"}
     sums = {}
     for example in examples:
         logits = tiny_llama(torch.from_numpy(example["input_ids"]).long()[None]).logits[0].detach()
@@ -455,17 +455,19 @@ def test_evaluation_is_that_of_each_example_alone(tiny_llama):
     for world_size in (1, 2):
         kept, barrier = [[] for _ in range(world_size)], Barrier(world_size)
         with ThreadPoolExecutor(world_size) as pool:
-            results, *others = pool.map(
+            found, *others = pool.map(
                 partial(evaluate, kept=kept, barrier=barrier), range(world_size)
             )
-        assert others == [results] * (world_size - 1)
+        assert others == [found] * (world_size - 1)
+        results, each = found
+        assert [one["row"] for one in each] == [f"row {index}" for index in range(9)]
         assert results["eval_loss"] == pytest.approx(loss / count, rel=1e-6)
         assert results["eval_token_accuracy"] == right / count
         assert results["eval_tokens"] == count
         for source, (part, hits, tokens) in sums.items():
-            found = results["eval_loss_by_source"][source]
+            found = results["eval_loss_by_domain"][source]
             assert found == pytest.approx(float(part / tokens), rel=1e-6)
-            assert results["eval_token_accuracy_by_source"][source] == float(hits) / float(tokens)
+            assert results["eval_token_accuracy_by_domain"][source] == float(hits) / float(tokens)
 
 
 # runs
@@ -586,11 +588,38 @@ def test_tables_are_evaluated_apart(instruct, data):
     assert ended.status == 0, ended.error
     alone = [instruct(f"{i}", validation_data=[t], max_steps=1) for i, t in enumerate(tables)]
     (found,) = (r for r in metrics(ended.folder) if "eval_loss" in r)
-    losses = [r["eval_loss"] for one in alone for r in metrics(one.folder) if "eval_loss" in r]
-    assert found["eval_loss_by_source"] == {
-        "first": pytest.approx(losses[0]),
-        str(data / "validation.jsonl"): pytest.approx(losses[1]),
-    }
+    results = [r for one in alone for r in metrics(one.folder) if "eval_loss" in r]
+    for name in ("eval_loss", "eval_token_accuracy", "eval_tokens"):
+        assert found[f"{name}_by_domain"] == {
+            "first": pytest.approx(results[0][name]),
+            str(data / "validation.jsonl"): pytest.approx(results[1][name]),
+        }
+
+
+def test_rows_of_a_table_are_seen_by_its_weight(instruct, data):
+    path = str(data / "train.jsonl")
+    tables = [
+        {"path": path, "split": "train[:20]", "label": "often", "weight": 2},
+        {"path": path, "split": "train[20:]", "label": "seldom", "weight": 0.25},
+    ]
+    settings = {"train_data": tables, "max_steps": None, "num_train_epochs": 2}
+    plan = instruct("weighted", **settings, dry_run=True)
+    assert "data         often x 2, seldom x 0.25\n" in plan.output
+    ended = instruct("weighted", **settings)
+    assert ended.status == 0, ended.error
+    shown = "often: 20 x 2 (80.0% of an epoch), seldom: 40 x 0.25 (20.0% of an epoch)"
+    assert f"examples by table: {shown}" in ended.output
+    assert f"| examples by table | {shown} |" in (ended.folder / "README.md").read_text()
+    assert len([r for r in metrics(ended.folder) if "loss" in r]) == 2 * 5  # 50 examples by 12
+    tables[1]["weight"] = 0.5
+    changed = instruct("weighted", **settings)
+    assert changed.status == 2
+    assert (
+        "finished with the weights of the tables [2.0, 0.25], this is [2.0, 0.5]" in changed.error
+    )
+    changed = instruct("weighted", **settings | {"num_train_epochs": 3})
+    assert changed.status == 2
+    assert "the weights of the tables was [2.0, 0.25] and is [2.0, 0.5]" in changed.error
 
 
 def test_answers_of_the_test_are_scored(instruct, data):
@@ -600,7 +629,8 @@ def test_answers_of_the_test_are_scored(instruct, data):
     assert ended.status == 0, ended.error
     model = AutoModelForCausalLM.from_pretrained(ended.folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(ended.folder / "model")
-    found = predictions(ended.folder)
+    lines = predictions(ended.folder)
+    found = lines[:4]
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     for record, given in zip(found, rows, strict=False):
         turns = given["messages"]
@@ -619,12 +649,16 @@ def test_answers_of_the_test_are_scored(instruct, data):
     (test,) = (record for record in metrics(ended.folder) if "test_loss" in record)
     for name in ("exact_match", "rougeL"):
         assert test[f"test_{name}"] == pytest.approx(sum(r[name] for r in found) / len(found))
-    assert len(found) == 4
+    assert len(lines) == 15
+    assert not any("prediction" in line for line in lines[4:])
+    loss = sum(line["loss"] * line["tokens"] for line in lines) / test["test_tokens"]
+    assert loss == pytest.approx(test["test_loss"])
     again = instruct(
         "scored", scored_answers=2, test_data=[{"path": str(data / "validation.jsonl")}]
     )
     assert again.status == 0, again.error
-    assert predictions(ended.folder) == found[:2]
+    lines = predictions(ended.folder)
+    assert [line for line in lines if "prediction" in line] == found[:2]
 
 
 def test_scores_of_answers(monkeypatch):

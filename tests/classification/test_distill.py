@@ -27,7 +27,7 @@ from transformers import (
 import classification_report
 from augmentation import Augmentation, Augmenter
 from classification_examples import encode
-from comparing import assert_same_losses
+from comparing import assert_same_losses, assert_tables_are_told_apart
 from conftest import WORDS, write_jsonl
 from labelled_texts import LabelledText
 from launching import checkpoints, command_line, metrics, predictions, run, steps, tables
@@ -351,6 +351,19 @@ def test_unlabelled_texts_teach_by_the_teacher_alone(distil, tmp_path):
     assert one["soft_loss"] == pytest.approx(steps(whole.folder)[0]["soft_loss"], rel=1e-6)
 
 
+def test_tables_are_told_apart(distil, texts):
+    settings = {"augmentation": {}}  # a varied copy of each text
+    assert_tables_are_told_apart(distil, texts / "train.jsonl", texts / "test.jsonl", **settings)
+
+
+def test_a_table_without_labels_has_a_weight(distil, texts):
+    table = {"path": str(texts / "test.jsonl"), "label": "more", "weight": 3}
+    ended = distil(transfer_data=[table], max_steps=None, num_train_epochs=1)
+    assert ended.status == 0, ended.error
+    assert "48 x 1 (51.6% of an epoch), more: 15 x 3 (48.4% of an epoch)" in ended.output
+    assert len(steps(ended.folder)) == -(-(48 + 45) // TINY["global_batch_size"])
+
+
 def test_no_row_needs_a_label(distil, tmp_path):
     rows = [{"text": row["text"]} for row in rows_of(20, 5)]
     train = [{"path": write_jsonl(tmp_path / "rows.jsonl", rows)}]
@@ -390,7 +403,7 @@ def test_varied_copies_multiply_the_texts_and_have_no_label(wordpiece):
     examples = [e | {"label": i % 3} for i, e in enumerate(read([r.texts for r in rows]))]
     settings = Augmentation(operations=["replacement"], probability=1.0)
     make = TransferExamples(examples, 4, [1.0, 3.0, 1.0], Augmenter(rows * 3, settings, 0), read)
-    made = make([*range(18)], 0)
+    made = make([*range(18)], [0] * 18)
     same = [
         np.array_equal(m["input_ids"], examples[i % 6]["input_ids"]) for i, m in enumerate(made)
     ]
@@ -401,7 +414,7 @@ def test_varied_copies_multiply_the_texts_and_have_no_label(wordpiece):
     )
     # the labels 0, 1, 2, 0: torch's weighted mean, by four texts
     assert [m["weight"] for m in made] == pytest.approx([4 / 6] * 4 + [0.0] * 14)
-    again, later = make([7, 2], 0), make([7, 2], 1)
+    again, later = make([7, 2], [0, 0]), make([7, 2], [1, 1])
     assert np.array_equal(again[0]["input_ids"], made[7]["input_ids"])
     assert not np.array_equal(later[0]["input_ids"], made[7]["input_ids"])
     assert later[1]["label"] == 2

@@ -34,7 +34,7 @@ import launching
 from classification_examples import TrainingExamples, collate
 from classification_loss import ClassificationLoss
 from classification_metrics import METRICS
-from comparing import assert_same_losses
+from comparing import assert_same_losses, assert_tables_are_told_apart
 from conftest import WORDS, Ended, write_jsonl
 from launching import (
     TINY_BERT,
@@ -189,7 +189,7 @@ def test_class_weights_and_smoothing_are_torchs():
     logits, labels = torch.randn(12, 3, generator=torch.manual_seed(0)), np.arange(12) % 3 // 2
     given = [0.5, 3.0, 1.0]
     examples = [{"input_ids": np.array([1]), "label": label} for label in labels]
-    made = TrainingExamples(examples, None, given, None, 0)(list(range(12)), 0)
+    made = TrainingExamples(examples, None, given, None, 0)(list(range(12)), [0] * 12)
     batch = collate([[example] for example in made], 0, labels[0])
     objective = ClassificationLoss(logits_module(logits), "single_label_classification", given, 0.2)
     found = objective(**batch)["loss"] / objective.counts(batch)["loss"]
@@ -559,6 +559,10 @@ def test_predictions_are_the_exports_and_the_card_tells_the_results(fine_tune: C
     assert f"| accuracy of the test data | {accuracy:.4f} |" in card
     assert "| examples | 90 train, 30 validation, 30 test |" in card
     assert 'from_pretrained("model")' in card
+
+
+def test_tables_are_told_apart(fine_tune: Callable, texts: Path):
+    assert_tables_are_told_apart(fine_tune, texts / "train.jsonl", texts / "test.jsonl")
 
 
 def test_the_code_of_the_card_runs(fine_tune: Callable, monkeypatch: pytest.MonkeyPatch):

@@ -230,8 +230,8 @@ def test_best_answer_over_the_windows_of_a_question():
         (-1.0, [(1.5, 4, 7), (1.0, 3, 7), (0.0, 0, 3)]),
     ]
     first, second = best_answers(questions, windows, found, 3)
-    assert first == ("one", -3.0, [("one", 2.0), ("two", 1.5), ("two", 1.0)])
-    assert second == ("three", -3.5, [("three", 4.0)])
+    assert first[:3] == ("one", -3.0, [("one", 2.0), ("two", 1.5), ("two", 1.0)])
+    assert second[:3] == ("three", -3.5, [("three", 4.0)])
 
 
 def test_batch_of_windows(wordpiece):

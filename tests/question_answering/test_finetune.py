@@ -16,7 +16,13 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
 from answers import best_answers, best_spans, collate_windows, make_windows
-from comparing import assert_same_losses, assert_same_run, copy_before_its_end, run_code_of_card
+from comparing import (
+    assert_same_losses,
+    assert_same_run,
+    assert_tables_are_told_apart,
+    copy_before_its_end,
+    run_code_of_card,
+)
 from conftest import WORDS, write_jsonl
 from launching import TINY_BERT, checkpoints, command_line, metrics, predictions, run, tables
 from questions import Answer, Question, QuestionColumns, read_questions
@@ -241,6 +247,10 @@ def test_it_learns_and_what_is_exported_predicts_the_same(answer, data):
     }
     assert f"no-answer threshold of the test: {threshold:.4f}" in ended.output
     run_code_of_card(ended.folder)
+
+
+def test_tables_are_told_apart(answer, data):
+    assert_tables_are_told_apart(answer, data / "train.jsonl", data / "test.jsonl", "windows")
 
 
 def test_questions_that_all_have_an_answer(answer, data, tmp_path):

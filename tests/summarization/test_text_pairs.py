@@ -147,7 +147,7 @@ def test_columns_and_what_is_refused(tmp_path):
     rows = [{"translation": {"en": "one", "ro": "unu"}}, {"translation": {"en": "two", "ro": " "}}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
     columns = PairArguments(source_column="translation.en", target_column="translation.ro")
-    assert read_pairs([Table(str(path))], columns) == [("one", "unu", f"{path}, line 1")]
+    assert read_pairs([Table(str(path))], columns) == [("one", "unu", f"{path}, line 1", str(path))]
     with pytest.raises(InputError) as error:
         read_pairs([Table(str(path))], PairArguments(source_column="translation.de"))
     assert str(error.value) == (

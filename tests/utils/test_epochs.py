@@ -1,7 +1,9 @@
 """The steps of a finite set, and their layout: each example once, as cheap as can be, any ranks."""
 
 import itertools
+import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 
 from utils import epochs
 from utils.arguments import FinetuningArguments
-from utils.epochs import MICRO_BATCH_COST, Epochs, cut_by_length, deal, digest, fit
+from utils.config import InputError
+from utils.epochs import MICRO_BATCH_COST, Epochs, Mixture, cut_by_length, deal, digest, fit
+from utils.randomness import Draws
 from utils.tables import Table
 
 COUNT, BATCH = 103, 10
@@ -24,12 +28,15 @@ def data(**settings) -> Epochs:
         sequence_length=20,
         **settings,
     )
+    return epochs_of(examples, arguments)
+
+
+def epochs_of(examples: list[dict], arguments: FinetuningArguments) -> Epochs:
     return Epochs(
-        examples,
+        Mixture(examples, arguments),
         lambda rows: {"indices": torch.tensor([[e["index"] for e in row] for row in rows if row])},
         {"the training data": "x"},
         arguments,
-        vary=lambda indices, epoch: [{**examples[i], "epoch": epoch} for i in indices],
     )
 
 
@@ -59,6 +66,110 @@ def test_ranks_and_resumes_do_not_change_a_step():
         assert take(world_size, 25) == expected
     for step in (1, 10, 11, 24):
         assert take(2, 25 - step, step=step) == expected[step:]
+
+
+WEIGHTS = {"a": 0.25, "b": 1.0, "c": 2.5}
+
+
+def weighted(weights: dict[str, float] = WEIGHTS, **settings) -> Epochs:
+    """Of 40, 13 and 10 examples, the tables in turn as long as they last."""
+    sizes = {"a": 40, "b": 13, "c": 10}
+    order = sorted((place, table) for table, size in sizes.items() for place in range(size))
+    examples = [
+        {"input_ids": np.full(1 + i % 17, i), "index": i, "table": table}
+        for i, (_, table) in enumerate(order)
+    ]
+    arguments = FinetuningArguments(
+        train_data=[Table(f"{name}.csv", label=name, weight=w) for name, w in weights.items()],
+        **{"global_batch_size": 6, "per_device_batch_size": 2, "sequence_length": 20} | settings,
+    )
+    return epochs_of(examples, arguments)
+
+
+def seen_of(steps: list[list[int]]) -> dict[str, list[int]]:
+    """How often each example of each table is in the steps."""
+    seen = Counter(map(int, itertools.chain(*steps)))
+    found: dict[str, list[int]] = {}
+    for example in weighted().mixture.examples:
+        found.setdefault(example["table"], []).append(seen[example["index"]])
+    return found
+
+
+def take_weighted(world_size: int, count: int, step: int = 0, **settings) -> list[list[int]]:
+    ranks = [weighted(**settings).steps(rank, world_size, step, {}) for rank in range(world_size)]
+    return [indices_of([next(rank) for rank in ranks]) for _ in range(count)]
+
+
+def test_rows_of_a_table_are_seen_as_often_as_it_weighs():
+    steps_per_epoch = 8  # of 10 + 13 + 25 examples
+    assert weighted().mixture.count == 6 * steps_per_epoch
+    steps = take_weighted(1, 4 * steps_per_epoch)
+    assert seen_of(steps) == {"a": [1] * 40, "b": [4] * 13, "c": [10] * 10}
+    for start in range(0, len(steps), steps_per_epoch):
+        seen = seen_of(steps[start : start + steps_per_epoch])
+        assert sum(seen["a"]) == 10
+        assert seen["b"] == [1] * 13
+        assert {*seen["c"]} == {2, 3}
+        assert sum(seen["c"]) == 25
+    assert seen_of(steps[:16])["c"] == [5] * 10
+
+
+def test_a_mixture_does_not_depend_on_ranks_micro_batches_resumes_and_names():
+    expected = take_weighted(1, 20)
+    for size in (1, 6):
+        assert take_weighted(2, 20, per_device_batch_size=size) == expected
+    for step in (3, 8, 13):
+        assert take_weighted(2, 20 - step, step=step) == expected[step:]
+    assert take_weighted(1, 20, seed=1) != expected
+
+
+def test_an_example_is_told_how_often_it_was_seen_before():
+    found = np.concatenate([weighted().mixture.epoch(number) for number in range(4)])
+    counts = Counter(index for index, _ in found.tolist())
+    expected = {(index, time) for index, count in counts.items() for time in range(count)}
+    assert {*map(tuple, found.tolist())} == expected
+    assert len(found) == len(expected)
+
+
+def test_tables_of_weight_1_are_one_permutation():
+    for tables in ({}, dict.fromkeys("abc", 1.0)):
+        mixture = weighted(tables or {"x": 1.0}, seed=3).mixture
+        for number in (0, 2):
+            indices, seen = mixture.epoch(number).T.tolist()
+            assert indices == Draws(3, "epoch", number).permutation(63)
+            assert seen == [number] * 63
+
+
+def test_a_weight_is_fixed_and_told():
+    data = weighted()
+    assert data.fingerprint() == {
+        "the training data": "x",
+        "the weights of the tables": [0.25, 1.0, 2.5],
+    }
+    (told,) = data.mixture.facts.values()
+    assert told.startswith("a: 40 x 0.25 (20.8% of an epoch), b: 13 x 1 (27.1% of an epoch), c: ")
+    assert weighted({"x": 1.0}).fingerprint() == {"the training data": "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tables", "message"),
+    [
+        ("train_data", [Table("x.csv", weight=0)], "weight of x.csv: 0 is not more than 0: leave"),
+        ("train_data", [Table("x.csv", weight=math.nan)], "weight of x.csv: nan is not more"),
+        (
+            "train_data",
+            [Table("x.csv", weight=2), Table("x.csv", split="train[:9]")],
+            "weight of x.csv: two tables are called x.csv, with 2 and 1: give each a label",
+        ),
+        ("validation_data", [Table("x.csv", weight=2)], "validation_data: weight of x.csv: each"),
+        ("test_data", [Table("x.csv", weight=0.5)], "test_data: weight of x.csv: each row is"),
+    ],
+)
+def test_weights_that_make_no_mixture(name, tables, message):
+    arguments = FinetuningArguments(**{"train_data": [Table("y.csv")], name: tables})
+    with pytest.raises(InputError) as error:
+        arguments.check()
+    assert str(error.value).startswith(message)
 
 
 def test_tokens_are_those_of_the_examples():
