@@ -148,7 +148,7 @@ def main() -> None:
     config = model_config(args, tokenizer)
     check_added_tokens(added, tokenizer, config, args)
     data = read_conversations(tokenizer, args)
-    _, validation, test = data.parts
+    train, validation, test = data.parts
     args = args.for_examples(data.mixture.count)
     output_layer(check_trained_part(config, args))
     folder = RunFolder(args.output_dir, args.resume)
