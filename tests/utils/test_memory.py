@@ -310,7 +310,7 @@ def counted(kind: str, rows: int, length: int, precision: str, checkpointing: bo
 )
 def test_the_memory_of_a_step_is_what_is_said(kind, rows, length, precision):
     auto_model = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
-    build = partial(empty_model, auto_model=auto_model, device="cpu")
+    build = partial(empty_model, auto_model=auto_model)
     counts = parameter_count(MODELS[kind], auto_model)
     state = sum(state_bytes({"trained": counts["total"]}, "DDP", 1, precision).values())
     held = activations(build, MODELS[kind], length, precision, kind != "bert", predicted=0.25)
@@ -320,3 +320,18 @@ def test_the_memory_of_a_step_is_what_is_said(kind, rows, length, precision):
         assert state + said == pytest.approx(found, rel=0.1), way
         # and that is not for the state's sake
         assert said == pytest.approx(found - state, rel=0.2), way
+
+
+def test_dropout_of_scores_takes_nothing():
+    """A GPU's kernels hold nothing for it, nor do they where layers are computed again."""
+    held = [
+        activations(
+            partial(empty_model, auto_model=AutoModelForMaskedLM),
+            BertConfig(**SHAPE, intermediate_size=256, attention_probs_dropout_prob=dropout),
+            64,
+            "no",
+            is_causal=False,
+        )
+        for dropout in (0.0, 0.1)
+    ]
+    assert held[0] == held[1]
