@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -215,7 +214,7 @@ def activations(
     further layers have as well.
 
     Args:
-        build: config → the model, on the CPU.
+        build: config → the model, without storage.
         is_causal: the loss is `summed_losses`, which holds some chunks of the logits; else the
             logits of the `predicted` share of the tokens are held.
 
@@ -235,12 +234,12 @@ def activations(
         for rows in (1, 2):
             found = []
             for layers in depths:
-                with quiet(), FakeTensorMode():
+                with quiet():
                     model = build(_of_depth(config, layers))
-                    for parameter in model.parameters() if is_half else ():
-                        parameter.data = parameter.data.to(dtype)
                     if is_checkpointed:
                         enable_checkpointing(model)
+                with FakeTensorMode():
+                    _on_cpu(model, dtype if is_half else None)
                     autocast = None if is_half else dtype
                     shape = (rows, sequence_length)
                     found.append(_peaks(model, shape, autocast, is_causal, predicted))
@@ -254,13 +253,21 @@ def activations(
     return known
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Inside of attention: a GPU's kernels hold nothing for it, a CPU's all scores."""
+def _on_cpu(model: Any, dtype: torch.dtype | None) -> None:
+    """The model's tensors, in place, each once however many modules share it; in `dtype`, if given.
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            kwargs = {**(kwargs or {}), "dropout_p": 0.0}
-        return function(*args, **(kwargs or {}))
+    Autocast leaves those of the meta device as they are.
+    """
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, old in module._parameters.items():
+            if old is not None and old not in made:
+                new = torch.empty(old.shape, dtype=dtype or old.dtype)
+                made[old] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+            module._parameters[name] = made.get(old)
 
 
 def _depths(config: Any, depth: int) -> list[int]:
@@ -311,11 +318,14 @@ def _peaks(
     else:
         model.base_model.register_forward_hook(choose)
     model.train()
+    for module in model.modules():
+        # dropout of scores: a GPU's kernels hold nothing for it, a CPU's all scores
+        module.training = "Attention" not in type(module).__name__
     gradients = [parameter.grad for parameter in trained]
     with LiveBytes([*model.parameters(), *gradients, *model.buffers(), tokens]) as live:
         start = live.now
         casts = torch.autocast("cpu", dtype=autocast, enabled=autocast is not None)
-        with _WithoutDropout(), casts:
+        with casts:
             flags = {"use_cache": False} if is_causal else {}
             output = model(input_ids=tokens, attention_mask=mask, **flags)
             if is_causal:
@@ -329,6 +339,5 @@ def _peaks(
         del output, logits
         hidden = None
         forward, live.peak = live.peak - start, live.now
-        with _WithoutDropout():  # layers may be computed again; not in `loss.backward`, a function
-            torch.autograd.backward(loss)
+        loss.backward()
     return forward, live.peak - start

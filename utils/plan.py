@@ -200,16 +200,16 @@ def plan(
         if price := a.plan.price_per_gpu_hour:
             lines.append(f"cost         {hours * price:,.0f}: {hours:,.0f} GPU hours at {price:g}")
     parts = parts or {"trained": counts["total"], "embeddings": counts["embeddings"]}
-    build = build or partial(empty_model, auto_model=auto_model, device="cpu")
+    build = build or partial(empty_model, auto_model=auto_model)
     is_causal = auto_model in (None, transformers.AutoModelForCausalLM)
     try:
         held = activations(build, config, a.row_length, a.mixed_precision, is_causal, predicted)
-        note = "the most that forward and backward hold beside the rest"
+        note = ""
     except Exception as error:  # models fail in ways of their own, as where data decide on shapes
         held = {key: NOTHING for key in product(WAYS, (False, True))}
-        note = f"not known of this model, not counted: {shorten(str(error), 60)}"
+        note = f"which this model does not tell ({shorten(str(error), 60)}), are not counted"
     layouts = partial(_layouts, parts, held, a.mixed_precision, settings)
-    if note.startswith("the"):
+    if not note:
         _check_fit(a, layouts, gpus)
     return "\n".join([*lines, "", *_tables(a, layouts, held, gpus, note)])
 
@@ -312,9 +312,14 @@ def _tables(
 
     def row(name: str, layout: Layout) -> list[str]:
         parts = [*layout.state.values(), layout.activations.of(rows)]
-        largest = layout.largest(room, a) if any(map(any, layout.activations)) else "?"
-        sizes = map(shown, [*parts, layout.takes(rows)])
-        return [name, *sizes, str(largest or "none")]
+        sizes = [
+            *map(shown, parts),
+            shown(layout.takes(rows)),
+            str(layout.largest(room, a) or "none"),
+        ]
+        if note:
+            sizes[len(layout.state)], sizes[-1] = "?", "?"
+        return [name, *sizes]
 
     lines = [row(str(layout), layout) for layout in mine]
     for optim in OPTIMIZER_BYTES:
@@ -323,6 +328,8 @@ def _tables(
     header = ["layout", *mine[0].state, "activations", "in all", "largest micro-batch"]
     kinds = {"DDP": False, "ZeRO, FSDP2": a.mixed_precision != "no"}
     by_way = [[k, *(shown(held[w, half].of(rows)) for w in WAYS)] for k, half in kinds.items()]
+    lines_of_ways = ["activations, the most that forward and backward hold beside the rest:", ""]
+    lines_of_ways.append(markdown_table(["", *WAYS], by_way))
     return [
         f"{unit} of a GPU, micro-batches of {rows} x {a.row_length:,}, {a.optim}, mixed_precision: "
         f"{a.mixed_precision}, {way};",
@@ -330,7 +337,5 @@ def _tables(
         "",
         markdown_table(header, lines),
         "",
-        f"activations, {note}:",
-        "",
-        markdown_table(["", *WAYS], by_way),
+        *([f"activations, {note}"] if note else lines_of_ways),
     ]

@@ -27,7 +27,7 @@ def finetuning_plan(config: Any, arguments: Any) -> str:
         a,
         flops=partial(finetuning_flops, config, a),
         parts=parameter_parts(config, a),
-        build=partial(_trained_part, arguments=a, dtype=base_dtype(a)),
+        build=partial(check_trained_part, arguments=a, dtype=base_dtype(a)),
         half_frozen=a.has_adapter,
         load_in_4bit=a.load_in_4bit,
     )
@@ -70,25 +70,19 @@ def parameter_parts(config: Any, arguments: AdapterArguments) -> dict[str, int]:
     }
 
 
-def check_trained_part(config: Any, arguments: AdapterArguments) -> "transformers.PreTrainedModel":
+def check_trained_part(
+    config: Any, arguments: AdapterArguments, dtype: torch.dtype = torch.float32
+) -> "transformers.PreTrainedModel":
     """The model without storage, as it will be trained, to be looked at before anything is written.
+
+    Args:
+        dtype: of the base.
 
     Raises:
         InputError: as `freeze` and `add_adapter` do.
     """
-    return _trained_part(config, arguments, "meta")
-
-
-def _trained_part(
-    config: Any,
-    arguments: AdapterArguments,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,  # of the base
-) -> "transformers.PreTrainedModel":
-    model = empty_model(config, device=device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    with torch.device(device):
+    model = empty_model(config).to(dtype)
+    with torch.device("meta"):
         freeze(model, arguments.freeze)
         if arguments.lora is not None:
             add_adapter(model, arguments, "CAUSAL_LM", 0)

@@ -1026,4 +1026,6 @@ def test_dry_run(instruct):
     # 7 linear layers of 2 layers: 4 x (32 + 32) three times over … by rank, input and output
     trained = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
     assert f"{trained:,} of them trained" in ended.output
+    assert "activations, the most that" in ended.output
+    assert "does not tell" not in ended.output
     assert not ended.folder.exists()

@@ -311,7 +311,7 @@ def counted(kind: str, rows: int, length: int, precision: str, checkpointing: bo
 )
 def test_the_memory_of_a_step_is_what_is_said(kind, rows, length, precision):
     auto_model = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
-    build = partial(empty_model, auto_model=auto_model, device="cpu")
+    build = partial(empty_model, auto_model=auto_model)
     counts = parameter_count(MODELS[kind], auto_model)
     state = sum(state_bytes({"trained": counts["total"]}, "DDP", 1, precision).values())
     held = activations(build, MODELS[kind], length, precision, kind != "bert", predicted=0.25)
@@ -333,3 +333,18 @@ def test_the_state_of_every_optimizer_is_known():
     assert state == {"weights": 4000, "gradients": 4000, "optimizer": 900 * 4 + 100 * 8}
     state = state_bytes(parts, "ZeRO-3", 4, "bf16", optim="lion_32bit")
     assert state == {"weights": 500, "gradients": 500, "optimizer": 2000}
+
+
+def test_dropout_of_scores_takes_nothing():
+    """A GPU's kernels hold nothing for it, nor do they where layers are computed again."""
+    held = [
+        activations(
+            partial(empty_model, auto_model=AutoModelForMaskedLM),
+            BertConfig(**SHAPE, intermediate_size=256, attention_probs_dropout_prob=dropout),
+            64,
+            "no",
+            is_causal=False,
+        )
+        for dropout in (0.0, 0.1)
+    ]
+    assert held[0] == held[1]

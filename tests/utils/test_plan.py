@@ -216,3 +216,15 @@ def test_hardware_that_cannot_be(setting, message, call, tmp_path):
     ended = planned(call, tmp_path, f"--plan.{name}", value)
     assert ended.status == 2
     assert re.search(message, ended.error)
+
+
+def test_activations_that_are_not_known_are_not_said_to_be_none(call, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("data decide on shapes")
+
+    monkeypatch.setattr("utils.plan.activations", fails)
+    ended = planned(call, tmp_path, "--plan.gpu_memory", "80")
+    assert ended.status == 0
+    assert cell(ended.output, "ZeRO-2 on 8 GPUs", "activations") == "?"
+    assert cell(ended.output, "ZeRO-2 on 8 GPUs", "largest micro-batch") == "?"
+    assert "does not tell (data decide on shapes), are not counted" in ended.output
