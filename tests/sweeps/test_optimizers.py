@@ -27,10 +27,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}
 # 8 bits round: a sum in another order may come to another of their 256 numbers
 CLOSE = {"adamw_bnb_8bit": 1e-3}
 ALLOWED = [
-    (optim, layout)
-    for optim in OPTIMIZERS
-    for layout in LAYOUTS
-    if not refused(optim, layout) and layout != "FSDP2"
+    (optim, layout) for optim in OPTIMIZERS for layout in LAYOUTS if not refused(optim, layout)
 ]
 
 
