@@ -121,8 +121,8 @@ def test_a_copy_has_a_part_and_a_chat_template_of_its_own(tmp_path):
 
 
 def test_a_copy_has_metrics_of_its_own(tmp_path):
-    loss = '"single_label_classification": {"loss": cross_entropy, '
-    edits = {"classification_metrics.py": (loss, loss + '"mine": lambda outputs: 0.125, ')}
+    first = "CLASSIFICATION = {"
+    edits = {"classification_metrics.py": (first, first + '"mine": lambda outputs: 0.125, ')}
     (evaluation,) = (
         record
         for record in metrics(launch_copy("classification", edits, tmp_path))
