@@ -55,7 +55,8 @@ def one_of(world_size: int, rank: int, model: PreTrainedModel, gather: Callable)
         gather=gather,
     )
     accelerator = SimpleNamespace(autocast=nullcontext, device=torch.device("cpu"))
-    return SimpleNamespace(ranks=ranks, accelerator=accelerator, objective=model)
+    engine = SimpleNamespace(whole_root=nullcontext)
+    return SimpleNamespace(ranks=ranks, accelerator=accelerator, objective=model, engine=engine)
 
 
 @pytest.fixture

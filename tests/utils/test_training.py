@@ -97,7 +97,7 @@ MOMENTS = {
     "before the first step": (Training, "steps", 1, 0),
     "between two micro-batches": (Engine, "_backward", 7, 2),
     "in an update": (Engine, "_update", 5, 5),
-    "in an evaluation": (Training, "forward", 4 + 2, 3),
+    "in an evaluation": (Training, "forward", 6 + 2, 3),
     "in an evaluation at a checkpoint": (text_evaluation, "evaluate_by_domain", 4, 12),
     "while samples are written": (causal_lm, "write_samples", 2, 6),
     "in a save": (checkpoint, "save_file", 4, 8),
@@ -495,7 +495,7 @@ def test_what_one_rank_alone_fails_in_ends_all(failure, told, monkeypatch):
 RAISED = {
     # (function, which of its calls, what it raises, the step that is saved by then)
     "in an evaluation": (text_evaluation, "evaluate_by_domain", 2, SystemExit, 6),
-    "in a forward of one": (Training, "forward", 4 + 2, SystemExit, 3),
+    "in a forward of one": (Training, "forward", 6 + 2, SystemExit, 3),
     "while samples are written": (causal_lm, "write_samples", 3, InputError, 9),
     "by its results": (RunState, "note_evaluation", 1, InputError, 3),
     "by the next document": (stream, "collate", 4 * 7 + 2, SystemExit, 7),
