@@ -20,6 +20,8 @@ RESIDUAL = re.compile(
     r"|output\.dense|(self_attn|self_attention|attention)\.dense)(\.weight)?$"
 )
 MIXING = re.compile("att|mamba|conv")
+# settings by which models multiply their embeddings by the root of the width; CTRL always does
+SCALED_EMBEDDINGS = ("scale_embedding", "rescale_embeddings")
 
 
 @dataclass
@@ -45,6 +47,8 @@ class InitializationArguments(Settings):
                     "mup_base_width: xavier goes with the width in its own way: set "
                     "initialization: default or depth_scaled"
                 )
+            if getattr(self, "l1_decay", 0.0):
+                raise InputError("mup_base_width: how L1 goes with the width is open: l1_decay: 0")
             if getattr(self, "has_adapter", False):
                 raise InputError("mup_base_width: an adapter has no width: leave it out, or lora")
             if "adamw" not in getattr(self, "optim", "adamw"):
@@ -191,7 +195,8 @@ def mup_scales(model: "transformers.PreTrainedModel", base_width: int) -> dict[s
             "to learn more slowly in a wider model and the other has not: set "
             "model.tie_word_embeddings: false"
         )
-    is_scaled = getattr(embedding, "embed_scale", 1.0) != 1.0
+    is_scaled = kind == "ctrl" or any(getattr(config, n, False) for n in SCALED_EMBEDDINGS)
+    is_scaled |= any(getattr(module, "embed_scale", 1.0) != 1.0 for module in model.modules())
     if getattr(embedding, "embedding_dim", None) != width or is_scaled:
         raise InputError(
             f"mup_base_width: the embeddings of {kind} are of another width than hidden_size, or "

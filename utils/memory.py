@@ -36,6 +36,8 @@ OPTIMIZER_BYTES = {
     "lion_32bit": (4, 4),
     "sgd": (4, 4),
 }
+# of what eager execution holds a row: a Llama of 125M on an H200, benchmarks/results/gpu_speed.md
+COMPILED = 0.6
 
 
 def parameter_count(config: Any, auto_model: Any = None) -> dict[str, int]:
@@ -144,10 +146,6 @@ def state_bytes(
         processes = world_size if stages[layout] >= first_split else 1
         state[name] = 0 if in_host_memory else -(-size // processes)
     return state
-
-
-# of what eager execution holds a row: a Llama of 125M on an H200, benchmarks/results/gpu_speed.md
-COMPILED = 0.6
 
 
 class LiveBytes(TorchDispatchMode):

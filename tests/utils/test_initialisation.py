@@ -194,6 +194,7 @@ def test_with_mup_activations_are_of_one_size_at_all_widths(monkeypatch):
             {"mup_base_width": 16, "optim": "sgd"},
             "mup_base_width: its learning rates are Adam's, not those of sgd",
         ),
+        ({"mup_base_width": 16, "l1_decay": 0.1}, "mup_base_width: how L1 goes with the width"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
@@ -207,6 +208,17 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
         ("gpt2", {"tie_word_embeddings": True}, "gpt2 ties its output layer .* set model.tie_word"),
         ("gemma", {"tie_word_embeddings": False, "head_dim": 16}, "gemma are of another width"),
         ("opt", {"tie_word_embeddings": False}, "opt has no initializer_range"),
+        ("ctrl", {"tie_word_embeddings": False}, "ctrl are of another width .* or scaled by it"),
+        (
+            "big_bird",
+            {"tie_word_embeddings": False, "rescale_embeddings": True, "is_decoder": True},
+            "big_bird are of another width .* or scaled by it",
+        ),
+        (
+            "pegasus",
+            {"tie_word_embeddings": False, "scale_embedding": True},
+            "pegasus are of another width .* or scaled by it",
+        ),
     ],
 )
 def test_mup_of_an_architecture_that_it_does_not_fit_is_refused(model_type, shape, message):
