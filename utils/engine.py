@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -101,6 +102,18 @@ def enable_checkpointing(model: torch.nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
+def _blocks(model: torch.nn.Module) -> list[str]:
+    """The classes of which FSDP makes units: of those that transformers names, which hold no weight
+    that another part holds, too (BERT's embeddings, which are its output layer)."""
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = {
+        type(module).__name__
+        for module in model.modules()
+        if any(uses[parameter] > 1 for parameter in module.parameters())
+    }
+    return [name for name in getattr(model, "_no_split_modules", None) or () if name not in tied]
+
+
 class Step(NamedTuple):
     """What one rank trains on in a step."""
 
@@ -165,7 +178,7 @@ class Engine:
             getattr(model, "get_base_model", lambda: model)().base_model.compile()
         # FSDP looks here for the blocks that it splits the model into, and Accelerate for sizes
         objective.config = model.config
-        objective._no_split_modules = getattr(model, "_no_split_modules", None)
+        objective._no_split_modules = _blocks(model)
         self.module, self.optimizer = accelerator.prepare(objective, optimizer)
         if accelerator.is_fsdp2:
             # else the root keeps whole weights, which are stale when others are set

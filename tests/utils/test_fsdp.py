@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from launching import TINY_RUN, Launch, metrics, run, steps, tiny_run
+from launching import BERT, TINY_BERT, TINY_RUN, Launch, metrics, run, steps, tiny_run
 
 
 def test_losses_and_sums_of_gradients_are_in_fp32(tmp_path, corpus_folder, tokenizer_folder):
@@ -29,6 +29,18 @@ def test_losses_and_sums_of_gradients_are_in_fp32(tmp_path, corpus_folder, token
     ]
     np.testing.assert_allclose(*evaluations, rtol=5e-4)
     assert len([r for r in metrics(tmp_path / "fsdp2") if "samples" in r]) == 2
+
+
+def test_an_encoder_whose_embeddings_are_its_output_layer(tmp_path, prose_folder, wordpiece_folder):
+    settings = {**TINY_BERT, "max_steps": 4, "dataloader_num_workers": 0}
+    losses = []
+    for config, processes in (("fsdp2", 2), (None, 1)):
+        folder = tmp_path / f"{config}"
+        words = tiny_run(folder, prose_folder / "train.jsonl", wordpiece_folder, **settings)
+        run(config, processes, words, tmp_path / "log.txt", script=BERT)
+        losses.append([record["grad_norm"] for record in steps(folder)])
+        losses[-1] += [record["mlm_loss"] for record in steps(folder)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_the_first_version_is_refused(tmp_path, corpus_folder, tokenizer_folder, monkeypatch):
